@@ -1,0 +1,80 @@
+"""`lm validate` and `lm test`: evaluate a checkpoint on the whole of a split."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lm.cli import parsing
+from lm.data.tokenizers import from_state
+from lm.errors import UserError
+from lm.training import checkpoint
+
+
+class Evaluate(parsing.Recipes):
+    """Parses a recipe whose defaults are the checkpoint's own.
+
+    Args:
+        arguments: The words of the command line after the command.
+        split: Which split is the default.
+    """
+
+    def __init__(self, arguments: list[str], split: str) -> None:
+        self.split = split
+        path = parsing.option(arguments, "--ckpt_path")
+        if path is None and not {"-h", "--help"} & set(arguments):
+            raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
+        self.meta = checkpoint.peek(checkpoint.verify(Path(path))) if path else None
+        super().__init__(arguments, "Evaluate a checkpoint on the whole of a split, once.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what only evaluation needs, and make the checkpoint's recipe the default."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=str, help="The checkpoint.")
+        parser.add_argument(
+            "--split", type=Literal["val", "test", "train"], default=self.split, help="What to evaluate on."
+        )
+        if self.meta is not None:
+            recipe = self.meta["config"]
+            parser.set_defaults({"model": recipe["model"], "data": recipe["data"]})
+            parser.set_defaults({"trainer.precision": recipe["trainer"]["precision"], "name": recipe["name"]})
+        parser.set_defaults({"trainer.devices": 1, "trainer.logger": False, "trainer.enable_checkpointing": False})
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, and return what `--json` prints."""
+        assert self.meta is not None
+        data: Any = self.datamodule
+        data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
+        data.val_split = self.config.split
+        module = parsing.language_model(self.model)
+        if self.config.split == "test" and not getattr(data, "test_fraction", 1):
+            print("note: the recipe has no test split (data.test_fraction is 0): evaluating validation", file=sys.stderr)
+        self.trainer.validate(
+            module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
+        )
+        names = ("loss", "perplexity", "bits_per_byte", "tokens")
+        return {name: module.validation[name] for name in names} | {"step": self.meta["step"]}
+
+
+def validate(arguments: list[str]) -> None:
+    """Run `lm validate`."""
+    _evaluate(arguments, "val")
+
+
+def test(arguments: list[str]) -> None:
+    """Run `lm test`."""
+    _evaluate(arguments, "test")
+
+
+def _evaluate(arguments: list[str], split: str) -> None:
+    parsing.quiet()
+    cli = Evaluate(arguments, split)
+    result = cli.run()
+    if cli.config.json:
+        parsing.print_json(result)
+    else:
+        print(
+            f"{cli.config.split}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
+            f"bits per byte {result['bits_per_byte']:.4f}, over {result['tokens']:,} tokens, after step {result['step']}"
+        )

@@ -1,0 +1,127 @@
+"""`lm fit`: train a network."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lm.cli import parsing
+from lm.errors import Stopped, UserError
+from lm.inference.callbacks import SampleText
+from lm.training import checkpoint, loggers
+from lm.training.callbacks import Checkpoints, Console, RandomState, StopSignals
+
+
+class Fit(parsing.Recipes):
+    """Parses a recipe and makes its parts, with the run's checkpoints, logs and signals attached."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what only training needs."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(SampleText, "samples")
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run's folders and the checkpoint to start from, before anything costs time."""
+        config = self.config
+        name = parsing.run_name(config)
+        self.checkpoints, self.logs = Path("checkpoints") / name, Path("logs") / name
+        self.stream = parsing.output(config.json)
+        limits = config.trainer
+        if limits.max_epochs not in (-1, None):
+            raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
+        if limits.max_steps < 1 and not limits.max_time and not limits.fast_dev_run:
+            raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
+        self.ckpt_path = checkpoint.resolve(
+            self.checkpoints, config.ckpt_path, note=lambda line: print(f"note: {line}", file=self.stream, flush=True)
+        )
+        self.first_step = checkpoint.peek(self.ckpt_path)["step"] if self.ckpt_path else 0
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
+        settings = {**self.config_init.trainer, **kwargs}
+        if isinstance(settings["val_check_interval"], int):  # the recipe counts steps, Lightning micro-batches
+            settings["val_check_interval"] *= settings["accumulate_grad_batches"]
+        if settings["logger"] in (None, True):
+            settings["logger"] = [loggers.Events(self.logs, self.first_step), loggers.MetricsCSV(self.logs)]
+        settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
+        settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
+        keeper: Checkpoints = self.config_init.checkpoint
+        keeper.folder = self.checkpoints
+        keeper.start = 1 + max((checkpoint.peek(p)["start"] for p in checkpoint.newest_first(self.checkpoints)), default=0)
+        callbacks = [
+            RandomState(self.config_init.seed_everything),
+            Console(self.stream),
+            self.config_init.samples,
+            StopSignals(),
+        ]
+        if not settings["fast_dev_run"]:
+            callbacks.append(keeper)
+        return self._instantiate_trainer(settings, callbacks)
+
+    def run(self) -> dict[str, Any]:
+        """Train, and return what `--json` prints."""
+        module = parsing.language_model(self.model)
+        module.config = self.resolved()
+        if self.trainer.is_global_zero:
+            checkpoint.probe(self.checkpoints)
+            checkpoint.probe(self.logs)
+            loggers.forget(self.logs, self.first_step)
+            self._save_config(module.config)
+        began = time.monotonic()
+        with checkpoint.full_disk_is_a_user_error(self.logs):
+            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+        seconds = time.monotonic() - began
+        metrics, step = module.metrics, self.trainer.global_step
+        tokens = (step - self.first_step) * metrics.get("tokens", 0) // max(1, metrics.get("step", 1))
+        return {
+            "step": step,
+            "loss": metrics.get("loss"),
+            "val_loss": module.validation.get("loss"),
+            "seconds": round(seconds, 3),
+            "tokens": int(tokens),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "ckpt_path": str(self.checkpoints / "last.ckpt"),
+        }
+
+    def _save_config(self, config: dict[str, Any]) -> None:
+        """Write the resolved recipe of this start: config.yaml, then config-2.yaml, …"""
+        number = 1 + len(list(self.logs.glob("config*.yaml")))
+        path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def fit(arguments: list[str]) -> None:
+    """Run `lm fit`."""
+    parsing.quiet()
+    cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
+    try:
+        result = cli.run()
+    except Stopped as stop:
+        raise _where_it_stopped(stop, cli) from None
+    if not cli.trainer.is_global_zero:
+        return
+    if cli.config.json:
+        parsing.print_json(result)
+    else:
+        print(f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}")
+
+
+def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
+    last = cli.checkpoints / "last.ckpt"
+    saved = f"; {last} has it" if last.exists() else ""
+    stop.args = (f"{stop} after step {cli.trainer.global_step}{saved}: continue with --ckpt_path last",)
+    return stop

@@ -1,0 +1,107 @@
+"""`lm sample`: print text that a checkpoint's network writes."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+
+from lm.cli import parsing
+from lm.errors import UserError
+from lm.inference.loading import load
+from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of `lm sample`."""
+    parser = ArgumentParser(prog="lm sample", description="Print text as it is made.", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
+    parser.add_argument("--prompt", type=str, default="", help="Text to continue; it is printed too.")
+    parser.add_argument("--prompt_file", type=Path | None, default=None, help="A UTF-8 file with the prompt.")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="Longest continuation, in tokens.")
+    parser.add_class_arguments(Sampler, None, as_group=True)
+    parser.add_argument("--stop", action="append", default=[], help="End a text before this string; repeatable.")
+    parser.add_argument("--num_samples", type=int, default=1, help="How many texts, made side by side.")
+    parser.add_argument("--seed", type=int, default=1337, help="Of the random choices.")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON; the text goes to stderr.")
+    return parser
+
+
+def sample(arguments: list[str]) -> None:
+    """Run `lm sample`."""
+    parsing.quiet()
+    parser = make_parser()
+    with parsing.one_line_errors(lambda: parser):
+        options = parser.parse_args(arguments)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        sampler = Sampler(**{name: options[name] for name in names})
+    for name in ("max_new_tokens", "num_samples"):
+        if options[name] < 1:
+            raise UserError(f"--{name} {options[name]}: it must be at least 1")
+    if "" in options.stop:
+        raise UserError("--stop '': an empty string would stop every text at once")
+    prompt = _prompt(options.prompt, options.prompt_file)
+    fitted = load(options.ckpt_path, _device(options.device))
+    ids = start_tokens(fitted.tokenizer, prompt)
+    device = next(fitted.net.parameters()).device
+    began = time.monotonic()
+    tokens = generate(
+        fitted.net,
+        torch.tensor([ids] * options.num_samples, device=device),  # (B, T)
+        sampler=sampler,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    streams = [TextStream(fitted.tokenizer, options.stop) for _ in range(options.num_samples)]
+    out = parsing.output(options.json)
+    print(prompt, end="", file=out, flush=True)
+    made = 0
+    for _ in range(options.max_new_tokens):
+        for i, (stream, token) in enumerate(zip(streams, next(tokens).tolist(), strict=True)):
+            if not stream.done:
+                made += 1
+                text = stream.add(token)
+                if i == 0:  # the first is shown as it is made, the others when all are done
+                    print(text, end="", file=out, flush=True)
+        if all(stream.done for stream in streams):
+            break
+    seconds = time.monotonic() - began
+    print(streams[0].finish(), file=out, flush=True)
+    for stream in streams[1:]:
+        stream.finish()
+        print(f"---\n{prompt}{stream.text}", file=out, flush=True)
+    if options.json:
+        texts = [prompt + stream.text for stream in streams]
+        speed = {"tokens": made, "seconds": round(seconds, 3), "tokens_per_second": round(made / seconds, 1)}
+        parsing.print_json({"text": texts, **speed})
+
+
+def _prompt(prompt: str, file: Path | None) -> str:
+    """Return the prompt that was said or is in the file.
+
+    Raises:
+        UserError: Both were given, or the file cannot be read as UTF-8.
+    """
+    if file is None:
+        return prompt
+    if prompt:
+        raise UserError("--prompt and --prompt_file: say one of them")
+    try:
+        return file.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"--prompt_file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file {file}: not UTF-8 at byte offset {error.start}") from error
+
+
+def _device(name: str) -> torch.device:
+    """Return a device by name, checked to be there."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,131 @@
+"""Chunks of block_size tokens: which of them a step sees is a pure function of (seed, step).
+
+Shapes: B sequences in a micro-batch, T block_size.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+Batch = tuple[Tensor, Tensor]
+"""tokens and targets, int64 (B, T); targets are the tokens one later."""
+
+
+def draw(seed: int, first: int, count: int, below: int) -> np.ndarray:
+    """Return the pseudo-random numbers of indices first … first + count - 1, each in [0, below).
+
+    Number i depends on (seed, i) alone, so that any process can have any of them: SplitMix64 (Steele, Lea and Flood,
+    "Fast Splittable Pseudorandom Number Generators", 2014) read as a counter-based generator.
+
+    Returns:
+        int64 (count,).
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed], dtype=np.int64).view(np.uint64))
+        index = np.arange(first, first + count, dtype=np.uint64)
+        return (_mix(key + index * np.uint64(0x9E3779B97F4A7C15)) % np.uint64(below)).astype(np.int64)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class TrainChunks(Dataset[Batch]):
+    """Item k is one rank's micro-batch k: sequences at random offsets, drawn with replacement.
+
+    Sequence j of the global batch of step s has index i = s × batch_size + j, whatever the number of ranks or
+    micro-batches; the offset is `draw(seed, i)`.
+
+    Args:
+        ids: Token ids of the split (N,).
+        block_size: Tokens in a sequence, T.
+        batch_size: Sequences per optimizer step, over all ranks and micro-batches.
+        micro_batch_size: Sequences in an item, B.
+        rank: This process.
+        world_size: Number of processes.
+        seed: Chooses the sequences.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        *,
+        block_size: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.ids, self.block_size, self.batch_size, self.seed = ids, block_size, batch_size, seed
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.accumulate = batch_size // (micro_batch_size * world_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        """Return micro-batch k, counted from the start of training."""
+        step, micro = divmod(k, self.accumulate)
+        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
+        offsets = draw(self.seed, first, self.micro_batch_size, len(self.ids) - self.block_size)
+        chunk = np.empty((self.micro_batch_size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
+        for row, offset in zip(chunk, offsets.tolist(), strict=True):
+            row[:] = self.ids[offset : offset + self.block_size + 1]
+        chunk = torch.from_numpy(chunk)
+        return chunk[:, :-1], chunk[:, 1:]  # (B, T), (B, T)
+
+
+class From(Sampler[int]):
+    """Counts up without end from a number asked for when the iteration starts.
+
+    Args:
+        start: Returns the first number: on resume, the micro-batches already trained on.
+    """
+
+    def __init__(self, start: Callable[[], int]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        k = self.start()
+        while True:
+            yield k
+            k += 1
+
+
+class EvalChunks(Dataset[Batch]):
+    """All chunks of a split, each once: every token but the first is a target exactly once.
+
+    The ranks take turns, a batch each; the last chunk may be shorter and then is a batch of its own.
+
+    Args:
+        ids: Token ids of the split (N,).
+        block_size: Tokens in a sequence, T.
+        micro_batch_size: Most sequences in a batch, B.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, *, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.ids, self.block_size = ids, block_size
+        last = len(ids) - 1  # number of targets
+        whole = last // block_size * block_size
+        stride = block_size * micro_batch_size
+        spans = [(start, min(start + stride, whole)) for start in range(0, whole, stride)]
+        if whole < last:
+            spans.append((whole, last))
+        self.spans = spans[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, k: int) -> Batch:
+        """Return this rank's batch k; raises IndexError past the last."""
+        start, stop = self.spans[k]
+        chunk = torch.from_numpy(self.ids[start : stop + 1].astype(np.int64))
+        T = min(self.block_size, stop - start)  # noqa: N806
+        return chunk[:-1].view(-1, T), chunk[1:].view(-1, T)  # (B, T), (B, T)

@@ -1,0 +1,31 @@
+"""Errors that end a command with one line and an exit code, instead of a traceback."""
+
+
+class CommandError(Exception):
+    """A command cannot go on; its text is the one line that is printed."""
+
+    exit_code = 1
+
+
+class UserError(CommandError):
+    """Bad input: a flag, a config, a file, a prompt. Says what was found and what to do."""
+
+    exit_code = 2
+
+
+class CheckError(CommandError):
+    """A check failed: the input was good, the outcome is not."""
+
+
+class Stopped(CommandError):  # noqa: N818
+    """Training was asked to stop by a signal, and did so at a step boundary.
+
+    Args:
+        signum: The signal's number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        import signal
+
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum

@@ -1,0 +1,43 @@
+"""What a fit shows of its network while it trains."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+
+
+class SampleText(Callback):
+    """Writes a text sample to TensorBoard at every validation.
+
+    Args:
+        max_new_tokens: Its length; 0 switches samples off.
+        prompt: What it continues.
+        temperature: Of the sampling.
+        seed: Of the sampling; each step draws the same numbers, so that samples differ by the weights alone.
+    """
+
+    def __init__(
+        self, *, max_new_tokens: int = 200, prompt: str = "", temperature: float = 0.8, seed: int = 1337
+    ) -> None:
+        self.max_new_tokens, self.prompt, self.seed = max_new_tokens, prompt, seed
+        self.sampler = Sampler(temperature=temperature)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample and write."""
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or not self.max_new_tokens or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        module: Any = pl_module
+        prompt = torch.tensor([start_tokens(module.tokenizer, self.prompt)], device=module.device)  # (1, T)
+        stream = TextStream(module.tokenizer, [])
+        tokens = generate(module.net, prompt, sampler=self.sampler, generator=torch.Generator().manual_seed(self.seed))
+        with trainer.precision_plugin.forward_context():
+            text = self.prompt + "".join(stream.add(int(next(tokens))) for _ in range(self.max_new_tokens))
+        for board in boards:  # indented by four: Markdown shows it as it is
+            lines = (text + stream.finish()).splitlines()
+            board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)

@@ -1,0 +1,50 @@
+"""From a checkpoint file back to a network and its tokenizer: neither config nor corpus is needed."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from lm.data.tokenizers import Tokenizer, from_state
+from lm.errors import UserError
+from lm.training import checkpoint
+
+
+class Fitted(NamedTuple):
+    """What a checkpoint holds, ready for use."""
+
+    net: nn.Module
+    """The network, in eval mode."""
+    tokenizer: Tokenizer
+    step: int
+    """Optimizer steps it was trained for."""
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
+    """Return the network and tokenizer of a checkpoint.
+
+    The file is read as tensors and plain values only; the class it names is imported and must be an nn.Module.
+
+    Raises:
+        UserError: The file is missing, damaged or not one of ours.
+    """
+    saved = checkpoint.load(path)
+    meta = saved["lm"]
+    net = build(meta["config"]["model"]["init_args"]["net"], meta["vocab_size"], meta["block_size"])
+    weights = {key.removeprefix("net."): value for key, value in saved["state_dict"].items() if key.startswith("net.")}
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}".replace("\n", " ")) from error
+    return Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
+
+
+def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
+    """Return a network from its class_path and init_args."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "net")
+    sizes = {"vocab_size": vocab_size, "block_size": block_size}
+    config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
+    return parser.instantiate_classes(parser.parse_object({"net": config})).net

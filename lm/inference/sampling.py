@@ -1,0 +1,169 @@
+"""Sampling: from a network's logits to text, a token at a time.
+
+Shapes: B samples, T time, V vocabulary.
+"""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lm.data.tokenizers import Tokenizer
+from lm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Chooses the next token.
+
+    Args:
+        temperature: Divides the logits; below 1 likely tokens become likelier, 0 always takes the likeliest.
+        top_k: Only the k likeliest tokens can be chosen.
+        top_p: Only the fewest likeliest tokens that together have this probability (Holtzman et al., 2019).
+        min_p: Only tokens at least this fraction as probable as the likeliest (Nguyen et al., 2024).
+        repetition_penalty: Above 1, tokens already in the text become less likely (Keskar et al., 2019).
+
+    Raises:
+        UserError: A value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (good, allowed) in ranges.items():
+            if not good:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be {allowed}")
+
+    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Return the probability of each token.
+
+        Args:
+            logits: (B, V).
+            seen: int64 (B, T), the text so far.
+
+        Returns:
+            (B, V), rows that sum to 1.
+        """
+        if self.repetition_penalty != 1:
+            old = logits.gather(1, seen)  # (B, T)
+            new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
+            logits = logits.scatter(1, seen, new)
+        if self.temperature == 0:
+            return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None:
+            ordered, order = probabilities.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; 0 for the likeliest
+            probabilities = probabilities.masked_fill((before >= self.top_p).scatter(1, order, before >= self.top_p), 0)
+        if self.min_p is not None:
+            least = self.min_p * probabilities.amax(-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+@torch.inference_mode()
+def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the next token of every sample, without end.
+
+    Only the last block_size tokens are read, so prompts and texts may be longer. The network is used as it is: put
+    it in eval mode.
+
+    Args:
+        net: A network of `lm.models`.
+        prompt: int64 (B, T), T at least 1.
+        sampler: Chooses among the logits.
+        generator: Its random numbers; the global ones are left alone. On the CPU, so that a seed gives the same text
+            on every device that computes the same logits.
+
+    Yields:
+        int64 (B,).
+    """
+    text = prompt
+    while True:
+        logits = net(text[:, -net.block_size :])[:, -1].float().cpu()  # (B, T, V) -> (B, V)
+        token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
+        text = torch.cat([text, token.to(text.device)], dim=1)
+        yield token.squeeze(1)
+
+
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the ids of a prompt; for an empty one, what text begins after: end-of-text, a newline, or the first id.
+
+    Raises:
+        UserError: The vocabulary lacks a symbol of the prompt.
+    """
+    if prompt:
+        try:
+            return tokenizer.encode(prompt).tolist()
+        except UserError as error:
+            raise UserError(f"--prompt: {error}") from error
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    table = tokenizer.token_bytes()
+    return [table.index(b"\n") if b"\n" in table else 0]
+
+
+class TextStream:
+    """Turns one sample's tokens into text as they come: whole characters, and nothing of a stop string.
+
+    Args:
+        tokenizer: Gives the bytes of each token.
+        stops: Strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: list[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text = ""  # decoded so far
+        self.shown = 0  # characters of it that were handed out
+        self.done = False
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that is now certain."""
+        if token == self.tokenizer.eot:
+            return self.finish()
+        return self._extend(self._decode.decode(self.tokenizer.decode_bytes([token])))
+
+    def finish(self) -> str:
+        """Take the end of the text; return what was still held back."""
+        if self.done:
+            return ""
+        new = self._extend(self._decode.decode(b"", final=True))
+        if not self.done:
+            new += self.text[self.shown :]
+            self.shown, self.done = len(self.text), True
+        return new
+
+    def _extend(self, piece: str) -> str:
+        self.text += piece
+        # a match can only end in the new piece, but may begin in what was held back: all that is not shown yet
+        found = [at for stop in self.stops if (at := self.text.find(stop, self.shown)) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
+        certain = len(self.text) - (0 if self.done else self._held_back())
+        new, self.shown = self.text[self.shown : certain], max(self.shown, certain)
+        return new
+
+    def _held_back(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        waiting = self.text[self.shown :]
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        sizes = range(min(longest, len(waiting)), 0, -1)
+        return next((n for n in sizes if any(stop.startswith(waiting[-n:]) for stop in self.stops)), 0)

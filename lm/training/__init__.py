@@ -1,0 +1,5 @@
+"""How a network is fitted: LightningModules, schedules, callbacks, checkpoint and log files."""
+
+from lm.training.language_model import LanguageModel
+
+__all__ = ["LanguageModel"]

@@ -1,0 +1,223 @@
+"""Checkpoint files: written so that no crash can tear them, read so that no damage goes unseen.
+
+A file is a torch.save archive of tensors and plain values, and loads with weights_only=True. Every record of the
+archive carries a CRC-32, which `damage` checks.
+"""
+
+import errno
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from lm.errors import UserError
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes beside the target, flushes to the disk, renames.
+
+    Lightning's own stages in $TMPDIR and moves the file from there, which is a plain copy where the run folder is
+    another device, a mounted volume say, and never flushes it; and where the folder is not writable, it returns as if
+    all were well (Lightning issues 19970, 21253, 21800; the latter still so in 2.6.6).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint; raises UserError where it is missing, damaged or not one of ours."""
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside path; on success it is flushed to the disk and takes path's place.
+
+    Raises:
+        UserError: The disk is full or the folder refuses; path is as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
+        reason = _reason(error, path.parent)
+        raise UserError(f"{path} could not be written ({reason}): {remedy(path.parent)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return "No space left on device" if shutil.disk_usage(folder).free < 1 << 20 else str(error).splitlines()[0]
+
+
+def remedy(folder: Path) -> str:
+    """Return what to do about a folder that does not take a file."""
+    free = shutil.disk_usage(folder).free >> 20
+    return f"{folder} has {free} MiB free: make room or make it writable; earlier checkpoints are whole"
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint, whole or not at all. A copy, not a link: damage to one must not be damage to both."""
+    with replacing(target) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file, 1 << 24)
+
+
+@contextmanager
+def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
+    """Turn a disk that refuses a log into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{folder} could not be written to ({os.strerror(error.errno)}): {remedy(folder)}") from error
+        raise
+
+
+def probe(folder: Path) -> None:
+    """Check, before any training, that checkpoints can be written to folder; clear what a killed process left.
+
+    Raises:
+        UserError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):
+            part.unlink()
+    except OSError as error:
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        owner = existing.stat().st_uid
+        raise UserError(
+            f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user {owner}, "
+            f"this is user {os.getuid()}: make it writable or run elsewhere"
+        ) from error
+    target = folder / ".probe"
+    with replacing(target) as file:
+        file.write(b"\0" * 4096)
+    target.unlink()
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint file, or None where it is whole.
+
+    Reads all of it: a bit flipped anywhere in the records is found by their checksums.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+        return f"it is truncated or not a checkpoint ({str(error).splitlines()[0]})" if str(error) else "it is truncated"
+    if torn:
+        return f"its record {torn} does not match its checksum"
+    try:
+        meta = peek(path)
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
+        return f"it is no checkpoint of lm ({type(error).__name__})"
+    return None if meta["config"] else "it has no configuration"
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, with its "step" and "start"; the tensors stay on the disk."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint["lm"] | {"step": checkpoint["global_step"], "start": checkpoint.get("start", 0)}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a whole checkpoint on the CPU.
+
+    Raises:
+        UserError: It is missing, damaged or not one of ours.
+    """
+    verify(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def verify(path: Path) -> Path:
+    """Return the path of a whole checkpoint.
+
+    Raises:
+        UserError: It is missing, damaged or not one of ours; the newest whole one beside it is named.
+    """
+    if problem := damage(path):
+        others = (other for other in newest_first(path.parent) if other != path and not damage(other))
+        hint = next((f"; {other} is whole" for other in others), "")
+        raise UserError(f"checkpoint {path}: {problem}{hint}")
+    return path
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run that open, the newest first: by the start that wrote them, then by step."""
+    keys = {}
+    for path in folder.glob("*.ckpt"):
+        try:
+            meta = peek(path)
+            keys[path] = (meta["start"], meta["step"], path.name == "last.ckpt", path.name)
+        except Exception:  # noqa: S112 # a damaged file can raise anything; it is no candidate
+            continue
+    return sorted(keys, key=keys.__getitem__, reverse=True)
+
+
+def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that training starts from; None is a fresh start.
+
+    Args:
+        folder: The run's checkpoints.
+        request: `--ckpt_path`: None, `last`, `auto` or a path.
+        note: Is told, in a line, of damaged checkpoints that are passed over.
+
+    Raises:
+        UserError: The run has checkpoints and nothing was requested, or what was requested is not to be had.
+    """
+    found = sorted(folder.glob("*.ckpt"))
+    if request not in (None, "last", "auto"):
+        return verify(Path(request).expanduser())
+    if not found:
+        if request == "last":
+            raise UserError(f"--ckpt_path last: {folder} has no checkpoint: leave the option out to start, or say auto")
+        return None
+    if request is None:
+        raise UserError(
+            f"{folder} has checkpoints already: say --ckpt_path last to continue the run, or --name for a new one"
+        )
+    candidates = newest_first(folder)
+    last = folder / "last.ckpt"
+    if last in found and last not in candidates:
+        note(f"{last} is damaged: {damage(last)}")
+    for path in candidates:
+        problem = damage(path)
+        if problem is None:
+            if path != last:
+                note(f"continuing from {path}, the newest whole checkpoint")
+            return path
+        note(f"{path} is damaged: {problem}")
+    raise UserError(f"--ckpt_path {request}: none of the {len(found)} checkpoints in {folder} is whole; move them away")

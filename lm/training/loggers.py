@@ -1,0 +1,138 @@
+"""Where metrics go: TensorBoard events and metrics.csv, both without gaps or doubled steps across resumes."""
+
+import csv
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class Events(TensorBoardLogger):
+    """TensorBoard events in one fixed folder.
+
+    Args:
+        folder: The run's log folder.
+        step: Where training goes on; what an earlier process logged after it is removed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        # purge_step tells a TensorBoard that is watching; what it would hide is cut off by `forget` besides
+        purge = {"purge_step": step + 1} if step else {}
+        super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush to the disk; the parent's hparams.yaml would repeat the run's config."""
+        if self._experiment is not None:
+            self.experiment.flush()
+
+
+class MetricsCSV(Logger):
+    """A table of all metrics, one row a step, that a resumed run continues.
+
+    Lightning's CSVLogger deletes the file of the process before it.
+
+    Args:
+        folder: The run's log folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}  # the last one
+        self._offset = 0  # where it begins in the file
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """Always the same: a run has one table."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved config lies beside the table."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row, or add to the last one where it is of the same step; an unseen metric adds a column."""
+        if not self._columns or not metrics.keys() <= set(self._columns):
+            self._open([*metrics])
+        self._row = (self._row if self._row.get("step") == str(step) else self._next()) | metrics | {"step": str(step)}
+        with self.path.open("r+", newline="") as file:
+            file.seek(self._offset)
+            file.truncate()
+            csv.DictWriter(file, self._columns, restval="").writerow(self._row)
+
+    def _open(self, metrics: list[str]) -> None:
+        """Rewrite the table with columns for these metrics, and stand before its last row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        columns, rows = read_csv(self.path)
+        self._columns = [*columns, *(name for name in metrics if name not in columns)]
+        self._row = rows.pop() if rows else {}
+        write_csv(self.path, self._columns, rows)
+        self._offset = self.path.stat().st_size
+        if self._row:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(self._row)
+
+    def _next(self) -> dict[str, Any]:
+        self._offset = self.path.stat().st_size
+        return {}
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and rows of a table; a file that is missing or empty has the column step and no rows."""
+    if not path.exists():
+        return ["step"], []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        return list(reader.fieldnames or ["step"]), rows
+
+
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Write a table in one step: a reader never sees half of it."""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def forget(folder: Path, step: int) -> None:
+    """Cut from a log folder what was logged after a step, by a process that died after its last checkpoint."""
+    table = folder / "metrics.csv"
+    columns, rows = read_csv(table)
+    kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+    if len(kept) < len(rows):
+        write_csv(table, columns, kept)
+    for events in sorted(folder.glob("events.out.tfevents.*")):
+        _cut_events(events, step)
+
+
+def _cut_events(path: Path, step: int) -> None:
+    """Truncate an event file before its first event past a step, or before a torn one.
+
+    A record is its length (uint64), a checksum (uint32), the event, and a checksum (uint32).
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    data = path.read_bytes()
+    end = 0
+    while end + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, end)
+        stop = end + 12 + length + 4
+        if stop > len(data) or Event.FromString(data[end + 12 : stop - 4]).step > step:
+            break
+        end = stop
+    if end < len(data):
+        os.truncate(path, end)

@@ -1,0 +1,47 @@
+"""Where training stands, and evaluation on demand: the only place that touches the Trainer's loops.
+
+Lightning 2.6 saves its loops' counters and, on resume, guesses from them whether a validation was under way or is
+still due; after a stop inside one it repeats, skips or halves it (Lightning issues 20277, 19549, 19367). Here one
+number, the count of finished optimizer steps, says it all: batches are a pure function of it, and so is what is due.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def step_finished(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether micro-batch batch_idx was the last of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Set the trainer's counters to the checkpoint's step, and keep Lightning from restoring its own."""
+    step = checkpoint["global_step"]
+    del checkpoint["loops"]
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
+    total = loop.batch_progress.total
+    total.ready = total.started = total.processed = total.completed = step * trainer.accumulate_grad_batches
+
+
+def validate(trainer: Trainer) -> None:
+    """Evaluate the validation split now, inside fit, as Lightning does when it is due."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    trainer.lightning_module.train()
+
+
+def validation_due(trainer: Trainer) -> bool:
+    """Return whether the Trainer evaluates after the step that has just been finished."""
+    interval = trainer.val_check_batch
+    if not isinstance(interval, int) or not validates(trainer):
+        return False
+    return (trainer.global_step * trainer.accumulate_grad_batches) % interval == 0
+
+
+def validates(trainer: Trainer) -> bool:
+    """Return whether there is anything to evaluate."""
+    return bool(trainer.limit_val_batches)
