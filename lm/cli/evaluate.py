@@ -49,7 +49,7 @@ class Evaluate(parsing.Recipes):
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
         if self.config.split == "test" and not getattr(data, "test_fraction", 1):
-            print("note: the recipe has no test split (data.test_fraction is 0): evaluating validation", file=sys.stderr)
+            print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
         self.trainer.validate(
             module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
         )
@@ -75,6 +75,6 @@ def _evaluate(arguments: list[str], split: str) -> None:
         parsing.print_json(result)
     else:
         print(
-            f"{cli.config.split}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-            f"bits per byte {result['bits_per_byte']:.4f}, over {result['tokens']:,} tokens, after step {result['step']}"
+            f"{cli.config.split} at step {result['step']}: loss {result['loss']:.4f}, perplexity "
+            f"{result['perplexity']:.2f}, bits per byte {result['bits_per_byte']:.4f}, over {result['tokens']:,} tokens"
         )

@@ -57,7 +57,7 @@ class Fit(parsing.Recipes):
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
         keeper.folder = self.checkpoints
-        keeper.start = 1 + max((checkpoint.peek(p)["start"] for p in checkpoint.newest_first(self.checkpoints)), default=0)
+        keeper.start = checkpoint.next_start(self.checkpoints)
         callbacks = [
             RandomState(self.config_init.seed_everything),
             Console(self.stream),
@@ -94,7 +94,7 @@ class Fit(parsing.Recipes):
         }
 
     def _save_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved recipe of this start: config.yaml, then config-2.yaml, …"""
+        """Write the resolved recipe of this start: config.yaml, then config-2.yaml and so on."""
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
         path.write_text(yaml.safe_dump(config, sort_keys=False))

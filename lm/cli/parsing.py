@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.errors import UserError
@@ -91,8 +92,9 @@ class Recipes(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
-        parser.set_defaults({"model": {"class_path": "lm.training.LanguageModel"}, "data": {"class_path": "lm.data.TextData"}})
-        parser.add_argument("--name", type=str | None, default=None, help="The run's name; the config's file name by default.")
+        parser.set_defaults({"model": {"class_path": "lm.training.LanguageModel"}})
+        parser.set_defaults({"data": {"class_path": "lm.data.TextData"}})
+        parser.add_argument("--name", type=str | None, default=None, help="The run's name, else the config file's.")
         parser.add_argument("--json", action="store_true", help="Print the result as JSON; progress goes to stderr.")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
@@ -120,6 +122,8 @@ def one_line_errors(parser: Any) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except MisconfigurationException as error:  # what Lightning's Trainer refuses
+        raise UserError(str(error)) from error
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError, AttributeError) as error:
         if cause := _cause(error):
             raise cause from error
@@ -146,7 +150,7 @@ def known_names(parser: ArgumentParser) -> list[str]:
 
     names = {action.dest for action in parser._actions}
     classes = [getattr(module, name) for module in (data, models, training) for name in module.__all__]
-    classes += [part for part in vars(schedules).values() if isinstance(part, type)]
+    classes += schedules.Schedule.__subclasses__()
     for part in (*classes, torch.optim.AdamW):
         names |= {part.__name__, *signature(part).parameters}
     return sorted(names)
@@ -182,7 +186,7 @@ def explain(message: str, names: list[str]) -> str:
         return f"the config is no YAML mapping: {empty[0][:300]}"
     if "Unexpected config:" in text:
         return "the config is empty or no YAML mapping: see configs/quickstart.yaml"
-    value = re.search(r"Got value: (.+?)\.?(?= Given | Got value| - |$)", text) or re.search(r"Given value: (\S+)", text)
+    value = re.search(r"(?:Got|Given) value: (.+?)\.?(?= Given | Got value| - |$)", text)
     if value and (keys := re.findall(r"Parser key \"([\w.]+)\"", text)):
         kinds = re.findall(r"Expected an? <(?:class|enum) '([\w.]+)'>", text)
         kinds += [choice for choices in re.findall(r"Literal\[(.+?)\]", text) for choice in choices.split(", ")]

@@ -1,6 +1,5 @@
 """`lm sample`: print text that a checkpoint's network writes."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm sample`."""
-    parser = ArgumentParser(prog="lm sample", description="Print text as it is made.", exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="lm sample", description="Print text as it is made.", exit_on_error=False)
+    parser.allow_abbrev = False
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument("--prompt", type=str, default="", help="Text to continue; it is printed too.")
     parser.add_argument("--prompt_file", type=Path | None, default=None, help="A UTF-8 file with the prompt.")

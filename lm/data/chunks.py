@@ -71,10 +71,10 @@ class TrainChunks(Dataset[Batch]):
         step, micro = divmod(k, self.accumulate)
         first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
         offsets = draw(self.seed, first, self.micro_batch_size, len(self.ids) - self.block_size)
-        chunk = np.empty((self.micro_batch_size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
-        for row, offset in zip(chunk, offsets.tolist(), strict=True):
+        rows = np.empty((self.micro_batch_size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
+        for row, offset in zip(rows, offsets.tolist(), strict=True):
             row[:] = self.ids[offset : offset + self.block_size + 1]
-        chunk = torch.from_numpy(chunk)
+        chunk = torch.from_numpy(rows)
         return chunk[:, :-1], chunk[:, 1:]  # (B, T), (B, T)
 
 

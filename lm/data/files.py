@@ -69,7 +69,8 @@ def fetch(name: str, url: str, digest: str) -> Path:
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else error
         raise UserError(
-            f"{name} is not in {target.parent} and could not be downloaded from {url} ({reason}): put it there; {EMBEDDED}"
+            f"{name} is not in {target.parent} and could not be downloaded from {url} ({reason}): put it there; "
+            f"{EMBEDDED}"
         ) from error
     finally:
         if part is not None:

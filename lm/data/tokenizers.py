@@ -83,8 +83,10 @@ class CharTokenizer(Tokenizer):
         known = self._points[np.minimum(ids, self.n_vocab - 1)] == points
         if not known.all():
             unknown = sorted({chr(point) for point in np.unique(points[~known])})
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise UserError(f"the vocabulary of {self.n_vocab} characters lacks {', '.join(map(repr, unknown[:10]))}{more}")
+            listed = ", ".join(map(repr, unknown[:10])) + (
+                f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            )
+            raise UserError(f"the vocabulary of {self.n_vocab} characters lacks {listed}")
         return ids
 
     def token_bytes(self) -> list[bytes]:
@@ -127,7 +129,7 @@ class BytePairTokenizer(Tokenizer):
     def _encoding(self) -> "tiktoken.Encoding":
         import tiktoken
 
-        special = {END_OF_TEXT: self.eot}
+        special = {END_OF_TEXT: self.n_vocab - 1}
         return tiktoken.Encoding("lm", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens=special)
 
     def encode(self, text: str) -> np.ndarray:

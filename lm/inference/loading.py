@@ -37,7 +37,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}".replace("\n", " ")) from error
+        raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
     return Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
 
 

@@ -95,9 +95,9 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
     Yields:
         int64 (B,).
     """
-    text = prompt
+    text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
     while True:
-        logits = net(text[:, -net.block_size :])[:, -1].float().cpu()  # (B, T, V) -> (B, V)
+        logits = net(text[:, -block_size:])[:, -1].float().cpu()  # (B, T, V) -> (B, V)
         token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
         text = torch.cat([text, token.to(text.device)], dim=1)
         yield token.squeeze(1)

@@ -98,7 +98,8 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(f"{folder} could not be written to ({os.strerror(error.errno)}): {remedy(folder)}") from error
+            reason = os.strerror(error.errno)
+            raise UserError(f"{folder} could not be written to ({reason}): {remedy(folder)}") from error
         raise
 
 
@@ -114,10 +115,9 @@ def probe(folder: Path) -> None:
             part.unlink()
     except OSError as error:
         existing = next(p for p in (folder, *folder.parents) if p.exists())
-        owner = existing.stat().st_uid
         raise UserError(
-            f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user {owner}, "
-            f"this is user {os.getuid()}: make it writable or run elsewhere"
+            f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user "
+            f"{existing.stat().st_uid}, this is user {os.getuid()}: make it writable or run elsewhere"
         ) from error
     target = folder / ".probe"
     with replacing(target) as file:
@@ -136,7 +136,7 @@ def damage(path: Path) -> str | None:
     except FileNotFoundError:
         return "there is no such file"
     except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        return f"it is truncated or not a checkpoint ({str(error).splitlines()[0]})" if str(error) else "it is truncated"
+        return f"it is truncated or not a checkpoint ({error})"
     if torn:
         return f"its record {torn} does not match its checksum"
     try:
@@ -182,9 +182,14 @@ def newest_first(folder: Path) -> list[Path]:
         try:
             meta = peek(path)
             keys[path] = (meta["start"], meta["step"], path.name == "last.ckpt", path.name)
-        except Exception:  # noqa: S112 # a damaged file can raise anything; it is no candidate
+        except Exception:  # a damaged file can raise anything; it is no candidate
             continue
     return sorted(keys, key=keys.__getitem__, reverse=True)
+
+
+def next_start(folder: Path) -> int:
+    """Return the number of a process that goes on with a run: one more than those that wrote its checkpoints."""
+    return 1 + max((peek(path)["start"] for path in newest_first(folder)), default=0)
 
 
 def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> Path | None:

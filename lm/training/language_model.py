@@ -48,6 +48,7 @@ class LanguageModel(LightningModule):
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.net: nn.Module | None = None
+        self.token_lengths: Tensor  # bytes of each id (V,)
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None
         """The resolved configuration, kept in checkpoints; set by the command line."""
@@ -76,7 +77,7 @@ class LanguageModel(LightningModule):
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
-        self.register_buffer("token_lengths", lengths, persistent=False)  # bytes of each id (V,)
+        self.register_buffer("token_lengths", lengths, persistent=False)
 
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
@@ -84,7 +85,7 @@ class LanguageModel(LightningModule):
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.ndim >= 2]
         vectors = [p for p in parameters if p.ndim < 2]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = self.make_optimizer([group for group in groups if group["params"]])
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, grouped)) == sorted(map(id, parameters)), "each parameter belongs to exactly one group"
@@ -161,7 +162,8 @@ class LanguageModel(LightningModule):
         self._log_step(self.global_step + 1)  # Lightning counts the step when this returns
 
     def _log_step(self, step: int) -> None:
-        if step % self.trainer.log_every_n_steps and step not in (1, self.trainer.max_steps):
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every and step not in (1, self.trainer.max_steps):
             return
         for loss in self._step_losses:
             self.train_loss.update(loss * self._micro_tokens, self._micro_tokens)
@@ -186,8 +188,9 @@ class LanguageModel(LightningModule):
         """Add a batch of tokens and targets, both (B, T), to the evaluation's sums."""
         tokens, targets = batch
         logits = self(tokens).flatten(0, -2)  # (B, T, V) -> (B T, V)
-        nats = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets.flatten(), reduction="sum")
-        self.eval_loss.update(nats, targets.numel(), self.token_lengths[targets].sum())  # type: ignore[index]
+        precise = logits.float() if logits.dtype.itemsize < 4 else logits  # sums in 16 bits lose digits
+        nats = F.cross_entropy(precise, targets.flatten(), reduction="sum")
+        self.eval_loss.update(nats, targets.numel(), self.token_lengths[targets].sum())
 
     def on_validation_epoch_end(self) -> None:
         """Publish the evaluation: `val_loss` for callbacks, all of it for the loggers."""
@@ -249,7 +252,7 @@ class LanguageModel(LightningModule):
                 f"{built.get(key, 'missing')} in this configuration: use the configuration that it was trained with"
             )
         if identity(checkpoint["lm"]["tokenizer"]) != identity(self.tokenizer.state()):
-            raise UserError(f"{path} has another vocabulary than data.corpus and data.tokenizer give: use the same data")
+            raise UserError(f"{path} has another vocabulary than data.corpus and data.tokenizer give: use its data")
         self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
         if self.trainer.state.fn == "fit":
             progress.restore(self.trainer, checkpoint)

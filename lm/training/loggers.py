@@ -20,7 +20,7 @@ class Events(TensorBoardLogger):
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         # purge_step tells a TensorBoard that is watching; what it would hide is cut off by `forget` besides
-        purge = {"purge_step": step + 1} if step else {}
+        purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
         super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
 
     @rank_zero_only

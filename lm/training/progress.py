@@ -22,8 +22,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
     loop.manual_optimization.optim_step_progress.total.completed = step
-    total = loop.batch_progress.total
-    total.ready = total.started = total.processed = total.completed = step * trainer.accumulate_grad_batches
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(loop.batch_progress.total, name, step * trainer.accumulate_grad_batches)
 
 
 def validate(trainer: Trainer) -> None:
