@@ -100,7 +100,7 @@ class Recipes(LightningCLI):
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_none=False, format="yaml")
+        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         values = yaml.safe_load(text)
         return {key: value for key, value in values.items() if key not in ("config", "ckpt_path", "json", "split")}
 

@@ -67,7 +67,7 @@ def fetch(name: str, url: str, digest: str) -> Path:
             raise UserError(f"{url} gave a file with another SHA-256 than {name} should have: nothing was kept")
         part.replace(target)
     except OSError as error:
-        reason = error.reason if isinstance(error, URLError) else error
+        reason = error.reason if type(error) is URLError else error
         raise UserError(
             f"{name} is not in {target.parent} and could not be downloaded from {url} ({reason}): put it there; "
             f"{EMBEDDED}"

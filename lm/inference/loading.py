@@ -47,4 +47,4 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     parser.add_subclass_arguments(nn.Module, "net")
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
-    return parser.instantiate_classes(parser.parse_object({"net": config})).net
+    return parser.instantiate(parser.parse_object({"net": config})).net

@@ -136,8 +136,8 @@ class LanguageModel(LightningModule):
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss = torch.stack(self._step_losses).mean()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not torch.isfinite(loss if scaled else loss + norm):

@@ -1,0 +1,125 @@
+"""What the Trainer costs: `lm fit` with everything on, against a bare PyTorch loop that does the same steps.
+
+    LM_DATA_HOME=... python benchmarks/overhead.py [--config configs/shakespeare-cpu.yaml] [--steps 2000] [--rounds 3]
+
+Both train the recipe's network on the same batches, with the same optimizer, schedule and clipping, and evaluate the
+whole validation split at the same steps; the Trainer also logs to TensorBoard, metrics.csv and the console, samples
+text, and writes checkpoints. They take turns, each in a process of its own; the time is that of training, without
+imports. Equal validation losses, to the last bit, show that the work was the same.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
+    """Train in a plain loop; return its seconds and last validation loss."""
+    import torch
+    from jsonargparse import ArgumentParser
+    from torch.nn import functional as F
+
+    from lm.data import TextData
+    from lm.inference.loading import build
+    from lm.training.schedules import Schedule
+
+    torch.manual_seed(recipe["seed_everything"])
+    settings = recipe["model"]["init_args"]
+    data = TextData(**recipe["data"]["init_args"], seed=recipe["seed_everything"])
+    data.setup("fit")
+    net = build(settings["net"], data.vocab_size, data.block_size)
+    matrices = [p for p in net.parameters() if p.ndim >= 2]
+    vectors = [p for p in net.parameters() if p.ndim < 2]
+    arguments = settings["optimizer"]["init_args"]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, **{**arguments, "betas": tuple(arguments["betas"])})
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Schedule, "schedule")
+    schedule = parser.instantiate(parser.parse_object({"schedule": settings["schedule"]})).schedule
+    every = recipe["trainer"]["val_check_interval"]
+    began = time.monotonic()
+    batches = iter(data.train_dataloader())
+    loss = torch.tensor(0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = arguments["lr"] * schedule(step, steps)
+        tokens, targets = next(batches)
+        loss = F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), settings["clip_norm"])
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            net.eval()
+            nats, count = torch.zeros((), dtype=torch.float64), 0
+            with torch.inference_mode():
+                for tokens, targets in data.val_dataloader():
+                    nats += F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten(), reduction="sum")
+                    count += targets.numel()
+            val_loss = float(nats / count)
+            net.train()
+    return {"seconds": time.monotonic() - began, "val_loss": val_loss}
+
+
+def trainer(config: Path, steps: int) -> dict[str, float]:
+    """Train with `lm fit` in an empty folder; return its seconds and last validation loss."""
+    from lm.cli.fit import Fit
+    from lm.cli.parsing import quiet
+
+    quiet()
+    cli = Fit(["--config", str(config), "--trainer.max_steps", str(steps)], "")
+    return cli.run()
+
+
+def main() -> None:
+    """Run both in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/shakespeare-cpu.yaml"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", choices=("bare", "trainer"))
+    options = parser.parse_args()
+    config = options.config.resolve()
+    if options.worker:
+        recipe = yaml.safe_load(config.read_text())
+        result = bare(recipe, options.steps) if options.worker == "bare" else trainer(config, options.steps)
+        print(json.dumps({"seconds": result["seconds"], "val_loss": result["val_loss"]}))
+        return
+    times: dict[str, list[float]] = {"bare": [], "trainer": []}
+    losses = set()
+    env = dict(os.environ)
+    if home := env.get("LM_DATA_HOME"):
+        env["LM_DATA_HOME"] = str(Path(home).resolve())
+    for number in range(options.rounds):
+        for kind, found in times.items():
+            with tempfile.TemporaryDirectory() as folder:
+                words = [sys.executable, __file__, "--worker", kind, "--config", str(config)]
+                words += ["--steps", str(options.steps)]
+                text = subprocess.run(words, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+            result = json.loads(text.splitlines()[-1])
+            found.append(result["seconds"])
+            losses.add(result["val_loss"])
+            print(
+                f"round {number + 1}: {kind:<8} {result['seconds']:7.2f} s  val_loss {result['val_loss']:.4f}",
+                flush=True,
+            )
+    ratios = [b / a for a, b in zip(times["bare"], times["trainer"], strict=True)]
+    print(f"\n{options.steps} steps of {config.name}, {options.rounds} rounds, medians")
+    for kind, found in times.items():
+        median = statistics.median(found)
+        print(f"{kind:<8} {median:7.2f} s  {1000 * median / options.steps:7.3f} ms/step")
+    print(f"trainer / bare {statistics.median(ratios):.3f}  (rounds: {', '.join(f'{r:.3f}' for r in ratios)})")
+    print(f"validation losses {'equal to the last bit' if len(losses) == 1 else f'differ: {sorted(losses)}'}")
+
+
+if __name__ == "__main__":
+    main()

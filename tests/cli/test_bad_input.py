@@ -1,0 +1,180 @@
+"""The table of bad input: each is exit code 2, one line that says what was found, and nothing harmed."""
+
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import RECIPE
+
+FIT = ("fit", "--config", "tiny.yaml", "--name", "new")
+SAMPLE = ("sample", "--ckpt_path", "checkpoints/tiny/last.ckpt")
+NET = "--model.init_args.net.init_args"
+
+TABLE = {
+    "no command": ((), "no command"),
+    "unknown command": (("fti",), "unknown command fti: did you mean fit?"),
+    "unknown option": ((*FIT, "--trainer.max_stepz", 3), "trainer.max_stepz: did you mean trainer.max_steps?"),
+    "abbreviated option": ((*FIT, "--trainer.max_step", 3), "trainer.max_step: did you mean trainer.max_steps?"),
+    "unknown argument of the network": ((*FIT, f"{NET}.n_headd", 2), "n_headd: did you mean n_head?"),
+    "unknown option of sample": ((*SAMPLE, "--temprature", 1), "temprature: did you mean temperature?"),
+    "unknown YAML key": (("fit", "--config", "key.yaml"), "batch_sise: did you mean batch_size?"),
+    "unknown YAML section": (
+        ("fit", "--config", "section.yaml"),
+        "trainr.accelerator: did you mean trainer.a",
+    ),
+    "unknown class": (
+        (*FIT, "--model.init_args.net", "lm.models.GTP"),
+        "GTP: no such class: did you mean GPT?",
+    ),
+    "unknown module": ((*FIT, "--data", "nowhere.Data"), "there is no module nowhere"),
+    "wrong type": ((*FIT, "--trainer.max_steps", "many"), "trainer.max_steps: found 'many', expected int"),
+    "wrong type, deep": ((*FIT, f"{NET}.n_head", "two"), "n_head: found 'two', expected int"),
+    "wrong choice": ((*FIT, "--trainer.precision", "8"), "trainer.precision: found '8', expected"),
+    "missing config": (("fit", "--config", "none.yaml"), "none.yaml: no such file"),
+    "empty config": (("fit", "--config", "empty"), "the config is empty"),
+    "torn config": (("fit", "--config", "torn.yaml"), "the config is no YAML mapping"),
+    "no steps": ((*FIT, "--trainer.max_steps", -1), "trainer.max_steps is -1"),
+    "epochs": ((*FIT, "--trainer.max_epochs", 3), "trainer.max_epochs is 3: training has no epochs"),
+    "name with a slash": (("fit", "--config", "tiny.yaml", "--name", "../x"), "--name ../x: use letters"),
+    "heads do not divide": ((*FIT, f"{NET}.n_head", 3), "n_head 3 does not divide n_embd 16"),
+    "batch does not divide": (
+        (*FIT, "--trainer.accumulate_grad_batches", 3),
+        "data.batch_size 4 is not divisible by 1 processes x 3 accumulated batches = 3",
+    ),
+    "no such accelerator": ((*FIT, "--trainer.accelerator", "cuda"), "can not run on your system"),
+    "missing corpus": ((*FIT, "--data.init_args.corpus", "no.txt"), "corpus no.txt: no such file or folder"),
+    "empty corpus": ((*FIT, "--data.init_args.corpus", "empty"), "corpus empty: it is empty"),
+    "empty folder": ((*FIT, "--data.init_args.corpus", "folder"), "the folder has no .txt or .md"),
+    "short corpus": (
+        (*FIT, "--data.init_args.corpus", "short.txt"),
+        "train split has 9 tokens, block_size 16 needs 17",
+    ),
+    "not UTF-8": ((*FIT, "--data.init_args.corpus", "latin.txt"), "latin.txt: not UTF-8: byte 0xe9 at offset 103"),
+    "unknown tokenizer": ((*FIT, "--data.init_args.tokenizer", "bpe"), "tokenizer bpe: neither char, gpt2"),
+    "run has checkpoints": (
+        ("fit", "--config", "tiny.yaml"),
+        "checkpoints/tiny has checkpoints already: say",
+    ),
+    "last of nothing": ((*FIT, "--ckpt_path", "last"), "checkpoints/new has no checkpoint"),
+    "missing checkpoint": ((*FIT, "--ckpt_path", "no.ckpt"), "checkpoint no.ckpt: there is no such file"),
+    "truncated checkpoint": ((*FIT, "--ckpt_path", "harm/short.ckpt"), "harm/short.ckpt: it is truncated"),
+    "flipped bit": ((*FIT, "--ckpt_path", "harm/flipped.ckpt"), "harm/flipped.ckpt: its record .* does not match"),
+    "foreign checkpoint": ((*FIT, "--ckpt_path", "text.txt"), "text.txt: it is truncated or not a checkpoint"),
+    "another width": (
+        (*FIT, "--ckpt_path", SAMPLE[2], f"{NET}.n_embd", 32),
+        r"last.ckpt is of another architecture: net.wte.weight is \(\d+, 16\) there and \(\d+, 32\)",
+    ),
+    "another network": (
+        (*FIT, "--ckpt_path", SAMPLE[2], "--model.init_args.net", "lm.models.Bigram"),
+        r"another architecture: net.wte.weight is \(.*\) there and missing in",
+    ),
+    "another vocabulary": (
+        (*FIT, "--ckpt_path", SAMPLE[2], "--data.init_args.corpus", "upper.txt"),
+        "last.ckpt has another vocabulary than data.corpus and data.tokenizer give",
+    ),
+    "evaluate a foreign corpus": (
+        ("validate", "--ckpt_path", SAMPLE[2], "--data.init_args.corpus", "greek.txt"),
+        "characters lacks 'α', 'β'",
+    ),
+    "evaluate nothing": (("validate",), "--ckpt_path is missing"),
+    "unknown split": (("validate", *SAMPLE[1:], "--split", "dev"), "split: found 'dev', expected 'val' or 'test'"),
+    "sample nothing": (("sample",), "ckpt_path"),
+    "sample a missing file": (("sample", "--ckpt_path", "no.ckpt"), "checkpoint no.ckpt: there is no such file"),
+    "unknown symbols": ((*SAMPLE, "--prompt", "1€2"), "--prompt: the vocabulary of .* lacks '€'"),
+    "prompt not UTF-8": ((*SAMPLE, "--prompt_file", "latin.txt"), "latin.txt: not UTF-8 at byte offset 103"),
+    "missing prompt file": ((*SAMPLE, "--prompt_file", "no.txt"), "--prompt_file no.txt: No such file"),
+    "two prompts": ((*SAMPLE, "--prompt", "a", "--prompt_file", "text.txt"), "say one of them"),
+    "no tokens": ((*SAMPLE, "--max_new_tokens", 0), "--max_new_tokens 0: it must be at least 1"),
+    "bad top_p": ((*SAMPLE, "--top_p", 2), "--top_p 2.0: it must be above 0 and at most 1"),
+    "empty stop": ((*SAMPLE, "--stop", ""), "an empty string"),
+    "no such device": ((*SAMPLE, "--device", "gpu9"), "--device gpu9"),
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("template")
+
+
+@pytest.fixture
+def harmed(lm, workplace: Path, template: Path) -> Path:
+    """A workplace with a finished run and all the bad files of the table; the run is trained once."""
+    if not (template / "checkpoints").exists():
+        assert lm("fit", "--config", "tiny.yaml")[0] == 0
+        subprocess.run(["cp", "-r", "checkpoints", str(template)], check=True)
+    subprocess.run(["cp", "-r", str(template / "checkpoints"), "."], check=True)
+    text = (workplace / "text.txt").read_text()
+    (workplace / "upper.txt").write_text(text.replace("x", "X"))
+    (workplace / "greek.txt").write_text("αβ " * 300)
+    (workplace / "empty").write_text("")
+    (workplace / "folder").mkdir()
+    (workplace / "short.txt").write_text("ten chars!")
+    (workplace / "latin.txt").write_bytes(b"r" * 103 + b"\xe9sum\xe9" * 99)
+    (workplace / "torn.yaml").write_text("trainer: [")
+    recipe = yaml.safe_dump(RECIPE)
+    (workplace / "key.yaml").write_text(recipe.replace("batch_size", "batch_sise"))
+    (workplace / "section.yaml").write_text(recipe.replace("trainer:", "trainr:"))
+    whole = (workplace / SAMPLE[2]).read_bytes()
+    (workplace / "harm").mkdir()
+    (workplace / "harm/short.ckpt").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    (workplace / "harm/flipped.ckpt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    return workplace
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input(lm, harmed: Path, case: str) -> None:
+    arguments, expected = TABLE[case]
+    before = digests(harmed / "checkpoints")
+    code, out, err = lm(*arguments)
+    line = err.splitlines()[-1]
+    assert code == 2, err
+    assert line.startswith("error: ")
+    assert re.search(expected if "\\" in expected or ".*" in expected else re.escape(expected), line), line
+    assert "Traceback" not in out + err
+    assert case in ("no command", "unknown command") or err.count("\n") == 1, err
+    assert {p: d for p, d in digests(harmed / "checkpoints").items() if p in before} == before
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "logs"])
+@pytest.mark.parametrize("size", ["16k", "48k"])
+def test_a_disk_that_fills_up(lm, workplace: Path, place: str, size: str) -> None:
+    """Real small file systems: one full before training, one that fills while it goes on."""
+    folder = workplace / place
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        long = ("--trainer.max_steps", 2000, "--trainer.log_every_n_steps", 1, "--checkpoint.every_n_steps", 5)
+        code, _, err = lm("fit", "--config", "tiny.yaml", *long)
+        assert code == 2, err
+        assert re.fullmatch(rf"error: .*{place}/tiny.* \(No space left on device\): .* MiB free.*\n", err), err
+        kept = list((workplace / "checkpoints/tiny").glob("*"))
+        assert all(path.suffix == ".ckpt" for path in kept)
+        assert all(lm("sample", "--ckpt_path", path, "--max_new_tokens", 2)[0] == 0 for path in kept)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_cannot_be_made(lm, workplace: Path) -> None:
+    (workplace / "checkpoints").write_text("in the way")
+    code, _, err = lm("fit", "--config", "tiny.yaml")
+    assert code == 2
+    assert err.startswith("error: checkpoints/tiny cannot be written to (") and err.count("\n") == 1
+
+
+def test_lm_debug_shows_the_traceback(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm.errors import UserError
+
+    monkeypatch.setenv("LM_DEBUG", "1")
+    with pytest.raises(UserError, match=r"none.yaml"):
+        lm("fit", "--config", "none.yaml")

@@ -1,0 +1,82 @@
+"""What the tests share: a tiny recipe, the reference data where it is, and `lm` run in this process or in its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lm.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = {
+    "seed_everything": 7,
+    "trainer": {"max_steps": 12, "val_check_interval": 4, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1},
+    "model": {
+        "class_path": "lm.training.LanguageModel",
+        "init_args": {
+            "net": {
+                "class_path": "lm.models.GPT",
+                "init_args": {"n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.2},
+            },
+            "schedule": {"class_path": "lm.training.schedules.Cosine", "init_args": {"warmup_steps": 3}},
+        },
+    },
+    "data": {"class_path": "lm.data.TextData", "init_args": {"corpus": "text.txt", "block_size": 16, "batch_size": 4}},
+    "checkpoint": {"every_n_steps": 5},
+    "samples": {"max_new_tokens": 8},
+}
+
+TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n" for i in range(300))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the reference data, as LM_DATA_HOME; skips where it is missing."""
+    home = Path(os.environ.get("LM_DATA_HOME", "~/.cache/lm")).expanduser().resolve()
+    missing = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if not (home / n).is_file()]
+    if missing:
+        pytest.skip(f"LM_DATA_HOME lacks {', '.join(missing)}")
+    monkeypatch.setenv("LM_DATA_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with a corpus text.txt, a recipe tiny.yaml and a data folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LM_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+@pytest.fixture
+def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `lm` in this process; returns its exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def start(*arguments: object, cwd: Path, **settings: object) -> subprocess.Popen[str]:
+    """Start `lm` in a process of its own."""
+    words = [sys.executable, "-m", "lm", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
+    return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)  # type: ignore[call-overload]

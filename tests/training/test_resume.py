@@ -1,0 +1,174 @@
+"""Stopped and continued equals uninterrupted, to the last bit."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from lm.training import checkpoint
+from lm.training.loggers import read_csv
+from tests.conftest import start
+
+TIMES = ("tokens_per_second",)  # the one metric that may differ
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Compare nested checkpoints, tensors by their bits."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in TIMES:
+                assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def state(path: Path) -> dict[str, Any]:
+    """What must be equal of a checkpoint: all but who wrote it and under which name."""
+    saved = checkpoint.load(path)
+    del saved["start"], saved["loops"]
+    for key in ("name", "trainer", "checkpoint"):
+        del saved["lm"]["config"][key]
+    return saved
+
+
+def table(run: str) -> list[dict[str, str]]:
+    rows = read_csv(Path("logs") / run / "metrics.csv")[1]
+    return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
+
+
+def events(run: str) -> list[tuple[int, str, float]]:
+    """All scalars in the event files themselves, whatever a reader would hide."""
+    found = []
+    for path in sorted((Path("logs") / run).glob("events*")):
+        for event in EventFileLoader(str(path)).Load():
+            found += [(event.step, v.tag, v.tensor.float_val[0]) for v in event.summary.value if v.tensor.float_val]
+    return sorted(item for item in found if not item[1].endswith(TIMES))
+
+
+def assert_runs_equal(a: str, b: str) -> None:
+    assert_equal(state(Path("checkpoints") / a / "last.ckpt"), state(Path("checkpoints") / b / "last.ckpt"))
+    assert_equal(state(Path("checkpoints") / a / "best.ckpt"), state(Path("checkpoints") / b / "best.ckpt"))
+    assert table(a) == table(b)
+    assert events(a) == events(b)
+    steps = [int(row["step"]) for row in table(a)]
+    assert steps == sorted(set(steps))
+
+
+def stop_with(callback: str, step: int) -> list[str]:
+    return ["--trainer.callbacks+", f"tests.training.stop.{callback}", f"--trainer.callbacks.step={step}"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stops", [[5], [4, 8], [3, 6, 7], [11]])
+def test_stopping_and_resuming_changes_no_bit(lm, workplace: Path, stops: list[int], accumulate: int) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--trainer.accumulate_grad_batches", accumulate]
+    assert lm(*recipe, "--name", "whole")[0] == 0
+    for stop in stops:
+        code = lm(*recipe, "--name", "parts", "--ckpt_path", "auto", *stop_with("StopAt", stop))[0]
+        assert code == 143
+    assert lm(*recipe, "--name", "parts", "--ckpt_path", "last")[0] == 0
+    assert_runs_equal("whole", "parts")
+
+
+def test_a_stop_inside_validation_is_made_up_for(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--data.init_args.val_fraction", "0.9"]
+    assert lm(*recipe, "--name", "whole")[0] == 0
+    code = lm(*recipe, "--name", "parts", *stop_with("StopInValidation", 8))[0]
+    assert code == 143
+    assert table("parts")[-1]["step"] == "8" and not table("parts")[-1]["val/loss"]
+    assert lm(*recipe, "--name", "parts", "--ckpt_path", "last")[0] == 0
+    assert_runs_equal("whole", "parts")
+
+
+def test_a_finished_run_can_be_extended(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--model.init_args.schedule", "lm.training.schedules.Constant"]
+    assert lm(*recipe, "--name", "whole", "--trainer.max_steps", 20)[0] == 0
+    assert lm(*recipe, "--name", "parts")[0] == 0
+    assert lm(*recipe, "--name", "parts", "--ckpt_path", "last")[0] == 0  # nothing left to do
+    assert lm(*recipe, "--name", "parts", "--ckpt_path", "last", "--trainer.max_steps", 20)[0] == 0
+    assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
+
+
+def test_a_new_learning_rate_wins_over_the_checkpoints(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--model.init_args.schedule", "lm.training.schedules.Constant"]
+    lm(*recipe)
+    faster = ["--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.init_args.lr", 0.5]
+    assert lm(*recipe, *faster, "--ckpt_path", "last", "--trainer.max_steps", 14)[0] == 0
+    assert [float(row["train/learning_rate"]) for row in table("tiny")[-3:]] == [1e-3, 0.5, 0.5]
+
+
+def test_going_back_to_an_earlier_checkpoint_makes_it_the_newest(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml"]
+    lm(*recipe)
+    back = ["--ckpt_path", "checkpoints/tiny/step=0000005.ckpt"]
+    assert lm(*recipe, *back, "--trainer.max_steps", 8)[0] == 0
+    assert [int(row["step"]) for row in table("tiny")] == [*range(1, 9)]
+    assert checkpoint.newest_first(Path("checkpoints/tiny"))[0].name == "last.ckpt"
+    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt"))["step"] == 8
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_a_step_with_a_checkpoint(lm, workplace: Path, signum: int) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--name", "parts", "--trainer.max_steps", 400]
+    process = start(*recipe, cwd=workplace)
+    wait_for(workplace / "logs/parts/metrics.csv", process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    step = checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"]
+    assert f"stopped by {signal.Signals(signum).name} after step {step}" in err
+    assert 0 < step < 400
+    assert lm(*recipe, "--ckpt_path", "last")[0] == 0
+    assert lm("fit", "--config", "tiny.yaml", "--name", "whole", "--trainer.max_steps", 400)[0] == 0
+    assert_runs_equal("whole", "parts")
+
+
+def wait_for(path: Path, process: Any) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_loses_at_most_one_interval(lm, workplace: Path) -> None:
+    """SIGKILL, 20 times, from the start of the process to its end; then the run is as if nothing had been."""
+    recipe = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 3000, "--trainer.val_check_interval", 50]
+    recipe += ["--checkpoint.every_n_steps", 20, "--checkpoint.keep_last", 3]
+    assert lm(*recipe, "--name", "whole")[0] == 0
+    draw, kills, lost = random.Random(1), 0, []
+    folder, logs = workplace / "checkpoints/parts", workplace / "logs/parts"
+    while kills < 20:
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = start(*recipe, "--name", "parts", "--ckpt_path", "auto", cwd=workplace, **silent)
+        before = len(list(logs.glob("config*.yaml")))
+        while process.poll() is None and len(list(logs.glob("config*.yaml"))) == before:
+            time.sleep(0.01)  # importing takes the longest: count from the moment that training begins
+        time.sleep(draw.uniform(0, 1.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run ended before the twentieth kill: make it longer"
+        kills += 1
+        rows = read_csv(logs / "metrics.csv")[1]
+        reached = max((int(row["step"]) for row in rows if (row["step"] or "").isdigit()), default=0)
+        whole = [path for path in checkpoint.newest_first(folder) if not checkpoint.damage(path)]
+        assert len(whole) == len(list(folder.glob("*.ckpt")))  # none was torn
+        lost.append(reached - max((checkpoint.peek(path)["step"] for path in whole), default=0))
+    print(f"{kills} kills, steps lost: {lost}")
+    assert max(lost) <= 20
+    assert lm(*recipe, "--name", "parts", "--ckpt_path", "auto")[0] == 0
+    assert_runs_equal("whole", "parts")
