@@ -1,5 +1,7 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
+import signal
+
 
 class CommandError(Exception):
     """A command cannot go on; its text is the one line that is printed."""
@@ -18,14 +20,14 @@ class CheckError(CommandError):
 
 
 class Stopped(CommandError):  # noqa: N818
-    """Training was asked to stop by a signal, and did so at a step boundary.
+    """The command was stopped by a signal.
 
     Args:
         signum: The signal's number.
+        at_boundary: Whether training stands between two steps, so that its state can be saved.
     """
 
-    def __init__(self, signum: int) -> None:
-        import signal
-
+    def __init__(self, signum: int, *, at_boundary: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
+        self.at_boundary = at_boundary

@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from lm import __version__
-from lm.errors import CommandError, UserError
+from lm.errors import CommandError, Stopped, UserError
 
 COMMANDS = {
     "fit": ("lm.cli.fit:fit", "train a network; writes checkpoints/RUN and logs/RUN"),
@@ -54,15 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except CommandError as error:
-        if os.environ.get("LM_DEBUG"):
+        if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(line if isinstance(error, Stopped) else f"error: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone; say no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
 
 
 def _run(words: list[str]) -> int:
@@ -74,7 +78,8 @@ def _run(words: list[str]) -> int:
         print(usage(), file=sys.stderr)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"unknown command {name}: {f'did you mean {near[0]}?' if near else 'see above'}")
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _stop)
     module, function = COMMANDS[name][0].split(":")
     getattr(importlib.import_module(module), function)(rest)
     return 0

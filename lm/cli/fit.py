@@ -39,7 +39,7 @@ class Fit(parsing.Recipes):
         limits = config.trainer
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
-        if limits.max_steps < 1 and not limits.max_time and not limits.fast_dev_run:
+        if limits.max_steps < 1 and not limits.fast_dev_run:
             raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
         self.ckpt_path = checkpoint.resolve(
             self.checkpoints, config.ckpt_path, note=lambda line: print(f"note: {line}", file=self.stream, flush=True)
@@ -78,7 +78,7 @@ class Fit(parsing.Recipes):
             loggers.forget(self.logs, self.first_step)
             self._save_config(module.config)
         began = time.monotonic()
-        with checkpoint.full_disk_is_a_user_error(self.logs):
+        with checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step

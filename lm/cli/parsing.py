@@ -132,6 +132,19 @@ def one_line_errors(parser: Any) -> Iterator[None]:
         raise UserError(explain(str(getattr(error, "message", None) or error), known_names(parser()))) from error
 
 
+@contextmanager
+def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
+    """Turn what the Trainer refuses when it starts into a UserError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:  # torch's, from Optimizer.load_state_dict
+        if ckpt_path is None or "loaded state dict" not in str(error):
+            raise
+        raise UserError(f"checkpoint {ckpt_path}: its optimizer is another one than the recipe's: {error}") from error
+
+
 def _cause(error: BaseException | None) -> UserError | None:
     """Return the UserError among an error's causes: one that a constructor raised while it was being parsed."""
     while error is not None:

@@ -87,7 +87,8 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where training was stopped by a signal, or by a step that was not finite, before its update."""
-        if isinstance(exception, Stopped | CheckError) and self.saved_step != trainer.global_step:
+        at_boundary = isinstance(exception, CheckError) or getattr(exception, "at_boundary", False)
+        if at_boundary and self.saved_step != trainer.global_step:
             self._save_last(trainer)
 
     def _periodic(self, trainer: Trainer) -> None:
@@ -213,7 +214,7 @@ class StopSignals(Callback):
             torch.distributed.all_reduce(codes, op=torch.distributed.ReduceOp.MAX)
             received = int(codes)
         if received:
-            raise Stopped(received)
+            raise Stopped(received, at_boundary=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -39,6 +39,7 @@ TABLE = {
     "empty config": (("fit", "--config", "empty"), "the config is empty"),
     "torn config": (("fit", "--config", "torn.yaml"), "the config is no YAML mapping"),
     "no steps": ((*FIT, "--trainer.max_steps", -1), "trainer.max_steps is -1"),
+    "part of an epoch": ((*FIT, "--trainer.val_check_interval", 0.5), "val_check_interval"),
     "epochs": ((*FIT, "--trainer.max_epochs", 3), "trainer.max_epochs is 3: training has no epochs"),
     "name with a slash": (("fit", "--config", "tiny.yaml", "--name", "../x"), "--name ../x: use letters"),
     "heads do not divide": ((*FIT, f"{NET}.n_head", 3), "n_head 3 does not divide n_embd 16"),

@@ -172,3 +172,20 @@ def test_killed_at_random_moments_loses_at_most_one_interval(lm, workplace: Path
     assert max(lost) <= 20
     assert lm(*recipe, "--name", "parts", "--ckpt_path", "auto")[0] == 0
     assert_runs_equal("whole", "parts")
+
+
+def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Path) -> None:
+    words = ["fit", "--config", "tiny.yaml", "--name", "parts", "--trainer.max_steps", 400]
+    code, _, err = lm(*words, "--trainer.callbacks+", "tests.training.stop.StopTwice", "--trainer.callbacks.step=7")
+    assert code == 143
+    assert err.startswith("stopped by SIGTERM")
+    assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"] == 5  # the periodic one
+
+
+def test_a_signal_before_training_starts(workplace: Path) -> None:
+    process = start("fit", "--config", "tiny.yaml", cwd=workplace)
+    time.sleep(1.0)  # it is importing torch
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in out + err

@@ -1,0 +1,51 @@
+"""README's commands and code are run as they stand, in order, on a checkout; trainings are cut to a few steps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+FEW = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_commands_and_code(tmp_path: Path) -> None:
+    os.symlink(ROOT / "configs", tmp_path / "configs")
+    os.symlink(ROOT / "README.md", tmp_path / "README.md")
+    for code in blocks("python"):
+        (tmp_path / re.search(r"# file: (\S+)", code)[1]).write_text(code)
+    program = shlex.quote(sys.executable) + " -m lm"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LM_DATA_HOME": str(tmp_path / "data")}
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 10
+    script = ["set -e", f"export PYTHONPATH={ROOT}"]
+    for line in commands:
+        few = " ".join(FEW) if " fit " in line else ""
+        command = line.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")
+        script.append(re.sub(r"\blm (?=fit|validate|sample)", f"{program} ", command) + f" {few}")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints/average/best.ckpt").exists()
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"train", "test"} <= named
+    assert [name for name in named if f"\n{name}:" not in makefile] == []
