@@ -13,6 +13,7 @@ import yaml
 from lm.cli import main
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser().resolve()
 
 RECIPE = {
     "seed_everything": 7,
@@ -43,12 +44,11 @@ def _one_thread() -> None:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the reference data, as LM_DATA_HOME; skips where it is missing."""
-    home = Path(os.environ.get("LM_DATA_HOME", "~/.cache/lm")).expanduser().resolve()
-    missing = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if not (home / n).is_file()]
+    missing = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if not (REFERENCE / n).is_file()]
     if missing:
         pytest.skip(f"LM_DATA_HOME lacks {', '.join(missing)}")
-    monkeypatch.setenv("LM_DATA_HOME", str(home))
-    return home
+    monkeypatch.setenv("LM_DATA_HOME", str(REFERENCE))
+    return REFERENCE
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import errno
 import os
 import pickle
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,14 +94,28 @@ def copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
-    """Turn a disk that refuses a log into a UserError that names the folder."""
+    """Turn a disk that refuses a log into a UserError that names the folder.
+
+    TensorBoard writes in a thread of its own, whose error comes up again at the next event; the thread's own traceback
+    is kept quiet.
+    """
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    hook = threading.excepthook
+
+    def quiet(arguments: threading.ExceptHookArgs) -> None:
+        if getattr(arguments.exc_value, "errno", None) not in refusals:
+            hook(arguments)
+
+    threading.excepthook = quiet
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            reason = os.strerror(error.errno)
-            raise UserError(f"{folder} could not be written to ({reason}): {remedy(folder)}") from error
-        raise
+        if error.errno not in refusals:
+            raise
+        reason = os.strerror(error.errno)
+        raise UserError(f"{folder} could not be written to ({reason}): {remedy(folder)}") from error
+    finally:
+        threading.excepthook = hook
 
 
 def probe(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, start
 
 FIT = ("fit", "--config", "tiny.yaml", "--name", "new")
 SAMPLE = ("sample", "--ckpt_path", "checkpoints/tiny/last.ckpt")
@@ -156,8 +156,9 @@ def test_a_disk_that_fills_up(lm, workplace: Path, place: str, size: str) -> Non
         pytest.skip("mounting a small file system needs root")
     try:
         long = ("--trainer.max_steps", 2000, "--trainer.log_every_n_steps", 1, "--checkpoint.every_n_steps", 5)
-        code, _, err = lm("fit", "--config", "tiny.yaml", *long)
-        assert code == 2, err
+        process = start("fit", "--config", "tiny.yaml", *long, cwd=workplace)
+        err = process.communicate(timeout=120)[1]
+        assert process.returncode == 2, err
         assert re.fullmatch(rf"error: .*{place}/tiny.* \(No space left on device\): .* MiB free.*\n", err), err
         kept = list((workplace / "checkpoints/tiny").glob("*"))
         assert all(path.suffix == ".ckpt" for path in kept)
