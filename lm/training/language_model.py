@@ -4,8 +4,10 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from lm import __version__
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import CheckError, UserError
 from lm.training import progress
@@ -230,6 +233,7 @@ class LanguageModel(LightningModule):
             "tokenizer": self.tokenizer.state(),
             "vocab_size": self.net.vocab_size,
             "block_size": self.net.block_size,
+            "versions": versions(),
             "train": self.metrics,
             "validation": self.validation,
         }
@@ -256,3 +260,10 @@ class LanguageModel(LightningModule):
         self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
         if self.trainer.state.fn == "fit":
             progress.restore(self.trainer, checkpoint)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    names = ("torch", "lightning", "torchmetrics", "numpy", "tiktoken")
+    ours = {"lm": __version__, "python": platform.python_version()}
+    return ours | {name: metadata.version(name) for name in names}
