@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(signum)
+    # an exception here would come up inside whatever is being imported, and be taken for that code's own
+    os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())
+    os._exit(128 + signum)
 
 
 def _run(words: list[str]) -> int:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import parsing
@@ -41,6 +42,10 @@ class Evaluate(parsing.Recipes):
             parser.set_defaults({"trainer.precision": recipe["trainer"]["precision"], "name": recipe["name"]})
         parser.set_defaults({"trainer.devices": 1, "trainer.logger": False, "trainer.enable_checkpointing": False})
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer without what the recipe says of checkpoints and samples."""
+        return self._instantiate_trainer({**self.config_init.trainer, **kwargs}, [])
+
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""
         assert self.meta is not None
@@ -48,6 +53,7 @@ class Evaluate(parsing.Recipes):
         data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
+        module.config = self.resolved()
         if self.config.split == "test" and not getattr(data, "test_fraction", 1):
             print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
         self.trainer.validate(

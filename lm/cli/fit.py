@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import parsing
 from lm.errors import Stopped, UserError
-from lm.inference.callbacks import SampleText
 from lm.training import checkpoint, loggers
 from lm.training.callbacks import Checkpoints, Console, RandomState, StopSignals
 
@@ -19,7 +18,7 @@ class Fit(parsing.Recipes):
     """Parses a recipe and makes its parts, with the run's checkpoints, logs and signals attached."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what only training needs."""
+        """Add where to start from."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--ckpt_path",
@@ -27,8 +26,6 @@ class Fit(parsing.Recipes):
             default=None,
             help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
         )
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(SampleText, "samples")
 
     def before_instantiate_classes(self) -> None:
         """Find the run's folders and the checkpoint to start from, before anything costs time."""
@@ -41,6 +38,11 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.max_steps < 1 and not limits.fast_dev_run:
             raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
+        for name in ("val_check_interval", "accumulate_grad_batches"):
+            if limits[name] is not None and not isinstance(limits[name], str) and limits[name] <= 0:
+                raise UserError(f"trainer.{name} is {limits[name]}: it must be above 0")
+        if limits.limit_train_batches not in (None, 1.0):
+            raise UserError("trainer.limit_train_batches: training has no epochs to limit, say trainer.max_steps")
         self.ckpt_path = checkpoint.resolve(
             self.checkpoints, config.ckpt_path, note=lambda line: print(f"note: {line}", file=self.stream, flush=True)
         )
@@ -59,6 +61,7 @@ class Fit(parsing.Recipes):
         keeper.folder = self.checkpoints
         keeper.start = checkpoint.next_start(self.checkpoints)
         callbacks = [
+            _Opening(self),
             RandomState(self.config_init.seed_everything),
             Console(self.stream),
             self.config_init.samples,
@@ -75,8 +78,6 @@ class Fit(parsing.Recipes):
         if self.trainer.is_global_zero:
             checkpoint.probe(self.checkpoints)
             checkpoint.probe(self.logs)
-            loggers.forget(self.logs, self.first_step)
-            self._save_config(module.config)
         began = time.monotonic()
         with checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
@@ -93,11 +94,23 @@ class Fit(parsing.Recipes):
             "ckpt_path": str(self.checkpoints / "last.ckpt"),
         }
 
-    def _save_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved recipe of this start: config.yaml, then config-2.yaml and so on."""
+    def open_logs(self) -> None:
+        """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
+        loggers.forget(self.logs, self.first_step)
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False))
+
+
+class _Opening(Callback):
+    """Opens the run's logs when training begins, and not before: a start that is refused must leave them alone."""
+
+    def __init__(self, cli: Fit) -> None:
+        self.cli = cli
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.cli.open_logs()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -122,6 +135,6 @@ def fit(arguments: list[str]) -> None:
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
     last = cli.checkpoints / "last.ckpt"
-    saved = f"; {last} has it" if last.exists() else ""
-    stop.args = (f"{stop} after step {cli.trainer.global_step}{saved}: continue with --ckpt_path last",)
+    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last.exists() else "nothing was saved yet"
+    stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}: continue with --ckpt_path auto",)
     return stop

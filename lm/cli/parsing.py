@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -20,7 +21,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.errors import UserError
+from lm.inference.callbacks import SampleText
 from lm.training import LanguageModel
+from lm.training.callbacks import Checkpoints
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run's length is said in steps
@@ -53,14 +56,15 @@ def output(as_json: bool) -> IO[str]:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Print a result as one line of JSON."""
-    print(json.dumps(values), flush=True)
+    """Print a result as one line of JSON, which has no NaN or infinity: they become null."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    print(json.dumps(finite, allow_nan=False), flush=True)
 
 
 class Recipes(LightningCLI):
     """LightningCLI over a recipe: YAML files, dotted overrides, --print_config.
 
-    The sections are trainer, model and data, and what `add_arguments_to_parser` of a subclass adds.
+    The sections are trainer, model, data, checkpoint and samples; a command takes those that concern it.
 
     Args:
         arguments: The words of the command line after the command.
@@ -96,6 +100,8 @@ class Recipes(LightningCLI):
         parser.set_defaults({"data": {"class_path": "lm.data.TextData"}})
         parser.add_argument("--name", type=str | None, default=None, help="The run's name, else the config file's.")
         parser.add_argument("--json", action="store_true", help="Print the result as JSON; progress goes to stderr.")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(SampleText, "samples")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def resolved(self) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def sample(arguments: list[str]) -> None:
     for name in ("max_new_tokens", "num_samples"):
         if options[name] < 1:
             raise UserError(f"--{name} {options[name]}: it must be at least 1")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed}: it must fit into 64 bits")
     if "" in options.stop:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
@@ -101,7 +103,7 @@ def _device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -114,7 +114,8 @@ class EvalChunks(Dataset[Batch]):
         self.ids, self.block_size = ids, block_size
         last = len(ids) - 1  # number of targets
         whole = last // block_size * block_size
-        stride = block_size * micro_batch_size
+        share = -(-whole // (block_size * world_size))  # sequences for each rank, rounded up
+        stride = block_size * max(1, min(micro_batch_size, share))
         spans = [(start, min(start + stride, whole)) for start in range(0, whole, stride)]
         if whole < last:
             spans.append((whole, last))

@@ -50,7 +50,7 @@ def _from_files(paths: list[Path]) -> Source:
     def read() -> str:
         return "\n".join(READERS.get(path.suffix, read_text)(path) for path in paths)
 
-    digests = [files.sha256(path) for path in paths]
+    digests = [path.suffix + files.sha256(path) for path in paths]  # the same bytes read otherwise are another text
     return Source(hashlib.sha256("".join(digests).encode()).hexdigest(), read)
 
 
@@ -72,13 +72,15 @@ def read_text(path: Path) -> str:
 def read_jsonl(path: Path, key: str = "text") -> str:
     """Read a file of JSON objects, one a line, and join their texts with newlines."""
     texts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            texts.append(json.loads(line)[key])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number}: expected a JSON object with the key "{key}"') from error
+            text = json.loads(line)[key]
+            text.encode()  # a string, and one without lone surrogates
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{path}, line {number}: expected a JSON object with text under "{key}"') from error
+        texts.append(text)
     return "\n".join(texts)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 from urllib.error import URLError
@@ -66,7 +67,7 @@ def fetch(name: str, url: str, digest: str) -> Path:
         if sha256(part) != digest:
             raise UserError(f"{url} gave a file with another SHA-256 than {name} should have: nothing was kept")
         part.replace(target)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         reason = error.reason if type(error) is URLError else error
         raise UserError(
             f"{name} is not in {target.parent} and could not be downloaded from {url} ({reason}): put it there; "

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,20 +70,23 @@ def load(
 def _write(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer) -> None:
     """Write a folder of token files in one step: it is there whole, or not at all."""
     dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
+    if folder.exists() and _open(folder) is None:  # torn, by a full disk say
+        shutil.rmtree(folder, ignore_errors=True)
     try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         for name, values in ids.items():
-            values.astype(dtype).tofile(part / f"{name}.bin")
+            (part / f"{name}.bin").write_bytes(values.astype(dtype).tobytes())
         meta = {"dtype": dtype, "splits": {k: len(v) for k, v in ids.items()}, "tokenizer": tokenizer.state()}
         (part / "meta.json").write_text(json.dumps(meta))
-        part.chmod(0o755)
-        if folder.exists():  # what _open refused: torn by a full disk, say
-            shutil.rmtree(folder, ignore_errors=True)
         os.rename(part, folder)
-    except OSError:
+    except OSError as error:
         if _open(folder) is None:  # else another process was first, with the same content
-            raise
+            raise UserError(
+                f"{folder.parent} could not be written to ({error.strerror}): make room, or set LM_DATA_HOME to "
+                "another folder"
+            ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

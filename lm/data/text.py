@@ -1,6 +1,7 @@
 """TextData: one long text, served in chunks of block_size tokens."""
 
 import shutil
+import signal
 from typing import Any
 
 import torch
@@ -89,6 +90,13 @@ class TextData(LightningDataModule):
                     f"{needed}: use a longer text, a smaller --data.init_args.block_size or another val_fraction"
                 )
         _ = self.micro_batch_size
+        world_size = self.trainer.world_size if self.trainer else 1
+        chunks = (len(self.tokens.splits["val"]) - 1) // self.block_size
+        if chunks < world_size:
+            raise UserError(
+                f"corpus {self.corpus}: its val split has {chunks} sequences for {world_size} processes: use a longer "
+                "text, a larger val_fraction or fewer processes"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -160,7 +168,7 @@ class TextData(LightningDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_workers:
             self._check_shared_memory()
-            settings["persistent_workers"] = True
+            settings |= {"persistent_workers": True, "worker_init_fn": _leave_signals_to_the_trainer}
         return DataLoader(
             dataset,
             batch_size=None,
@@ -181,3 +189,9 @@ class TextData(LightningDataModule):
                 f"/dev/shm has {free >> 20} MiB free, data.num_workers {self.num_workers} needs {(needed >> 20) + 1}: "
                 "set it to 0, or give the container more (--shm-size)"
             )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a signal to the whole process group stop the trainer, which then ends its workers, and not them first."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)

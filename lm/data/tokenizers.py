@@ -121,6 +121,8 @@ class BytePairTokenizer(Tokenizer):
             table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
             if not table or sorted(table.values()) != list(range(self.eot or 0)):
                 raise ValueError("ranks are not 0, 1, 2, …")
+            if missing := [byte for byte in range(256) if bytes([byte]) not in table]:
+                raise ValueError(f"{len(missing)} of the 256 single bytes have no rank")
         except ValueError as error:
             raise UserError(f"not a .tiktoken file, whose lines are base64 bytes and a rank ({error})") from error
         return table
@@ -172,7 +174,10 @@ def make(name: str, read: Callable[[], str]) -> Tokenizer:
         return BytePairTokenizer(gpt2_ranks())
     path = Path(name).expanduser()
     if path.suffix == ".tiktoken" and path.is_file():
-        return BytePairTokenizer(path.read_text())
+        try:
+            return BytePairTokenizer(path.read_text())
+        except UnicodeDecodeError as error:
+            raise UserError(f"tokenizer {name}: not a .tiktoken file, which is text ({error.reason})") from error
     raise UserError(f"tokenizer {name}: neither char, gpt2 nor the path of a .tiktoken file")
 
 

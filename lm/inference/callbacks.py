@@ -26,6 +26,11 @@ class SampleText(Callback):
         self.max_new_tokens, self.prompt, self.seed = max_new_tokens, prompt, seed
         self.sampler = Sampler(temperature=temperature)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the prompt can be encoded, before training and not at its first evaluation."""
+        module: Any = pl_module
+        start_tokens(module.tokenizer, self.prompt, option="--samples.prompt")
+
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and write."""

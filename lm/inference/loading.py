@@ -1,5 +1,6 @@
 """From a checkpoint file back to a network and its tokenizer: neither config nor corpus is needed."""
 
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,4 +48,10 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     parser.add_subclass_arguments(nn.Module, "net")
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
-    return parser.instantiate(parser.parse_object({"net": config})).net
+    try:
+        return parser.instantiate(parser.parse_object({"net": config})).net
+    except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"the network {config['class_path']} cannot be made: is its module to be imported here? "
+            f"({str(error).splitlines()[-1].strip()[:200]})"
+        ) from error

@@ -60,10 +60,10 @@ class Sampler:
         if self.repetition_penalty != 1:
             old = logits.gather(1, seen)  # (B, T)
             new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
-            logits = logits.scatter(1, seen, new)
+            logits = logits.scatter(1, seen, new).nan_to_num()  # a tiny penalty makes infinities
         if self.temperature == 0:
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # never above 0: no overflow
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -103,7 +103,7 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
         yield token.squeeze(1)
 
 
-def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") -> list[int]:
     """Return the ids of a prompt; for an empty one, what text begins after: end-of-text, a newline, or the first id.
 
     Raises:
@@ -113,7 +113,7 @@ def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
         try:
             return tokenizer.encode(prompt).tolist()
         except UserError as error:
-            raise UserError(f"--prompt: {error}") from error
+            raise UserError(f"{option}: {error}") from error
     if tokenizer.eot is not None:
         return [tokenizer.eot]
     table = tokenizer.token_bytes()

@@ -100,7 +100,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             files.copy(target, self.folder / "last.ckpt")
             if self.keep_last is not None:
-                for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep_last]:
+                periodic = [path for path in files.newest_first(self.folder) if path.name.startswith("step=")]
+                for old in periodic[self.keep_last :]:
                     old.unlink()
         self.saved_step = step
 
@@ -177,10 +178,15 @@ class StopSignals(Callback):
         self.received = 0
         self.before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the signals over; one that comes before the first step stops after it."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.before[signum] = signal.signal(signum, self._receive)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take them over once more: between the two, Lightning has put its own handler around ours."""
+        for signum in self.before:
+            signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received:

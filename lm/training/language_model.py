@@ -89,7 +89,10 @@ class LanguageModel(LightningModule):
         matrices = [p for p in parameters if p.ndim >= 2]
         vectors = [p for p in parameters if p.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        try:
+            optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}") from error
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, grouped)) == sorted(map(id, parameters)), "each parameter belongs to exactly one group"
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -166,7 +169,7 @@ class LanguageModel(LightningModule):
 
     def _log_step(self, step: int) -> None:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every and step not in (1, self.trainer.max_steps):
+        if (not every or step % every) and step not in (1, self.trainer.max_steps):
             return
         for loss in self._step_losses:
             self.train_loss.update(loss * self._micro_tokens, self._micro_tokens)
@@ -202,7 +205,7 @@ class LanguageModel(LightningModule):
         self.log("val_loss", values["loss"], logger=False)  # the metric has summed over the ranks
         self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
         self.validation["tokens"] = int(values["tokens"])
-        if self.trainer.state.fn == "fit":
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             chosen = ("loss", "perplexity", "bits_per_byte")
             self._write({f"val/{key}": self.validation[key] for key in chosen}, self.global_step)
 
@@ -246,20 +249,37 @@ class LanguageModel(LightningModule):
         """
         assert self.net is not None and self.tokenizer is not None
         path = self.trainer.ckpt_path
-        saved = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-        built = {key: tuple(value.shape) for key, value in self.state_dict().items()}
-        different = [k for k in (*saved, *built) if saved.get(k) != built.get(k)]
-        if different:
-            key = different[0]
-            raise UserError(
-                f"{path} is of another architecture: {key} is {saved.get(key, 'missing')} there and "
-                f"{built.get(key, 'missing')} in this configuration: use the configuration that it was trained with"
-            )
+        saved: dict[str, Any] = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+        built: dict[str, Any] = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        if self.config is not None:  # not all that matters shows in the shapes: the number of heads does not
+            saved = _flat(checkpoint["lm"]["config"]) | saved
+            built = _flat(self.config) | built
+        for key in (*saved, *built):
+            there, here = saved.get(key, "missing"), built.get(key, "missing")
+            if there != here and ((key in saved and key in built) or key.startswith("net.")):
+                raise UserError(
+                    f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
+                    "the configuration that it was trained with"
+                )
         if identity(checkpoint["lm"]["tokenizer"]) != identity(self.tokenizer.state()):
             raise UserError(f"{path} has another vocabulary than data.corpus and data.tokenizer give: use its data")
         self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
         if self.trainer.state.fn == "fit":
+            there, here = (config and _optimizer(config) for config in (checkpoint["lm"]["config"], self.config))
+            if there and here and there != here:
+                raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")
             progress.restore(self.trainer, checkpoint)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of the network's function: its class and arguments, dropout aside."""
+    net = config["model"]["init_args"]["net"]
+    arguments = {k: v for k, v in (net.get("init_args") or {}).items() if k != "dropout"}
+    return {"class_path": net["class_path"]} | arguments
+
+
+def _optimizer(config: dict[str, Any]) -> str:
+    return config["model"]["init_args"]["optimizer"]["class_path"]
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lm.errors import UserError
+
 
 class Events(TensorBoardLogger):
     """TensorBoard events in one fixed folder.
@@ -94,8 +96,13 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         return ["step"], []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-        return list(reader.fieldnames or ["step"]), rows
+        try:
+            rows, columns = list(reader), list(reader.fieldnames or ["step"])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path} is not the table that lm wrote ({error}): move it away") from error
+    if "step" not in columns:
+        raise UserError(f"{path} is not the table that lm wrote (it has no column step): move it away")
+    return columns, rows
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -131,7 +138,10 @@ def _cut_events(path: Path, step: int) -> None:
     while end + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, end)
         stop = end + 12 + length + 4
-        if stop > len(data) or Event.FromString(data[end + 12 : stop - 4]).step > step:
+        if stop > len(data):
+            break
+        event = Event.FromString(data[end + 12 : stop - 4])
+        if event.step > step and not event.HasField("session_log"):  # the log of this start says where it begins
             break
         end = stop
     if end < len(data):

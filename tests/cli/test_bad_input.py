@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.conftest import RECIPE, start
@@ -39,6 +40,23 @@ TABLE = {
     "empty config": (("fit", "--config", "empty"), "the config is empty"),
     "torn config": (("fit", "--config", "torn.yaml"), "the config is no YAML mapping"),
     "no steps": ((*FIT, "--trainer.max_steps", -1), "trainer.max_steps is -1"),
+    "negative learning rate": (
+        (*FIT, "--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.lr", -1),
+        "model.optimizer: Invalid learning rate",
+    ),
+    "no evaluation interval": ((*FIT, "--trainer.val_check_interval", 0), "trainer.val_check_interval is 0"),
+    "no accumulation": ((*FIT, "--trainer.accumulate_grad_batches", 0), "trainer.accumulate_grad_batches is 0"),
+    "part of the batches": ((*FIT, "--trainer.limit_train_batches", 7), "trainer.limit_train_batches: training has no"),
+    "sample prompt": ((*FIT, "--samples.prompt", "☃"), "--samples.prompt: the vocabulary of .* lacks"),
+    "JSON without text": (
+        (*FIT, "--data.init_args.corpus", "five.jsonl"),
+        "five.jsonl, line 2: expected a JSON object",
+    ),
+    "tensor": (("sample", "--ckpt_path", "harm/tensor.ckpt"), "harm/tensor.ckpt: it is no checkpoint of lm"),
+    "half a checkpoint": (("validate", "--ckpt_path", "harm/half.ckpt"), "harm/half.ckpt: it is no checkpoint of lm"),
+    "network that is gone": (("sample", "--ckpt_path", "harm/gone.ckpt"), "the network nowhere.Net cannot be made"),
+    "seed too large": ((*SAMPLE, "--seed", 10**30), "it must fit into 64 bits"),
+    "device without memory": ((*SAMPLE, "--device", "meta"), "--device meta"),
     "part of an epoch": ((*FIT, "--trainer.val_check_interval", 0.5), "val_check_interval"),
     "epochs": ((*FIT, "--trainer.max_epochs", 3), "trainer.max_epochs is 3: training has no epochs"),
     "name with a slash": (("fit", "--config", "tiny.yaml", "--name", "../x"), "--name ../x: use letters"),
@@ -68,11 +86,23 @@ TABLE = {
     "foreign checkpoint": ((*FIT, "--ckpt_path", "text.txt"), "text.txt: it is truncated or not a checkpoint"),
     "another width": (
         (*FIT, "--ckpt_path", SAMPLE[2], f"{NET}.n_embd", 32),
-        r"last.ckpt is of another architecture: net.wte.weight is \(\d+, 16\) there and \(\d+, 32\)",
+        "last.ckpt is of another architecture: n_embd is 16 there and 32 in this configuration",
     ),
     "another network": (
         (*FIT, "--ckpt_path", SAMPLE[2], "--model.init_args.net", "lm.models.Bigram"),
-        r"another architecture: net.wte.weight is \(.*\) there and missing in",
+        "another architecture: class_path is lm.models.GPT there and lm.models.Bigram in this",
+    ),
+    "another number of heads": (
+        (*FIT, "--ckpt_path", SAMPLE[2], f"{NET}.n_head", 4),
+        "last.ckpt is of another architecture: n_head is 2 there and 4 in",
+    ),
+    "evaluate with another number of heads": (
+        ("validate", "--ckpt_path", SAMPLE[2], f"{NET}.n_head", 4),
+        "last.ckpt is of another architecture: n_head is 2 there and 4 in",
+    ),
+    "another optimizer": (
+        (*FIT, "--ckpt_path", SAMPLE[2], "--model.init_args.optimizer", "torch.optim.SGD"),
+        "last.ckpt has the state of torch.optim.AdamW, the recipe says torch.optim.SGD",
     ),
     "another vocabulary": (
         (*FIT, "--ckpt_path", SAMPLE[2], "--data.init_args.corpus", "upper.txt"),
@@ -122,6 +152,12 @@ def harmed(lm, workplace: Path, template: Path) -> Path:
     (workplace / "section.yaml").write_text(recipe.replace("trainer:", "trainr:"))
     whole = (workplace / SAMPLE[2]).read_bytes()
     (workplace / "harm").mkdir()
+    (workplace / "five.jsonl").write_text('{"text": "5"}\n{"text": 5}\n')
+    torch.save(torch.zeros(3), workplace / "harm/tensor.ckpt")
+    torch.save({"lm": {"config": {"name": "x"}}, "global_step": 1}, workplace / "harm/half.ckpt")
+    gone = torch.load(SAMPLE[2], weights_only=True)
+    gone["lm"]["config"]["model"]["init_args"]["net"]["class_path"] = "nowhere.Net"
+    torch.save(gone, workplace / "harm/gone.ckpt")
     (workplace / "harm/short.ckpt").write_bytes(whole[: len(whole) // 2])
     middle = len(whole) // 2
     (workplace / "harm/flipped.ckpt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
@@ -180,3 +216,29 @@ def test_lm_debug_shows_the_traceback(lm, workplace: Path, monkeypatch: pytest.M
     monkeypatch.setenv("LM_DEBUG", "1")
     with pytest.raises(UserError, match=r"none.yaml"):
         lm("fit", "--config", "none.yaml")
+
+
+def test_a_refused_start_leaves_the_logs_alone(lm, harmed: Path) -> None:
+    (harmed / "logs/tiny").mkdir(parents=True)
+    (harmed / "logs/tiny/metrics.csv").write_text("step,train/loss\n1,4.0\n12,2.0\n")
+    before = digests(harmed / "logs")
+    words = ("fit", "--config", "tiny.yaml", "--ckpt_path", "checkpoints/tiny/step=0000005.ckpt")
+    assert lm(*words, "--data.init_args.block_size", 5000)[0] == 2
+    assert lm(*words, "--trainer.accumulate_grad_batches", 3)[0] == 2
+    after = digests(harmed / "logs")
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_full_data_folder(lm, workplace: Path) -> None:
+    folder = workplace / "data"
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        code, _, err = lm("fit", "--config", "tiny.yaml")
+        assert code == 2
+        assert re.fullmatch(r"error: .*/data/tokens could not be written to \(No space left on device\): .*\n", err), (
+            err
+        )
+    finally:
+        subprocess.run(["umount", folder], check=True)

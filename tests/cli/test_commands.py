@@ -177,3 +177,16 @@ def test_samples_and_metrics_are_in_tensorboard(fitted: Path) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == [*range(1, 13)]
     assert [event.step for event in board.Scalars("val/loss")] == [4, 8, 12]
     assert [event.step for event in board.Tensors("sample/text_summary")] == [4, 8, 12]
+
+
+def test_validate_takes_a_recipe(lm, fitted: Path) -> None:
+    """A recipe has checkpoint and samples sections too, which do not concern an evaluation."""
+    code, out, err = lm("validate", *LAST, "--config", "tiny.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["loss"] == torch.load(LAST[1], weights_only=True)["lm"]["validation"]["loss"]
+
+
+def test_sanity_validation_is_not_logged(lm, workplace: Path) -> None:
+    lm(*FIT, "--trainer.num_sanity_val_steps", 1, "--trainer.log_every_n_steps", 0)
+    steps = [line.split(",")[0] for line in (workplace / "logs/tiny/metrics.csv").read_text().splitlines()[1:]]
+    assert steps == ["1", "4", "8", "12"]

@@ -95,7 +95,7 @@ def test_folders_and_json_lines(workplace: Path) -> None:
     (folder / "ignored.bin").write_bytes(b"\xff")
     assert corpora.find("corpus").read() == "one\ntwo\nlines\nthree\nfour"
     (folder / "b.jsonl").write_text('{"text": "two"}\n{"body": 3}\n')
-    with pytest.raises(UserError, match=r'b.jsonl, line 2: expected a JSON object with the key "text"'):
+    with pytest.raises(UserError, match=r'b.jsonl, line 2: expected a JSON object with text under "text"'):
         corpora.find("corpus").read()
 
 
@@ -143,3 +143,11 @@ def test_a_wrong_download_leaves_nothing(
     with pytest.raises(UserError, match=message):
         files.fetch("file", f"{server}/{path}", "0" * 64)
     assert not list((tmp_path / "home").iterdir())
+
+
+def test_the_same_bytes_under_another_suffix_are_another_text(workplace: Path) -> None:
+    for name in ("same.txt", "same.jsonl"):
+        (workplace / name).write_text('{"text": "abab\u2028cdcd"}\n' * 50)
+    as_text, as_lines = (store.load(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl"))
+    assert as_lines == 6  # abcd, the line separator inside the string, and the newline between texts
+    assert as_text > as_lines

@@ -14,7 +14,12 @@ from lm.training.checkpoint import AtomicCheckpointIO
 CONTENTS = {
     "global_step": 5,
     "start": 1,
-    "lm": {"config": {"name": "x"}},
+    "lm": {
+        "config": {"model": {"init_args": {"net": {"class_path": "lm.models.Bigram"}}}},
+        "tokenizer": {"kind": "char", "symbols": "ab"},
+        "vocab_size": 2,
+        "block_size": 4,
+    },
     "state_dict": {"weight": torch.arange(3000.0)},
 }
 
@@ -46,6 +51,17 @@ def test_a_flipped_bit_is_seen_wherever_it_changes_anything(tmp_path: Path) -> N
             assert torch.equal(loaded["state_dict"]["weight"], CONTENTS["state_dict"]["weight"])
             assert loaded["lm"] == CONTENTS["lm"] and loaded["global_step"] == 5
     assert found > 250
+
+
+def test_a_flipped_bit_in_the_archives_directory_is_seen(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.ckpt").read_bytes()
+    path = tmp_path / "flipped.ckpt"
+    for place in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for bit in (0, 4, 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            if not checkpoint.damage(path):
+                loaded = checkpoint.load(path)
+                assert torch.equal(loaded["state_dict"]["weight"], CONTENTS["state_dict"]["weight"]), (place, bit)
 
 
 def test_a_truncated_file_is_seen_at_every_length(tmp_path: Path) -> None:

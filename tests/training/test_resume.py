@@ -1,5 +1,6 @@
 """Stopped and continued equals uninterrupted, to the last bit."""
 
+import os
 import random
 import signal
 import subprocess
@@ -145,6 +146,26 @@ def wait_for(path: Path, process: Any) -> None:
         time.sleep(0.01)
 
 
+def test_keeping_the_last_ones_keeps_those_of_the_newest_start(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--checkpoint.every_n_steps", 2]
+    lm(*recipe)
+    back = ["--ckpt_path", "checkpoints/tiny/step=0000004.ckpt", "--trainer.max_steps", 8, "--checkpoint.keep_last", 2]
+    assert lm(*recipe, *back)[0] == 0
+    kept = sorted(path.name for path in Path("checkpoints/tiny").glob("step*"))
+    assert kept == ["step=0000006.ckpt", "step=0000008.ckpt"]
+
+
+def test_a_signal_to_the_whole_group_with_workers(workplace: Path) -> None:
+    """As SLURM and systemd send it: the loader's workers get it too, and must not die before the trainer stops."""
+    words = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, "--data.init_args.num_workers", 1]
+    process = start(*words, cwd=workplace, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for(workplace / "logs/tiny/metrics.csv", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, err
+    assert checkpoint.damage(workplace / "checkpoints/tiny/last.ckpt") is None
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_loses_at_most_one_interval(lm, workplace: Path) -> None:
     """SIGKILL, 20 times, from the start of the process to its end; then the run is as if nothing had been."""
@@ -182,10 +203,13 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Pat
     assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"] == 5  # the periodic one
 
 
-def test_a_signal_before_training_starts(workplace: Path) -> None:
-    process = start("fit", "--config", "tiny.yaml", cwd=workplace)
-    time.sleep(1.0)  # it is importing torch
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.5])
+def test_a_signal_before_training_starts(workplace: Path, delay: float, signum: int) -> None:
+    process = start("fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, cwd=workplace)
+    time.sleep(delay)  # it is importing torch, or parsing
+    process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 128 + signum
+    assert err.startswith("stopped by SIG")
     assert "Traceback" not in out + err
