@@ -38,9 +38,9 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.max_steps < 1 and not limits.fast_dev_run:
             raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
-        for name in ("val_check_interval", "accumulate_grad_batches"):
-            if limits[name] is not None and not isinstance(limits[name], str) and limits[name] <= 0:
-                raise UserError(f"trainer.{name} is {limits[name]}: it must be above 0")
+        for key in ("val_check_interval", "accumulate_grad_batches"):
+            if isinstance(limits[key], int | float) and limits[key] <= 0:
+                raise UserError(f"trainer.{key} is {limits[key]}: it must be above 0")
         if limits.limit_train_batches not in (None, 1.0):
             raise UserError("trainer.limit_train_batches: training has no epochs to limit, say trainer.max_steps")
         self.ckpt_path = checkpoint.resolve(

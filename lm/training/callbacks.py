@@ -46,17 +46,18 @@ class Checkpoints(Checkpoint):
         return {"best": self.best, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take these over; the best loss only where this run's folder has the checkpoint it belongs to."""
-        self.validated_step = state_dict["validated_step"]
-        if (self.folder / "best.ckpt").exists():
-            self.best = state_dict["best"]
+        """Take these over."""
+        self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Number the start that writes this checkpoint: one that went back to an earlier step is still the newer."""
         checkpoint["start"] = self.start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make up for an evaluation that a stop cut short."""
+        """Forget another run's best loss: best.ckpt is this run's own. Make up for an evaluation that was cut short."""
+        origin = Path(trainer.ckpt_path or self.folder / "none").resolve()
+        if origin.parent != self.folder.resolve() or not (self.folder / "best.ckpt").exists():
+            self.best = math.inf
         if trainer.global_step and progress.validation_due(trainer) and self.validated_step != trainer.global_step:
             progress.validate(trainer)
 

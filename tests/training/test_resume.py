@@ -155,6 +155,14 @@ def test_keeping_the_last_ones_keeps_those_of_the_newest_start(lm, workplace: Pa
     assert kept == ["step=0000006.ckpt", "step=0000008.ckpt"]
 
 
+def test_a_branch_has_a_best_checkpoint_of_its_own(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml"]
+    lm(*recipe)
+    start_from = ["--ckpt_path", "checkpoints/tiny/step=0000010.ckpt", "--model.init_args.net.init_args.dropout", 0.9]
+    assert lm(*recipe, *start_from, "--name", "branch")[0] == 0
+    assert checkpoint.peek(Path("checkpoints/branch/best.ckpt"))["step"] == 12
+
+
 def test_a_signal_to_the_whole_group_with_workers(workplace: Path) -> None:
     """As SLURM and systemd send it: the loader's workers get it too, and must not die before the trainer stops."""
     words = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, "--data.init_args.num_workers", 1]
