@@ -90,10 +90,13 @@ def read_parquet(path: Path, key: str = "text") -> str:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'lm[parquet]'") from error
-    columns = pyarrow.parquet.read_schema(path).names
-    if key not in columns:
-        raise UserError(f'{path} has no column "{key}"; it has {", ".join(columns)}')
-    return "\n".join(pyarrow.parquet.read_table(path, columns=[key])[key].to_pylist())
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        if key not in columns:
+            raise UserError(f'{path} has no column "{key}"; it has {", ".join(columns)}')
+        return "\n".join(pyarrow.parquet.read_table(path, columns=[key])[key].to_pylist())
+    except (pyarrow.ArrowException, TypeError) as error:  # TypeError: a column of numbers, or of nulls
+        raise UserError(f"{path}: not a whole Parquet file with text under {key} ({error})") from error
 
 
 READERS: dict[str, Callable[[Path], str]] = {

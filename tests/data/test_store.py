@@ -151,3 +151,17 @@ def test_the_same_bytes_under_another_suffix_are_another_text(workplace: Path) -
     as_text, as_lines = (store.load(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl"))
     assert as_lines == 6  # abcd, the line separator inside the string, and the newline between texts
     assert as_text > as_lines
+
+
+def test_parquet(workplace: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["one", "zwei", "三"], "id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, "corpus.parquet")
+    assert corpora.find("corpus.parquet").read() == "one\nzwei\n三"
+    pyarrow.parquet.write_table(table.drop(["text"]), "corpus.parquet")
+    with pytest.raises(UserError, match=r'corpus.parquet has no column "text"; it has id'):
+        corpora.find("corpus.parquet").read()
+    (workplace / "corpus.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(UserError, match=r"corpus.parquet: not a whole Parquet file"):
+        corpora.find("corpus.parquet").read()
