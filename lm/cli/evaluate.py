@@ -21,6 +21,8 @@ class Evaluate(parsing.Recipes):
         split: Which split is the default.
     """
 
+    classes = ()  # the checkpoint says them
+
     def __init__(self, arguments: list[str], split: str) -> None:
         self.split = split
         path = parsing.option(arguments, "--ckpt_path")
@@ -59,7 +61,7 @@ class Evaluate(parsing.Recipes):
         self.trainer.validate(
             module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
         )
-        names = ("loss", "perplexity", "bits_per_byte", "tokens")
+        names = [name for name in module.validation if name != "step"]
         return {name: module.validation[name] for name in names} | {"step": self.meta["step"]}
 
 
@@ -83,4 +85,5 @@ def _evaluate(arguments: list[str], split: str) -> None:
         print(
             f"{cli.config.split} at step {result['step']}: loss {result['loss']:.4f}, perplexity "
             f"{result['perplexity']:.2f}, bits per byte {result['bits_per_byte']:.4f}, over {result['tokens']:,} tokens"
+            + (f", exact match {result['exact_match']:.4f}" if "exact_match" in result else "")
         )

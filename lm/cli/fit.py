@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import parsing
+from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import checkpoint, loggers
 from lm.training.callbacks import Checkpoints, Console, RandomState, StopSignals
@@ -25,6 +26,12 @@ class Fit(parsing.Recipes):
             type=str | None,
             default=None,
             help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=Path | None,
+            default=None,
+            help="A checkpoint whose weights a new run begins with: new optimizer, step 0.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -47,12 +54,13 @@ class Fit(parsing.Recipes):
             self.checkpoints, config.ckpt_path, note=lambda line: print(f"note: {line}", file=self.stream, flush=True)
         )
         self.first_step = checkpoint.peek(self.ckpt_path)["step"] if self.ckpt_path else 0
+        if config.init_from is not None:
+            checkpoint.verify(config.init_from)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
-        if isinstance(settings["val_check_interval"], int):  # the recipe counts steps, Lightning micro-batches
-            settings["val_check_interval"] *= settings["accumulate_grad_batches"]
+        self._count_in_batches(settings)
         if settings["logger"] in (None, True):
             settings["logger"] = [loggers.Events(self.logs, self.first_step), loggers.MetricsCSV(self.logs)]
         settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
@@ -65,16 +73,44 @@ class Fit(parsing.Recipes):
             RandomState(self.config_init.seed_everything),
             Console(self.stream),
             self.config_init.samples,
+            self.config_init.figures,
             StopSignals(),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         return self._instantiate_trainer(settings, callbacks)
 
+    def _count_in_batches(self, settings: dict[str, Any]) -> None:
+        """Turn val_check_interval from the recipe's steps into Lightning's batches.
+
+        Raises:
+            UserError: Something is due at a step inside a call that takes several.
+        """
+        steps = getattr(self.config_init.model, "steps_per_call", 1)
+        if steps > 1 and settings["accumulate_grad_batches"] != 1:
+            raise UserError(
+                f"model.steps_per_call {steps} is for one process and no accumulation, trainer.accumulate_grad_batches "
+                f"is {settings['accumulate_grad_batches']}: set one of them to 1"
+            )
+        intervals = {"trainer.val_check_interval": settings["val_check_interval"]}
+        for name, interval in (
+            intervals | {"checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps}
+        ).items():
+            if isinstance(interval, int) and interval % steps:
+                raise UserError(
+                    f"{name} {interval} is not a multiple of model.steps_per_call {steps}: change one of them"
+                )
+        if isinstance(settings["val_check_interval"], int):
+            batches = settings["val_check_interval"] * settings["accumulate_grad_batches"]
+            settings["val_check_interval"] = batches // steps
+
     def run(self) -> dict[str, Any]:
         """Train, and return what `--json` prints."""
         module = parsing.language_model(self.model)
         module.config = self.resolved()
+        if self.config.init_from is not None and self.ckpt_path is None:
+            module.init_from = self.config.init_from
+        self._inherit_tokenizer()
         if self.trainer.is_global_zero:
             checkpoint.probe(self.checkpoints)
             checkpoint.probe(self.logs)
@@ -93,6 +129,16 @@ class Fit(parsing.Recipes):
             "tokens_per_second": round(tokens / seconds, 1),
             "ckpt_path": str(self.checkpoints / "last.ckpt"),
         }
+
+    def _inherit_tokenizer(self) -> None:
+        """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""
+        data: Any = self.datamodule
+        if getattr(data, "tokenizer", None) != "inherit":
+            return
+        origin = self.ckpt_path or self.config.init_from
+        if origin is None:
+            raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
+        data.tokenizer = from_state(checkpoint.peek(checkpoint.verify(origin))["tokenizer"])
 
     def open_logs(self) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""

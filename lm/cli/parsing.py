@@ -24,6 +24,7 @@ from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.training import LanguageModel
 from lm.training.callbacks import Checkpoints
+from lm.training.figures import Figures
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run's length is said in steps
@@ -71,9 +72,15 @@ class Recipes(LightningCLI):
         description: What `--help` says first.
     """
 
+    classes: tuple[str, ...] = ("--model=lm.training.LanguageModel", "--data=lm.data.TextData")
+    """What is trained where no recipe says it."""
+
     def __init__(self, arguments: list[str], description: str) -> None:
         from lightning.pytorch import LightningDataModule, LightningModule
 
+        if not any(word.split("=")[0] == "--config" for word in arguments):
+            # not parser defaults: those would leave their values behind where a recipe names another class
+            arguments = [*self.classes, *arguments]
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
             with one_line_errors(lambda: self.parser):
@@ -96,19 +103,22 @@ class Recipes(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
-        parser.set_defaults({"model": {"class_path": "lm.training.LanguageModel"}})
-        parser.set_defaults({"data": {"class_path": "lm.data.TextData"}})
         parser.add_argument("--name", type=str | None, default=None, help="The run's name, else the config file's.")
         parser.add_argument("--json", action="store_true", help="Print the result as JSON; progress goes to stderr.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
+        parser.add_lightning_class_args(Figures, "figures")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         values = yaml.safe_load(text)
-        return {key: value for key, value in values.items() if key not in ("config", "ckpt_path", "json", "split")}
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in ("config", "ckpt_path", "init_from", "json", "split")
+        }
 
 
 def _seed(value: int | bool) -> int:

@@ -45,7 +45,8 @@ class TrainChunks(Dataset[Batch]):
         ids: Token ids of the split (N,).
         block_size: Tokens in a sequence, T.
         batch_size: Sequences per optimizer step, over all ranks and micro-batches.
-        micro_batch_size: Sequences in an item, B.
+        micro_batch_size: Sequences of a step in an item, B.
+        steps: Above 1, an item has the whole batches of so many steps, K: (K, B, T).
         rank: This process.
         world_size: Number of processes.
         seed: Chooses the sequences.
@@ -58,24 +59,25 @@ class TrainChunks(Dataset[Batch]):
         block_size: int,
         batch_size: int,
         micro_batch_size: int,
+        steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
         self.ids, self.block_size, self.batch_size, self.seed = ids, block_size, batch_size, seed
-        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self.accumulate = batch_size // (micro_batch_size * world_size)
+        self.micro_batch_size, self.steps, self.rank, self.world_size = micro_batch_size, steps, rank, world_size
 
     def __getitem__(self, k: int) -> Batch:
-        """Return micro-batch k, counted from the start of training."""
-        step, micro = divmod(k, self.accumulate)
-        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
-        offsets = draw(self.seed, first, self.micro_batch_size, len(self.ids) - self.block_size)
-        rows = np.empty((self.micro_batch_size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
+        """Return item k, counted from the start of training."""
+        size = self.micro_batch_size * self.steps
+        offsets = draw(self.seed, (k * self.world_size + self.rank) * size, size, len(self.ids) - self.block_size)
+        rows = np.empty((size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
         for row, offset in zip(rows, offsets.tolist(), strict=True):
             row[:] = self.ids[offset : offset + self.block_size + 1]
         chunk = torch.from_numpy(rows)
-        return chunk[:, :-1], chunk[:, 1:]  # (B, T), (B, T)
+        if self.steps > 1:
+            chunk = chunk.view(self.steps, self.micro_batch_size, -1)  # (K B, T + 1) -> (K, B, T + 1)
+        return chunk[..., :-1], chunk[..., 1:]  # (B, T), (B, T)
 
 
 class From(Sampler[int]):

@@ -34,6 +34,8 @@ class Tokenizer(ABC):
     """Number of ids, V; every id is below it."""
     eot: int | None = None
     """Id of the end-of-text token, where there is one."""
+    begins_with_eot: bool = False
+    """Whether every text was trained on after that token, so that a prompt follows it too."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -69,33 +71,41 @@ class CharTokenizer(Tokenizer):
 
     Args:
         symbols: The characters that it knows.
+        end: One more, that stands before and after each text and gets id 0.
     """
 
-    def __init__(self, symbols: Iterable[str]) -> None:
-        self.symbols = sorted(set(symbols))
+    def __init__(self, symbols: Iterable[str], end: str | None = None) -> None:
+        known = set(symbols)
+        self.end = end
+        if end is not None:
+            self.eot, self.begins_with_eot = 0, True
+            known.discard(end)
+        self.symbols = ([] if end is None else [end]) + sorted(known)
         self.n_vocab = len(self.symbols)
-        self._points = np.array([ord(symbol) for symbol in self.symbols], dtype=np.uint32)
+        points = np.array([ord(symbol) for symbol in self.symbols], dtype=np.uint32)
+        self._order = np.argsort(points)  # the end mark may be out of order
+        self._points = points[self._order]
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64 (T,). A symbol that the vocabulary lacks is an error that names it."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        ids = np.searchsorted(self._points, points)
-        known = self._points[np.minimum(ids, self.n_vocab - 1)] == points
+        places = np.minimum(np.searchsorted(self._points, points), self.n_vocab - 1)
+        known = self._points[places] == points
         if not known.all():
             unknown = sorted({chr(point) for point in np.unique(points[~known])})
             listed = ", ".join(map(repr, unknown[:10])) + (
                 f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             )
             raise UserError(f"the vocabulary of {self.n_vocab} characters lacks {listed}")
-        return ids
+        return self._order[places]
 
     def token_bytes(self) -> list[bytes]:
         """Return the UTF-8 bytes of each symbol."""
         return [symbol.encode() for symbol in self.symbols]
 
     def state(self) -> dict[str, Any]:
-        """Return the symbols."""
-        return {"kind": "char", "symbols": "".join(self.symbols)}
+        """Return the symbols, and the end mark where there is one."""
+        return {"kind": "char", "symbols": "".join(self.symbols)} | ({"end": self.end} if self.end else {})
 
 
 class BytePairTokenizer(Tokenizer):

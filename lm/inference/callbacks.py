@@ -42,7 +42,11 @@ class SampleText(Callback):
         stream = TextStream(module.tokenizer, [])
         tokens = generate(module.net, prompt, sampler=self.sampler, generator=torch.Generator().manual_seed(self.seed))
         with trainer.precision_plugin.forward_context():
-            text = self.prompt + "".join(stream.add(int(next(tokens))) for _ in range(self.max_new_tokens))
+            text = self.prompt
+            for _ in range(self.max_new_tokens):
+                text += stream.add(int(next(tokens)))
+                if stream.done:
+                    break
         for board in boards:  # indented by four: Markdown shows it as it is
             lines = (text + stream.finish()).splitlines()
             board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)

@@ -97,7 +97,8 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
     """
     text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
     while True:
-        logits = net(text[:, -block_size:])[:, -1].float().cpu()  # (B, T, V) -> (B, V)
+        logits = net(text[:, -block_size:]).float().cpu()  # (B, T, V), or (B, V) of a fixed context
+        logits = logits[:, -1] if logits.ndim == 3 else logits  # (B, V)
         token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
         text = torch.cat([text, token.to(text.device)], dim=1)
         yield token.squeeze(1)
@@ -111,9 +112,10 @@ def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") ->
     """
     if prompt:
         try:
-            return tokenizer.encode(prompt).tolist()
+            ids = tokenizer.encode(prompt).tolist()
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
+        return [tokenizer.eot, *ids] if tokenizer.begins_with_eot and tokenizer.eot is not None else ids
     if tokenizer.eot is not None:
         return [tokenizer.eot]
     table = tokenizer.token_bytes()

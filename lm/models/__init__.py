@@ -2,5 +2,8 @@
 
 from lm.models.bigram import Bigram
 from lm.models.gpt import GPT
+from lm.models.mlp import MLP
+from lm.models.seq2seq import Seq2Seq
+from lm.models.wavenet import GatedWaveNet, WaveNet
 
-__all__ = ["GPT", "Bigram"]
+__all__ = ["GPT", "MLP", "Bigram", "GatedWaveNet", "Seq2Seq", "WaveNet"]

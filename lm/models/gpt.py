@@ -1,85 +1,226 @@
-"""GPT: a decoder-only transformer, from one attention head to GPT-2 XL.
+"""GPT: a decoder-only transformer, from one attention head to GPT-2 XL and LLaMA's layout.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); Vaswani et al., "Attention Is All You
 Need" (2017). Parameter names are GPT-2's (wte, wpe, h, ln_1, attn.c_attn, …).
 
-Shapes: B batch, T time, C channels (n_embd), H heads, V vocabulary.
+Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H), V vocabulary.
 """
 
 import math
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.models.feed_forward import FeedForward, make_feed_forward
+from lm.models.rotary import Rotary
+
+Attention = Literal["batched", "separate"]
+Norm = Literal["layer", "rms", "none"]
+NormPosition = Literal["pre", "post"]
+Positions = Literal["learned", "rotary", "none"]
+CHOICES = {
+    "attention": Attention,
+    "feed_forward": FeedForward,
+    "norm": Norm,
+    "norm_position": NormPosition,
+    "positions": Positions,
+}
+
+
+def make_norm(kind: Norm, size: int, *, bias: bool) -> nn.Module:
+    """Return a normalisation of the last dimension; both kinds begin as mere normalisation, weight one."""
+    if kind == "layer":
+        return nn.LayerNorm(size, bias=bias)
+    return nn.RMSNorm(size, eps=1e-5) if kind == "rms" else nn.Identity()
+
+
+def causal_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return how much each position attends to itself and to each earlier one, (…, T, T), from q and k (…, T, D)."""
+    T, D = q.shape[-2:]  # noqa: N806
+    scores = q @ k.mT / math.sqrt(D)  # (…, T, D) @ (…, D, T) -> (…, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and at what came before it; all heads come from one projection."""
 
-    def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+    def __init__(
+        self,
+        *,
+        n_embd: int,
+        n_head: int,
+        dropout: float,
+        bias: bool,
+        attention_bias: bool | None = None,
+        n_kv_head: int | None = None,
+        projection: bool = True,
+        qk_norm: bool = False,
+        rotary: Rotary | None = None,
+    ) -> None:
         super().__init__()
         self.n_head = n_head
+        self.n_kv_head = n_head if n_kv_head is None else n_kv_head
+        self.head_size = n_embd // n_head
         self.dropout = dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # query, key and value of all heads
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.widths = [count * self.head_size for count in (n_head, self.n_kv_head, self.n_kv_head)]
+        attention_bias = bias if attention_bias is None else attention_bias
+        self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
+        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.rotary = rotary
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
         self.resid_dropout = nn.Dropout(dropout)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query, key and value of all heads, each (B, H, T, D), from x (B, T, C)."""
+        parts = self.c_attn(x).split(self.widths, dim=2)  # (B, T, C) -> (B, T, C) and, of H' key heads, two (B, T, H'D)
+        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)  # -> (B, H or H', T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
+            q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
+            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, T, D)
+        return q, k, v
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
+        q, k, _ = self.qkv(x)
+        return causal_weights(q, k)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        B, T, C = x.shape  # noqa: N806
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, C) -> (B, T, 3, H, C/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, C/H)
+        q, k, v = self.qkv(x)  # each (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C): heads side by side
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
-class MLP(nn.Module):
-    """The position-wise feed-forward network, four times as wide inside."""
+class Head(nn.Module):
+    """One head of self-attention, written out."""
 
-    def __init__(self, *, n_embd: int, dropout: float, bias: bool) -> None:
+    def __init__(self, *, n_embd: int, head_size: int, dropout: float, bias: bool) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.query = nn.Linear(n_embd, head_size, bias=bias)
+        self.key = nn.Linear(n_embd, head_size, bias=bias)
+        self.value = nn.Linear(n_embd, head_size, bias=bias)
         self.dropout = nn.Dropout(dropout)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return the attention weights (B, T, T) of x (B, T, C), without dropout."""
+        return causal_weights(self.query(x), self.key(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, D)."""
+        return self.dropout(self.weights(x)) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
+
+
+class SeparateHeads(nn.Module):
+    """The same attention as `CausalSelfAttention`, one module a head: slower, and easier to read."""
+
+    def __init__(
+        self,
+        *,
+        n_embd: int,
+        n_head: int,
+        dropout: float,
+        bias: bool,
+        attention_bias: bool | None = None,
+        projection: bool = True,
+    ) -> None:
+        super().__init__()
+        attention_bias = bias if attention_bias is None else attention_bias
+        self.heads = nn.ModuleList(
+            Head(n_embd=n_embd, head_size=n_embd // n_head, dropout=dropout, bias=attention_bias) for _ in range(n_head)
+        )
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
+        return torch.stack([head.weights(x) for head in self.heads], dim=1)  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        y = torch.cat([head(x) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class Block(nn.Module):
-    """Communication, then computation; each adds to the residual stream and reads it through a LayerNorm."""
+    """Communication, then computation; by default each adds to the residual stream and reads it through a norm."""
 
-    def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+    def __init__(
+        self,
+        *,
+        attn: nn.Module,
+        mlp: nn.Module | None,
+        norms: tuple[nn.Module, nn.Module],
+        norm_position: NormPosition = "pre",
+        residual: bool = True,
+    ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
-        self.attn = CausalSelfAttention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
-        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd=n_embd, dropout=dropout, bias=bias)
+        self.post = norm_position == "post"
+        self.residual = residual
+        self.ln_1 = norms[0]
+        self.attn = attn
+        if mlp is not None:
+            self.ln_2 = norms[1]
+        self.mlp = mlp
+
+    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module) -> Tensor:
+        """Return x + f(norm(x)), or with post-norm norm(x + f(x)); without residual, the same without "x +"."""
+        y = f(x if self.post else norm(x))
+        if self.residual:
+            y = x + y
+        return norm(y) if self.post else y
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the residual stream (B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = self.branch(x, self.ln_1, self.attn)
+        return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
 
 
 class GPT(nn.Module):
-    """A GPT with learned positions and pre-norm blocks.
+    """A decoder-only transformer; the defaults are GPT-2: learned positions and pre-norm blocks.
 
     Args:
         vocab_size: Number of different tokens, V.
-        block_size: Longest context in tokens; also the number of learned positions.
+        block_size: Longest context in tokens; also the number of positions.
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides n_embd.
         n_embd: Width of the residual stream, C.
         dropout: Probability of dropping an element after the embedding, in attention and on each residual branch.
         bias: Whether linear layers and LayerNorms have biases (GPT-2: yes).
         tie_weights: Whether the output head is the token embedding (GPT-2: yes).
+        attention: "batched" makes all heads from one projection, "separate" has a module for each head, written out.
+        attention_bias: Whether queries, keys and values have biases; as `bias` by default.
+        n_kv_head: Key and value heads, each shared by n_head / n_kv_head query heads (Ainslie et al. 2023); n_head by
+            default. LLaMA 3 8B has 8 for 32.
+        qk_norm: Whether each head's queries and keys are RMS-normalised before their product (Henry et al. 2020).
+        projection: Whether a linear layer mixes the heads' outputs.
+        feed_forward: "gelu", "relu" and "relu_squared" are two layers with that activation, "swiglu" is gated,
+            "single" one layer and a ReLU, "none" leaves the feed-forward network out.
+        hidden_size: Width inside the feed-forward network; by default 4 n_embd, with swiglu 8/3 n_embd rounded up to a
+            multiple of 8, which weighs the same.
+        residual: Whether a block adds its results to its input rather than replacing it.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019), "none" for none.
+        norm_position: "pre" normalises what each part of a block reads, and the last block's result; "post" normalises
+            each sum, as in Vaswani et al.
+        positions: "learned" adds an embedding of the position, "rotary" turns queries and keys (Su et al. 2021), "none"
+            leaves order to the causal mask.
+        rope_theta: The base of rotary angles.
+        logit_soft_cap: Bounds logits to ±this by cap · tanh(logits / cap) (Gemma 2: 30); None leaves them.
+        head_bias: Whether the output head has a bias.
+        init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
+            embeddings of deviation 1 do not suit tie_weights.
 
     Raises:
-        ValueError: A size is not positive, n_head does not divide n_embd, or dropout is outside [0, 1).
+        ValueError: A size is not positive or does not divide what it must, dropout is outside [0, 1), a choice is
+            unknown, or two settings cannot work together.
     """
 
     def __init__(
@@ -93,42 +234,67 @@ class GPT(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         tie_weights: bool = True,
+        attention: Attention = "batched",
+        attention_bias: bool | None = None,
+        n_kv_head: int | None = None,
+        qk_norm: bool = False,
+        projection: bool = True,
+        feed_forward: FeedForward = "gelu",
+        hidden_size: int | None = None,
+        residual: bool = True,
+        norm: Norm = "layer",
+        norm_position: NormPosition = "pre",
+        positions: Positions = "learned",
+        rope_theta: float = 10000.0,
+        logit_soft_cap: float | None = None,
+        head_bias: bool = False,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        for name, size in {"vocab_size": vocab_size, "block_size": block_size, **sizes}.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
-        if n_embd % n_head:
-            raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        check_settings(locals())
         self.vocab_size = vocab_size
         self.block_size = block_size
+        self.logit_soft_cap = logit_soft_cap
+        self.init_std = init_std
+        attend: dict[str, Any] = {"attention_bias": attention_bias, "projection": projection}
+        if attention == "batched":
+            attend |= {"n_kv_head": n_kv_head, "qk_norm": qk_norm}
+            if positions == "rotary":
+                attend["rotary"] = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
+        common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
+
+        def make_block() -> Block:
+            attn = (CausalSelfAttention if attention == "batched" else SeparateHeads)(n_head=n_head, **common, **attend)
+            mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
+            norms = make_norm(norm, n_embd, bias=bias), make_norm(norm, n_embd, bias=bias)
+            return Block(attn=attn, mlp=mlp, norms=norms, norm_position=norm_position, residual=residual)
+
         self.wte = nn.Embedding(vocab_size, n_embd)
-        self.wpe = nn.Embedding(block_size, n_embd)
+        self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias) for _ in range(n_layer))
-        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.h = nn.ModuleList(make_block() for _ in range(n_layer))
+        self.ln_f = make_norm(norm, n_embd, bias=bias) if norm_position == "pre" else nn.Identity()
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)
         self.reset_parameters()
         if tie_weights:
             self.lm_head.weight = self.wte.weight
 
     def reset_parameters(self) -> None:
-        """Initialise as GPT-2: N(0, 0.02), biases zero, residual projections scaled by 1/sqrt(2 n_layer).
+        """Initialise as GPT-2: N(0, init_std), biases zero, residual projections scaled by 1/sqrt(2 n_layer).
 
         Each of the 2 n_layer residual branches adds its variance to the stream; the scale keeps their sum at one
-        branch's.
+        branch's. Where init_std is None, layers stay as torch made them.
         """
+        if self.init_std is None:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.h)))
+                nn.init.normal_(parameter, std=self.init_std / math.sqrt(2 * len(self.h)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token after each position.
@@ -145,8 +311,67 @@ class GPT(nn.Module):
         T = tokens.shape[1]  # noqa: N806
         if self.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.block_size}")
-        positions = torch.arange(T, device=tokens.device)  # (T,)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.wte(tokens)  # (B, T) -> (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.drop(x)
         for block in self.h:
             x = block(x)
-        return self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
+        if self.logit_soft_cap is not None:
+            logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
+        return logits
+
+    @torch.no_grad()
+    def attention_maps(self, tokens: Tensor) -> list[Tensor]:
+        """Return each block's attention weights (B, H, T, T) over tokens (B, T), without dropout.
+
+        They are read off an ordinary forward pass, from what each block's attention was given.
+        """
+        maps: list[Tensor] = []
+
+        def keep(attn: nn.Module, inputs: tuple[Tensor]) -> None:
+            assert isinstance(attn, CausalSelfAttention | SeparateHeads)
+            maps.append(attn.weights(*inputs))
+
+        training = self.training
+        hooks = [block.attn.register_forward_pre_hook(keep) for block in self.h]  # type: ignore[union-attr]
+        try:
+            self.eval()(tokens)
+        finally:
+            self.train(training)
+            for hook in hooks:
+                hook.remove()
+        return maps
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings of a `GPT` that make no network.
+
+    Raises:
+        ValueError: Which setting, its value and what to do.
+    """
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} is {settings[name]}: it must be at least 1")
+    for name, choices in CHOICES.items():
+        if settings[name] not in get_args(choices):
+            raise ValueError(f"{name} is {settings[name]}: choose from {', '.join(get_args(choices))}")
+    n_embd, n_head, n_kv_head = settings["n_embd"], settings["n_head"], settings["n_kv_head"]
+    if n_embd % n_head:
+        raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
+    if not 0 <= settings["dropout"] < 1:
+        raise ValueError(f"dropout is {settings['dropout']}: it must be at least 0 and below 1")
+    for name, remedy in {"logit_soft_cap": "null for none", "init_std": "null for torch's own"}.items():
+        if settings[name] is not None and not settings[name] > 0:
+            raise ValueError(f"{name} is {settings[name]}: it must be above 0, or {remedy}")
+    if settings["attention"] == "separate":
+        for name, on in {"n_kv_head": n_kv_head is not None, "qk_norm": settings["qk_norm"]}.items():
+            if on:
+                raise ValueError(f"{name} {settings[name]} needs attention batched, and it is separate: drop one")
+        if settings["positions"] == "rotary":
+            raise ValueError("positions rotary needs attention batched, and it is separate: change one")
+    if n_kv_head is not None and (n_kv_head < 1 or n_head % n_kv_head):
+        raise ValueError(f"n_kv_head {n_kv_head} does not divide n_head {n_head}: choose one of its divisors")
+    if settings["norm"] == "none" and settings["norm_position"] == "post":
+        raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")

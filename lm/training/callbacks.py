@@ -262,14 +262,15 @@ class Console(Callback):
         if not trainer.is_global_zero or not progress.step_finished(trainer, batch_idx):
             return
         metrics: Any = pl_module.metrics
-        logged = metrics.get("step") == trainer.global_step
+        logged = metrics.get("step", 0) > trainer.global_step - progress.steps_per_call(trainer)
         if self.bar is not None:
             if logged:
                 self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
         elif logged:
             self._line(
-                f"{self._step(trainer)}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+                f"{self._step(trainer, metrics['step'])}  loss {metrics['loss']:.4f}  "
+                f"lr {metrics['learning_rate']:.2e}  "
                 f"norm {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s"
             )
 
@@ -278,12 +279,13 @@ class Console(Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
             values: Any = pl_module.validation
             self._line(
-                f"{self._step(trainer)}  val_loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}  "
-                f"bits per byte {values['bits_per_byte']:.4f}"
+                f"{self._step(trainer, trainer.global_step)}  val_loss {values['loss']:.4f}  "
+                f"perplexity {values['perplexity']:.2f}  bits per byte {values['bits_per_byte']:.4f}"
+                + (f"  exact match {values['exact_match']:.4f}" if "exact_match" in values else "")
             )
 
-    def _step(self, trainer: Trainer) -> str:
-        return f"step {trainer.global_step:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
+    def _step(self, trainer: Trainer, step: int) -> str:
+        return f"step {step:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the bar."""

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
+from torchmetrics.classification import MulticlassExactMatch
 
 from lm import __version__
+from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import CheckError, UserError
+from lm.models.layers import calibrate
 from lm.training import progress
+from lm.training.figures import Figures
+from lm.training.finetune import take_weights
 from lm.training.metrics import TokenLoss
+from lm.training.optimizers import parameter_groups
 from lm.training.schedules import Constant, Schedule
 
 
@@ -32,22 +39,34 @@ class LanguageModel(LightningModule):
 
     Args:
         net: Makes the network from (vocab_size, block_size): a class_path with its other arguments.
-        optimizer: Makes the optimizer from parameter groups. Its weight decay applies to matrices only.
+        optimizer: Makes the optimizer from parameter groups. Its weight decay applies to matrices only. Default: AdamW
+            with learning rate 1e-3 and weight decay 0.1.
         schedule: Factor on the learning rate, a pure function of the step; constant by default.
         clip_norm: Largest global norm of the gradient; larger ones are scaled down to it. None never scales.
+        steps_per_call: Optimizer steps that one of the Trainer's own takes. Its loop costs about half a millisecond,
+            more than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and
+            stops by a signal come at its multiples. For one process, in full precision, without accumulation.
+        calibrate: Whether BatchNorm's running statistics are taken from the whole training split after the last step.
     """
 
     def __init__(
         self,
         net: Callable[[int, int], nn.Module],
-        optimizer: Callable[[Iterable], Optimizer] = lambda params: AdamW(params, lr=1e-3, weight_decay=0.1),
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
         schedule: Schedule | None = None,
         clip_norm: float | None = 1.0,
+        steps_per_call: int = 1,
+        calibrate: bool = False,
     ) -> None:
         super().__init__()
+        if steps_per_call < 1:
+            raise UserError(f"model.steps_per_call is {steps_per_call}: it must be at least 1")
+        self.steps_per_call, self.calibrate = steps_per_call, calibrate
+        self.automatic_optimization = steps_per_call == 1
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"model.clip_norm is {clip_norm}: it must be above 0, or null for none")
-        self.make_net, self.make_optimizer = net, optimizer
+        # a default of the argument itself would leave its weight decay to any other class that a recipe names
+        self.make_net, self.make_optimizer = net, optimizer or _adamw
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.net: nn.Module | None = None
@@ -55,19 +74,37 @@ class LanguageModel(LightningModule):
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None
         """The resolved configuration, kept in checkpoints; set by the command line."""
+        self.init_from: Path | None = None
+        """The checkpoint whose weights a new run begins with; set by the command line."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
         self.validation: dict[str, float] = {}
         """The newest validation metrics, "step" among them."""
         self.train_loss = TokenLoss()
         self.eval_loss = TokenLoss()
+        self.exact_match: MulticlassExactMatch | None = None
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
-        self._micro_tokens = 0
+        self._step_targets: list[Tensor] = []
         self._grad_norm = torch.zeros(())
         self._settings: list[dict[str, Any]] = []  # each parameter group's, as configured
+        self._watchers: list[Figures] = []
         self._clock = (0.0, 0)  # time and step at which the throughput measurement began
 
     # -- what is fitted
+
+    def setup(self, stage: str) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            UserError: Steps are to be taken several at a time where only Lightning's own loop can take them.
+        """
+        trainer = self.trainer
+        alone = trainer.world_size == 1 and trainer.precision in ("32-true", "64-true")
+        if stage == "fit" and self.steps_per_call > 1 and not alone:
+            raise UserError(
+                f"model.steps_per_call {self.steps_per_call} is for one process, trainer.precision 32-true or 64-true; "
+                f"here are {trainer.world_size} and {trainer.precision}: set it to 1"
+            )
 
     def configure_model(self) -> None:
         """Build the network for the data's vocabulary and block size."""
@@ -79,21 +116,22 @@ class LanguageModel(LightningModule):
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer
+        if self.init_from is not None:
+            take_weights(self.net, data.text_tokenizer, self.init_from)
+        if getattr(data, "exact_match", False):
+            self.exact_match = MulticlassExactMatch(data.vocab_size, ignore_index=IGNORED)
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
         self.register_buffer("token_lengths", lengths, persistent=False)
 
     def configure_optimizers(self) -> Optimizer:
-        """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
+        """Make the optimizer over the network's groups: hidden matrices, tables, and vectors, which do not decay."""
         assert self.net is not None
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim >= 2]
-        vectors = [p for p in parameters if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         try:
-            optimizer = self.make_optimizer([group for group in groups if group["params"]])
+            optimizer = self.make_optimizer(parameter_groups(self.net))
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, parameters)), "each parameter belongs to exactly one group"
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         return optimizer
@@ -110,23 +148,63 @@ class LanguageModel(LightningModule):
         for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
             group.update(settings)
         self._clock = (time.monotonic(), self.global_step)
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate of the step."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_losses.clear()
-            factor = self.schedule(self.global_step, self.trainer.max_steps)
-            for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
-                group["lr"] = settings["lr"] * factor
+        """Begin a step, unless `training_step` takes several."""
+        if self.steps_per_call == 1:
+            if batch_idx % self.trainer.accumulate_grad_batches == 0:
+                self._begin_step(self.global_step)
+            for watcher in self._watching(self.global_step + 1):
+                watcher.before_step(self.net)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch of tokens and targets, both (B, T)."""
-        tokens, targets = batch
-        logits = self(tokens)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())  # (B T, V), (B T,) -> ()
+    def _begin_step(self, step: int) -> None:
+        """Set the learning rate of the step that follows `step` finished ones."""
+        self._step_losses.clear()
+        self._step_targets.clear()
+        factor = self.schedule(step, self.trainer.max_steps)
+        for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+            group["lr"] = settings["lr"] * factor
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        """Return the mean cross-entropy of a micro-batch; or take several whole steps, and return nothing.
+
+        Args:
+            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
+            batch_idx: Number of the batch in this process.
+        """
+        if self.steps_per_call == 1:
+            return self._loss(*batch)
+        self._take_steps(*batch)
+        return None
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self(tokens)  # (B, T, V), or (B, V) of a fixed context
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)  # (B T, V), (B T,) -> ()
         self._step_losses.append(loss.detach())
-        self._micro_tokens = targets.numel()
+        self._step_targets.append(targets)
         return loss
+
+    def _take_steps(self, tokens: Tensor, targets: Tensor) -> None:
+        """Take the steps of a stack of batches, (K, B, T) and (K, B, …), beginning with the first that is still due."""
+        trainer, optimizer = self.trainer, self.trainer.optimizers[0]
+        done = self.global_step
+        last = min(done - done % self.steps_per_call + self.steps_per_call, trainer.max_steps)
+        for step in range(done, last):
+            i = step % self.steps_per_call
+            self._begin_step(step)
+            for watcher in self._watching(step + 1):
+                watcher.before_step(self.net)
+            optimizer.zero_grad()
+            self._loss(tokens[i], targets[i]).backward()
+            self.configure_gradient_clipping(optimizer)
+            optimizer.step()
+            progress.count_step(trainer)
+            self._finish_step(step + 1)
+
+    def _watching(self, step: int) -> list[Figures]:
+        return [watcher for watcher in self._watchers if watcher.due(step)]
 
     def configure_gradient_clipping(
         self,
@@ -155,6 +233,8 @@ class LanguageModel(LightningModule):
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         self._grad_norm = norm
+        for watcher in self._watching(self.global_step + 1):
+            watcher.before_update(self.net)
 
     def optimizer_step(
         self,
@@ -165,17 +245,36 @@ class LanguageModel(LightningModule):
     ) -> None:
         """Update the weights, then log the step: before any callback may save a checkpoint of it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._log_step(self.global_step + 1)  # Lightning counts the step when this returns
+        self._finish_step(self.global_step + 1)  # Lightning counts the step when this returns
+
+    def _finish_step(self, step: int) -> None:
+        """Do what follows the update: figures, metrics, and after the last step the calibration."""
+        for watcher in self._watching(step):
+            watcher.after_step(self.net, step)
+        self._log_step(step)
+        if self.calibrate and step == self.trainer.max_steps:
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        assert self.net is not None
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.world_size > 1:
+            raise UserError("model.calibrate is for one process: each would have statistics of its own")
+        dataset = data.eval_dataset("train")
+        batches = (dataset[k][0].to(self.device) for k in range(len(dataset)))
+        if not calibrate(self.net, batches):
+            raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
 
     def _log_step(self, step: int) -> None:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (not every or step % every) and step not in (1, self.trainer.max_steps):
             return
-        for loss in self._step_losses:
-            self.train_loss.update(loss * self._micro_tokens, self._micro_tokens)
+        for loss, targets in zip(self._step_losses, self._step_targets, strict=True):
+            predicted = (targets != IGNORED).sum()
+            self.train_loss.update(loss * predicted, predicted)
         values = self.train_loss.compute()
         self.train_loss.reset()
-        tokens_per_step = int(values["tokens"])
+        tokens_per_step = sum(targets.numel() for targets in self._step_targets) * self.trainer.world_size
         began, first = self._clock
         self._clock = (time.monotonic(), step)
         self.metrics = {
@@ -191,12 +290,16 @@ class LanguageModel(LightningModule):
     # -- evaluation
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch of tokens and targets, both (B, T), to the evaluation's sums."""
+        """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
         tokens, targets = batch
-        logits = self(tokens).flatten(0, -2)  # (B, T, V) -> (B T, V)
+        logits = self(tokens)  # (B, T, V), or (B, V)
         precise = logits.float() if logits.dtype.itemsize < 4 else logits  # sums in 16 bits lose digits
-        nats = F.cross_entropy(precise, targets.flatten(), reduction="sum")
-        self.eval_loss.update(nats, targets.numel(), self.token_lengths[targets].sum())
+        flat = precise.flatten(0, -2)  # (B T, V)
+        nats = F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+        predicted = targets[targets != IGNORED]
+        self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())
+        if self.exact_match is not None:  # all right, given the right ones before: so would greedy generation be
+            self.exact_match.update(logits.argmax(-1), targets)
 
     def on_validation_epoch_end(self) -> None:
         """Publish the evaluation: `val_loss` for callbacks, all of it for the loggers."""
@@ -205,9 +308,12 @@ class LanguageModel(LightningModule):
         self.log("val_loss", values["loss"], logger=False)  # the metric has summed over the ranks
         self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
         self.validation["tokens"] = int(values["tokens"])
+        if self.exact_match is not None:
+            self.validation["exact_match"] = float(self.exact_match.compute())
+            self.exact_match.reset()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            chosen = ("loss", "perplexity", "bits_per_byte")
-            self._write({f"val/{key}": self.validation[key] for key in chosen}, self.global_step)
+            chosen = {k: v for k, v in self.validation.items() if k not in ("step", "tokens")}
+            self._write({f"val/{key}": value for key, value in chosen.items()}, self.global_step)
 
     def on_validation_end(self) -> None:
         """Keep the time of the evaluation out of tokens_per_second."""
@@ -279,7 +385,12 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(config: dict[str, Any]) -> str:
-    return config["model"]["init_args"]["optimizer"]["class_path"]
+    chosen = config["model"]["init_args"].get("optimizer")
+    return chosen["class_path"] if chosen else "torch.optim.AdamW"
+
+
+def _adamw(params: Iterable) -> Optimizer:
+    return AdamW(params, lr=1e-3, weight_decay=0.1)
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ class TokenLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: int, text_bytes: Tensor | int = 0) -> None:
+    def update(self, nats: Tensor, tokens: Tensor | int, text_bytes: Tensor | int = 0) -> None:
         """Add a batch: its summed cross-entropy in nats, its number of targets, and the bytes that these stand for."""
         self.nats += nats
         self.tokens += tokens

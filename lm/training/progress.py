@@ -10,6 +10,16 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 
+def steps_per_call(trainer: Trainer) -> int:
+    """Return how many optimizer steps the module takes in one of the Trainer's."""
+    return getattr(trainer.lightning_module, "steps_per_call", 1)
+
+
+def count_step(trainer: Trainer) -> None:
+    """Count an optimizer step that the module took by itself, without Lightning's wrapper."""
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += 1
+
+
 def step_finished(trainer: Trainer, batch_idx: int) -> bool:
     """Return whether micro-batch batch_idx was the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -23,7 +33,8 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
     loop.manual_optimization.optim_step_progress.total.completed = step
     for name in ("ready", "started", "processed", "completed"):
-        setattr(loop.batch_progress.total, name, step * trainer.accumulate_grad_batches)
+        batches = step * trainer.accumulate_grad_batches // steps_per_call(trainer)
+        setattr(loop.batch_progress.total, name, batches)
 
 
 def validate(trainer: Trainer) -> None:
@@ -39,7 +50,8 @@ def validation_due(trainer: Trainer) -> bool:
     interval = trainer.val_check_batch
     if not isinstance(interval, int) or not validates(trainer):
         return False
-    return (trainer.global_step * trainer.accumulate_grad_batches) % interval == 0
+    batches, rest = divmod(trainer.global_step * trainer.accumulate_grad_batches, steps_per_call(trainer))
+    return not rest and batches % interval == 0
 
 
 def validates(trainer: Trainer) -> bool:

@@ -52,3 +52,19 @@ class StopTwice(Callback):
         if trainer.global_step + 1 == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class PoisonAt(Callback):
+    """Puts a NaN into the loss of a step.
+
+    Args:
+        step: The step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.net.register_forward_hook(
+            lambda net, inputs, logits: logits * float("nan") if trainer.global_step + 1 == self.step else None
+        )

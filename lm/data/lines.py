@@ -1,0 +1,201 @@
+"""LinesData: one document a line, names say, each ended by a mark that the network learns to write.
+
+Shapes: K steps, B sequences, T block_size.
+"""
+
+import random
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lm.data import corpora
+from lm.data.chunks import Batch, draw
+from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.tokenizers import CharTokenizer, Tokenizer
+from lm.errors import UserError
+
+SPLIT_SEED = 42  # makemore's: the split is part of the reference figures, not of the run
+EVAL_TOKENS = 1 << 16
+
+
+class Draws(Dataset[Batch]):
+    """Item k is a rank's micro-batch k, or a stack of whole batches, of examples drawn with replacement.
+
+    Example j of the global batch of step s has index s × batch_size + j and is `draw` of it, as in `TrainChunks`.
+
+    Args:
+        tokens: All examples (N, T).
+        targets: Theirs (N,) or (N, T).
+        batch_size: Examples per optimizer step, over all ranks and micro-batches.
+        micro_batch_size: Examples in an item, B.
+        steps: Above 1, an item is the batches of so many steps (K, B, …).
+        rank: This process.
+        world_size: Number of processes.
+        seed: Chooses the examples.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.tokens, self.targets, self.batch_size, self.micro_batch_size = (
+            tokens,
+            targets,
+            batch_size,
+            micro_batch_size,
+        )
+        self.steps, self.rank, self.world_size, self.seed = steps, rank, world_size, seed
+
+    def __getitem__(self, k: int) -> Batch:
+        """Return item k, counted from the start of training."""
+        size = self.micro_batch_size * self.steps
+        chosen = torch.from_numpy(draw(self.seed, (k * self.world_size + self.rank) * size, size, len(self.tokens)))
+        if self.steps > 1:
+            chosen = chosen.view(self.steps, -1)  # (K B,) -> (K, B)
+        return self.tokens[chosen], self.targets[chosen]
+
+
+class LinesData(TokenData):
+    """Documents from a named corpus or a text file, one a line, a symbol a character.
+
+    The split is by lines: shuffled with a fixed seed, then cut into train, validation and test.
+
+    Args:
+        corpus: names (downloaded once), or the path of a text file.
+        targets: last serves each symbol as an example of its own, with the block_size symbols before it, for networks
+            of fixed context; all serves each line once, with all of its symbols as targets.
+        end: The mark, one character that no line contains: it pads what is before a line and ends it.
+        block_size: Tokens in a sequence; the network's context.
+        batch_size: Sequences per optimizer step, over all processes and accumulated micro-batches.
+        val_fraction: Share of the lines, before the test share, that validates.
+        test_fraction: Share of the lines that tests.
+        num_workers: Processes that prepare batches; indexing tensors rarely needs one.
+        seed: Chooses the training sequences; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        corpus: str = "names",
+        targets: Literal["last", "all"] = "last",
+        end: str = ".",
+        block_size: int = 8,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        num_workers: int = 0,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if len(end) != 1 or end == "\n":
+            raise UserError(f"data.end is {end!r}: it must be one character that is no line end")
+        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise UserError(
+                f"data.val_fraction is {val_fraction}, data.test_fraction {test_fraction}: shares are above 0, and "
+                "leave some lines to train on"
+            )
+        self.corpus, self.targets, self.end = corpus, targets, end
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.examples: dict[str, Batch] = {}
+
+    def prepare_data(self) -> None:
+        """Download the corpus where it is a named one."""
+        corpora.find(self.corpus)
+
+    def setup(self, stage: str) -> None:
+        """Read, split and encode the lines.
+
+        Raises:
+            UserError: There are too few different lines, or one has a symbol that the vocabulary lacks, the end mark,
+                or does not fit.
+        """
+        _ = self.micro_batch_size
+        if self.examples:
+            return
+        splits = self._split()
+        if not isinstance(self.tokenizer, Tokenizer):
+            symbols = {symbol for lines in splits.values() for line in lines for symbol in line}
+            if self.end in symbols:
+                raise UserError(f"corpus {self.corpus}: a line contains the end mark {self.end!r}: set data.end")
+            self.tokenizer = CharTokenizer(symbols, end=self.end)
+        make = self._windows if self.targets == "last" else self._whole
+        self.examples = {name: make(lines) for name, lines in splits.items()}
+
+    def _split(self) -> dict[str, list[str]]:
+        lines = corpora.find(self.corpus).read().splitlines()
+        lines = [line for line in lines if line]
+        if not lines:
+            raise UserError(f"corpus {self.corpus}: it has no lines")
+        if len(set(lines)) < 3:
+            raise UserError(
+                f"corpus {self.corpus}: its {len(lines)} lines are {len(set(lines))} different one(s): training, "
+                "validation and test need different lines"
+            )
+        random.Random(SPLIT_SEED).shuffle(lines)
+        first = int((1 - self.val_fraction - self.test_fraction) * len(lines))
+        second = int((1 - self.test_fraction) * len(lines))
+        splits = {"train": lines[:first], "val": lines[first:second], "test": lines[second:]}
+        for name, part in splits.items():
+            if not part and (name != "test" or self.test_fraction):
+                raise UserError(f"corpus {self.corpus}: {len(lines)} lines leave none for its {name} split: use more")
+        return splits
+
+    def _windows(self, lines: list[str]) -> Batch:
+        """Return every symbol and end mark (N,) with the block_size symbols before it in its line (N, T)."""
+        T, mark = self.block_size, self.text_tokenizer.eot  # noqa: N806
+        ids = self.text_tokenizer.encode("".join(self.end * T + line + self.end for line in lines))
+        # a target's context are the T symbols before it: of the T marks before each line, none is a target
+        lengths = np.array([len(line) + 1 for line in lines], dtype=np.int64)  # targets of each line
+        starts = np.cumsum(np.concatenate([[0], lengths + T]))[:-1] + T  # where each line's targets begin
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.repeat(starts, lengths) + within  # (N,)
+        windows = np.lib.stride_tricks.sliding_window_view(ids, T)[places - T] if len(lines) else np.empty((0, T), int)
+        assert mark is not None
+        return torch.from_numpy(windows.copy()), torch.from_numpy(ids[places] if len(lines) else np.empty(0, int))
+
+    def _whole(self, lines: list[str]) -> Batch:
+        """Return each line after a mark (N, T), and its targets: itself and a mark, then nothing (N, T)."""
+        T, mark = self.block_size, self.text_tokenizer.eot  # noqa: N806
+        longest = max(lines, key=len, default="")
+        if len(longest) + 1 > T:
+            raise UserError(
+                f"corpus {self.corpus}: the line {longest[:40]!r} and its mark need {len(longest) + 1} tokens, "
+                f"data.block_size is {T}: make it larger, or say data.targets last"
+            )
+        assert mark is not None
+        tokens, targets = torch.full((len(lines), T), mark), torch.full((len(lines), T), IGNORED)
+        for row, line in enumerate(lines):
+            ids = torch.from_numpy(self.text_tokenizer.encode(line))
+            tokens[row, 1 : len(ids) + 1] = ids
+            targets[row, : len(ids)] = ids
+            targets[row, len(ids)] = mark
+        return tokens, targets
+
+    def train_dataset(self, steps: int) -> Draws:
+        """Return the training examples, drawn with replacement."""
+        tokens, targets = self.examples["train"]
+        return Draws(
+            tokens,
+            targets,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            steps=steps,
+            seed=self.seed,
+            **self._place(),
+        )
+
+    def eval_dataset(self, split: str) -> Rows:
+        """Return all examples of a split once; test is validation where there is no test split."""
+        tokens, targets = self.examples[split if split != "test" or self.test_fraction else "val"]
+        return Rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())

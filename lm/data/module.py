@@ -1,0 +1,168 @@
+"""TokenData: what all LightningDataModules here share: the global batch, its division, loaders that go on anywhere."""
+
+import shutil
+import signal
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lm.data.chunks import Batch, From
+from lm.data.tokenizers import Tokenizer
+from lm.errors import UserError
+
+IGNORED = -100  # a target that is not predicted; torch's own ignore_index
+
+
+class TokenData(LightningDataModule, ABC):
+    """Serves batches of (tokens, targets); training is endless, and each step's batch a pure function of (seed, step).
+
+    Works without a Trainer too: then it is one process that does not accumulate.
+
+    Args:
+        block_size: Tokens in a sequence; the network's context.
+        batch_size: Sequences per optimizer step, over all processes and accumulated micro-batches.
+        num_workers: Processes that prepare batches.
+        seed: Chooses the training sequences.
+    """
+
+    def __init__(self, *, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        for name, size in {"block_size": block_size, "batch_size": batch_size}.items():
+            if size < 1:
+                raise UserError(f"data.{name} is {size}: it must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers is {num_workers}: it must be at least 0")
+        self.block_size, self.batch_size = block_size, batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.tokenizer: str | Tokenizer = ""
+        self.val_split = "val"
+
+    @abstractmethod
+    def train_dataset(self, steps: int) -> Dataset[Batch]:
+        """Return the data set whose item k is this process's micro-batch k, or, with steps above 1, batches of steps.
+
+        Args:
+            steps: Optimizer steps in an item; above 1 it is (steps, B, …), the batches of steps k × steps and on.
+        """
+
+    @abstractmethod
+    def eval_dataset(self, split: str) -> Dataset[Batch]:
+        """Return the batches that cover a split (train, val or test) once, this process's share of them."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens; known after `setup`."""
+        return self.text_tokenizer.n_vocab
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer; known after `setup`."""
+        if isinstance(self.tokenizer, str):
+            raise RuntimeError("the tokenizer is known after setup()")
+        return self.tokenizer
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that one process trains on at a time.
+
+        Raises:
+            UserError: The global batch does not divide.
+        """
+        trainer = self.trainer
+        world_size, accumulate = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
+        micro, rest = divmod(self.batch_size, world_size * accumulate)
+        if rest or not micro:
+            raise UserError(
+                f"data.batch_size {self.batch_size} is not divisible by {world_size} processes x "
+                f"{accumulate} accumulated batches = {world_size * accumulate}: change one of them"
+            )
+        return micro
+
+    @property
+    def steps_per_call(self) -> int:
+        """Optimizer steps in a training batch: as many as the module takes at a time."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return getattr(module, "steps_per_call", 1)
+
+    def items_done(self) -> int:
+        """Return how many training batches each process has finished: where the training data goes on."""
+        if not self.trainer:
+            return 0
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches // self.steps_per_call
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of training batches: endless, going on where training stands."""
+        return self._loader(self.train_dataset(self.steps_per_call), sampler=From(self.items_done))
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the loader of the validation split, or of the one that val_split names."""
+        return self._loader(self.eval_dataset(self.val_split))
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the loader of the test split."""
+        return self._loader(self.eval_dataset("test"))
+
+    def _place(self) -> dict[str, int]:
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+
+    def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
+        # items are whole batches; the own generator keeps the loader's hands off the global one, which dropout uses
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.num_workers:
+            self._check_shared_memory()
+            settings |= {"persistent_workers": True, "worker_init_fn": _leave_signals_to_the_trainer}
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=generator,
+            **settings,
+        )
+
+    def _check_shared_memory(self) -> None:
+        needed = self.num_workers * 4 * self.micro_batch_size * self.steps_per_call * (self.block_size + 1) * 8
+        try:
+            free = shutil.disk_usage("/dev/shm").free
+        except OSError:
+            return
+        if free < needed:
+            raise UserError(
+                f"/dev/shm has {free >> 20} MiB free, data.num_workers {self.num_workers} needs {(needed >> 20) + 1}: "
+                "set it to 0, or give the container more (--shm-size)"
+            )
+
+
+class Rows(Dataset[Batch]):
+    """Whole batches of evaluation from tensors of examples; the ranks take turns.
+
+    Args:
+        tokens: All examples (N, T).
+        targets: Theirs (N,) or (N, T).
+        batch_size: Most examples in a batch.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, tokens: Tensor, targets: Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        share = -(-len(tokens) // world_size)  # examples for each rank, rounded up
+        size = max(1, min(batch_size, share))
+        self.batches = list(zip(tokens.split(size), targets.split(size), strict=True))[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Batch:
+        """Return this rank's batch k; raises IndexError past the last."""
+        return self.batches[k]
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Let a signal to the whole process group stop the trainer, which then ends its workers, and not them first."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,278 @@
+"""Tasks made on the fly: problems whose answers can be checked, arithmetic and strings to reverse.
+
+Shapes: K steps, B sequences, T block_size.
+"""
+
+from abc import abstractmethod
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lm.data.chunks import Batch, draw
+from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.tokenizers import CharTokenizer
+from lm.errors import UserError
+
+END = "."
+EVAL_ROWS = 1000
+
+
+class TaskData(TokenData):
+    """Numbered problems: validation and test hold some out, training draws from all the others.
+
+    A sequence is the end mark, the problem, its answer, the end mark. Only the answer and its end mark are targets.
+
+    Args:
+        block_size: Tokens in a sequence; at least as many as the longest problem, its answer and a mark.
+        batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
+        held_out: Problems that validate, and as many others that test; training never draws one of them.
+        num_workers: Processes that prepare batches.
+        seed: Chooses the training problems; set from seed_everything.
+    """
+
+    exact_match = True
+    """Whether the share of problems with a wholly right answer is measured."""
+
+    def __init__(self, *, block_size: int, batch_size: int, held_out: int, num_workers: int, seed: int) -> None:
+        super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        self.held_out = held_out
+        self.test_fraction = 1.0  # there is a test split
+
+    @property
+    @abstractmethod
+    def symbols(self) -> str:
+        """All characters of problems and answers."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many problems there are."""
+
+    @abstractmethod
+    def example(self, index: int) -> tuple[str, str]:
+        """Return problem number index, with the sign that asks for the answer at its end, and the answer."""
+
+    @abstractmethod
+    def longest(self) -> tuple[str, str]:
+        """Return a problem and answer that are together as long as any."""
+
+    def setup(self, stage: str) -> None:
+        """Check that the problems fit.
+
+        Raises:
+            UserError: There are too few problems, or the context does not hold the longest.
+        """
+        _ = self.micro_batch_size
+        if not 0 < self.held_out * 2 < self.size:
+            raise UserError(
+                f"data.held_out {self.held_out} for validation and as many for test leave none to train on: there are "
+                f"{self.size:,} problems"
+            )
+        problem, answer = self.longest()
+        needed = len(problem) + len(answer) + 1
+        if needed > self.block_size:
+            raise UserError(
+                f"data.block_size {self.block_size} does not hold {problem}{answer} and a mark: it needs {needed}: "
+                "make it larger, or the problems smaller"
+            )
+        self.tokenizer = CharTokenizer(self.symbols, end=END)
+
+    @cached_property
+    def _held(self) -> np.ndarray:
+        """Numbers of the problems held out (2 × held_out,), in a fixed random order: the split is the task's own."""
+        chosen = np.random.default_rng(0).choice(self.size, 2 * self.held_out, replace=False, shuffle=True)
+        return chosen.astype(np.int64)
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        return np.sort(self._held) - np.arange(len(self._held))
+
+    def problems(self, first: int, count: int) -> np.ndarray:
+        """Return the problem numbers (count,) of training examples first and on: a pure function of (seed, first)."""
+        rank = draw(self.seed, first, count, self.size - len(self._held))  # among those that are not held out
+        return rank + np.searchsorted(self._gaps, rank, side="right")
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return tokens and targets, both (B, T), of problems."""
+        T = self.block_size  # noqa: N806
+        examples = [self.example(int(i)) for i in indices]
+        rows = [(END + problem + answer).ljust(T + 1, END) for problem, answer in examples]
+        ids = torch.from_numpy(self.text_tokenizer.encode("".join(rows))).view(-1, T + 1)  # (B T + B,) -> (B, T + 1)
+        tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].clone()
+        first = torch.tensor([len(problem) for problem, _ in examples]).unsqueeze(1)  # (B, 1): the answer begins there
+        end = first + torch.tensor([len(answer) for _, answer in examples]).unsqueeze(1)  # the mark after it
+        place = torch.arange(T)  # (T,)
+        targets[(place < first) | (place > end)] = IGNORED
+        return tokens, targets
+
+    def train_dataset(self, steps: int) -> Dataset[Batch]:
+        """Return the training problems."""
+        return _Problems(self, steps, **self._place())
+
+    def eval_dataset(self, split: str) -> Rows:
+        """Return the problems held out; for train, as many that are not."""
+        n = self.held_out
+        chosen = {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
+        tokens, targets = self.batch(chosen)
+        return Rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
+
+
+class _Problems(Dataset[Batch]):
+    """Item k is a rank's micro-batch k, or a stack of whole batches, as in `TrainChunks`."""
+
+    def __init__(self, data: TaskData, steps: int, rank: int = 0, world_size: int = 1) -> None:
+        self.data, self.steps, self.rank, self.world_size = data, steps, rank, world_size
+
+    def __getitem__(self, k: int) -> Batch:
+        size = self.data.micro_batch_size * self.steps
+        tokens, targets = self.data.batch(self.data.problems((k * self.world_size + self.rank) * size, size))
+        if self.steps > 1:  # (K B, T) -> (K, B, T)
+            tokens, targets = tokens.unflatten(0, (self.steps, -1)), targets.unflatten(0, (self.steps, -1))
+        return tokens, targets
+
+
+OPERATORS = "+-*/"
+
+
+class ArithmeticData(TaskData):
+    """Sums, differences, products, and quotients with remainder, of numbers below 10^digits: 17/5=3r2.
+
+    Lee et al., "Teaching Arithmetic to Small Transformers" (2023): results with their digits reversed are learned
+    sooner, as then each digit depends on what has been written.
+
+    Args:
+        digits: Most digits of an operand.
+        operators: Some of + - * /.
+        reverse: Whether the digits of each number in the result are written from the last to the first.
+        pad: Whether operands have leading zeros, so that digits of equal weight stand in equal places.
+        block_size: Tokens in a sequence.
+        batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
+        held_out: Problems that validate, and as many others that test.
+        num_workers: Processes that prepare batches.
+        seed: Chooses the training problems; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        digits: int = 3,
+        operators: str = "+",
+        reverse: bool = True,
+        pad: bool = False,
+        block_size: int = 16,
+        batch_size: int = 256,
+        held_out: int = 10_000,
+        num_workers: int = 0,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__(
+            block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
+        )
+        if not 1 <= digits <= 9:
+            raise UserError(f"data.digits is {digits}: it must be from 1 to 9")
+        unknown = [operator for operator in operators if operator not in OPERATORS]
+        if unknown or not operators or len(set(operators)) < len(operators):
+            found = f"unknown operator {unknown[0]!r}" if unknown else f"{operators!r} is empty or says one twice"
+            raise UserError(f"data.operators: {found}: say some of {OPERATORS}, each once")
+        self.digits, self.operators, self.reverse, self.pad = digits, operators, reverse, pad
+
+    @property
+    def symbols(self) -> str:
+        """Digits, operators and signs."""
+        return "0123456789=" + self.operators + ("-" if "-" in self.operators else "") + "r" * ("/" in self.operators)
+
+    @property
+    def size(self) -> int:
+        """All pairs of operands, with each operator."""
+        return len(self.operators) * 10 ** (2 * self.digits)
+
+    def example(self, index: int) -> tuple[str, str]:
+        """Return problem and answer number index."""
+        index, place = divmod(index, len(self.operators))
+        a, b = divmod(index, 10**self.digits)
+        return self._problem(a, self.operators[place], b)
+
+    def _problem(self, a: int, operator: str, b: int) -> tuple[str, str]:
+        if operator == "/":
+            b = b or 1  # nothing is divided by zero
+            answer = "r".join(map(self._written, divmod(a, b)))
+        else:
+            answer = self._written({"+": a + b, "-": a - b, "*": a * b}[operator])
+        width = self.digits if self.pad else 1
+        return f"{a:0{width}}{operator}{b:0{width}}=", answer
+
+    def _written(self, number: int) -> str:
+        text = str(abs(number))
+        return "-" * (number < 0) + (text[::-1] if self.reverse else text)
+
+    def longest(self) -> tuple[str, str]:
+        """Return the problem of the longest answer."""
+        top = 10**self.digits - 1
+        pairs = {"+": (top, top), "-": (top // 10 + 1, top), "*": (top, top), "/": (top, top // 10 + 1)}
+        return max(
+            (self._problem(pairs[op][0], op, pairs[op][1]) for op in self.operators), key=lambda e: len("".join(e))
+        )
+
+
+class ReverseData(TaskData):
+    """Strings to be written backwards: `abcd>dcba`.
+
+    Args:
+        alphabet: Letters of the strings.
+        shortest_length: Least letters in a string.
+        longest_length: Most letters in a string.
+        block_size: Tokens in a sequence.
+        batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
+        held_out: Problems that validate, and as many others that test.
+        num_workers: Processes that prepare batches.
+        seed: Chooses the training problems; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        alphabet: str = "abcdefgh",
+        shortest_length: int = 3,
+        longest_length: int = 6,
+        block_size: int = 16,
+        batch_size: int = 64,
+        held_out: int = 1000,
+        num_workers: int = 0,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__(
+            block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
+        )
+        if len(set(alphabet)) < max(2, len(alphabet)) or set(alphabet) & set(END + ">"):
+            raise UserError(f"data.alphabet is {alphabet!r}: say two or more letters, each once, without {END} and >")
+        if not 1 <= shortest_length <= longest_length:
+            raise UserError(
+                f"data.shortest_length is {shortest_length}, data.longest_length {longest_length}: they must be at "
+                "least 1, and in that order"
+            )
+        self.alphabet, self.shortest_length, self.longest_length = alphabet, shortest_length, longest_length
+
+    @property
+    def symbols(self) -> str:
+        """The letters and the sign before the answer."""
+        return self.alphabet + ">"
+
+    @property
+    def size(self) -> int:
+        """All strings of the lengths."""
+        return sum(len(self.alphabet) ** n for n in range(self.shortest_length, self.longest_length + 1))
+
+    def example(self, index: int) -> tuple[str, str]:
+        """Return string number index, the shortest first, and its reverse."""
+        base, length = len(self.alphabet), self.shortest_length
+        while index >= base**length:
+            index -= base**length
+            length += 1
+        text = "".join(self.alphabet[index // base**place % base] for place in range(length))
+        return f"{text}>", text[::-1]
+
+    def longest(self) -> tuple[str, str]:
+        """Return the last one."""
+        return self.example(self.size - 1)

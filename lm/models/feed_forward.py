@@ -1,0 +1,86 @@
+"""Position-wise feed-forward networks, the computing half of a block.
+
+Shapes: B batch, T time, C channels (n_embd), M hidden channels (hidden_size).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FeedForward = Literal["gelu", "relu", "relu_squared", "swiglu", "single", "none"]
+
+
+class ReLUSquared(nn.Module):
+    """max(0, x)², So et al., "Primer" (2021)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to itself."""
+        return F.relu(x).square()
+
+
+class MLP(nn.Module):
+    """Out to the hidden width, an activation, and back."""
+
+    def __init__(self, *, n_embd: int, hidden_size: int, activation: nn.Module, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, hidden_size, bias=bias)
+        self.activation = activation
+        self.c_proj = nn.Linear(hidden_size, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C) -> (B, T, M) -> (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    """An MLP whose hidden channels are gated by a second projection: Shazeer, "GLU Variants" (2020)."""
+
+    def __init__(self, *, n_embd: int, hidden_size: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.w_gate = nn.Linear(n_embd, hidden_size, bias=bias)
+        self.w_up = nn.Linear(n_embd, hidden_size, bias=bias)
+        self.c_proj = nn.Linear(hidden_size, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        hidden = F.silu(self.w_gate(x)) * self.w_up(x)  # (B, T, C) -> (B, T, M)
+        return self.dropout(self.c_proj(hidden))  # (B, T, M) -> (B, T, C)
+
+
+class SingleLayer(nn.Module):
+    """One linear layer and a ReLU, the smallest thing that computes at a position."""
+
+    def __init__(self, *, n_embd: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.dropout(torch.relu(self.c_fc(x)))
+
+
+def make_feed_forward(
+    kind: FeedForward, *, n_embd: int, hidden_size: int | None, dropout: float, bias: bool
+) -> nn.Module | None:
+    """Return the feed-forward network of a kind, None for "none".
+
+    Raises:
+        ValueError: hidden_size is not positive, or the kind has no hidden channels.
+    """
+    if kind in ("single", "none"):
+        if hidden_size is not None:
+            raise ValueError(f"hidden_size {hidden_size} with feed_forward {kind}: it has no inner width; drop one")
+        return SingleLayer(n_embd=n_embd, dropout=dropout, bias=bias) if kind == "single" else None
+    if hidden_size is not None and hidden_size < 1:
+        raise ValueError(f"hidden_size is {hidden_size}: it must be at least 1, or null for the default")
+    if kind == "swiglu":
+        hidden_size = hidden_size or -(-(8 * n_embd // 3) // 8) * 8  # three matrices weigh what two of 4C do
+        return SwiGLU(n_embd=n_embd, hidden_size=hidden_size, dropout=dropout, bias=bias)
+    activations = {"gelu": nn.GELU(approximate="tanh"), "relu": nn.ReLU(), "relu_squared": ReLUSquared()}
+    hidden_size = hidden_size or 4 * n_embd
+    return MLP(n_embd=n_embd, hidden_size=hidden_size, activation=activations[kind], dropout=dropout, bias=bias)

@@ -1,0 +1,47 @@
+"""Rotary positions: Su et al., "RoFormer" (2021), laid out as in LLaMA and Hugging Face's models.
+
+Shapes: T time, D channels of a head, … any leading dimensions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """Turns each pair of a head's channels by an angle that grows with the position.
+
+    Channel i is paired with channel i + D/2, and at position t the pair is turned by t · theta^(-2i/D). A product of a
+    query and a key turned so depends on their distance alone, and no length changes.
+
+    Args:
+        head_size: Channels of a head, D; even.
+        block_size: Number of positions.
+        theta: The base of the angles: the slowest pair turns almost 1/theta a position.
+
+    Raises:
+        ValueError: head_size is odd, or theta is not positive.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, *, head_size: int, block_size: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_size % 2:
+            raise ValueError(
+                f"positions rotary turns pairs of channels, and n_embd / n_head is {head_size}: make it even"
+            )
+        if not theta > 0:
+            raise ValueError(f"rope_theta is {theta}: it must be above 0; LLaMA has 10000")
+        frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)  # (D/2,)
+        angles = torch.outer(torch.arange(block_size, dtype=torch.float32), frequencies)  # (T,) × (D/2,) -> (T, D/2)
+        angles = torch.cat([angles, angles], dim=1)  # (T, D/2) -> (T, D): both halves turn alike
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn x (…, T, D), whose first position is 0."""
+        T = x.shape[-2]  # noqa: N806
+        first, second = x.chunk(2, dim=-1)  # (…, T, D) -> each (…, T, D/2)
+        quarter = torch.cat([-second, first], dim=-1)  # (…, T, D): each pair turned by 90 degrees
+        return (x * self.cos[:T] + quarter * self.sin[:T]).type_as(x)

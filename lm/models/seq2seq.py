@@ -1,0 +1,224 @@
+"""Seq2Seq: an encoder-decoder transformer that reads source and target from one stream.
+
+Vaswani et al., "Attention Is All You Need" (2017); its blocks are pre-norm and its positions learned, as in GPT-2.
+Source and target share the token embedding, and the output head is that embedding too (the paper's section 3.4).
+
+Shapes: B batch, T time (the stream's), S keys looked at, C channels (n_embd), H heads, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Every position of x looks at the positions of a memory that its mask allows; x itself may be the memory."""
+
+    def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.c_q = nn.Linear(n_embd, n_embd, bias=bias)  # query of all heads
+        self.c_kv = nn.Linear(n_embd, 2 * n_embd, bias=bias)  # key and value of all heads
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C).
+
+        Args:
+            x: What asks, (B, T, C).
+            memory: What is looked at, (B, S, C).
+            mask: bool, broadcastable to (B, H, T, S); true where T may look at S. Who may look at nothing gets zeros
+                for its heads, never NaN.
+        """
+        B, T, C = x.shape  # noqa: N806
+        S = memory.shape[1]  # noqa: N806
+        q = self.c_q(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, C/H)
+        kv = self.c_kv(memory).view(B, S, 2, self.n_head, C // self.n_head)  # (B, S, C) -> (B, S, 2, H, C/H)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, C/H)
+        blind = ~mask.any(dim=-1, keepdim=True)  # (…, T, S) -> (…, T, 1)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, dropout_p=dropout_p)
+        y = y.masked_fill(blind, 0.0)  # a softmax over nothing is NaN, so the blind saw everything: forget it
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C): heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """The position-wise feed-forward network, four times as wide inside."""
+
+    def __init__(self, *, n_embd: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class EncoderBlock(nn.Module):
+    """The source looks at all of itself, then computes."""
+
+    def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attn = Attention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd=n_embd, dropout=dropout, bias=bias)
+
+    def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
+        """Map the encoder's residual stream (B, T, C) to (B, T, C)."""
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, source_mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class DecoderBlock(nn.Module):
+    """The target looks at its own past, then at the encoded source, then computes."""
+
+    def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attn = Attention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.cross_attn = Attention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
+        self.ln_3 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd=n_embd, dropout=dropout, bias=bias)
+
+    def forward(self, x: Tensor, memory: Tensor, target_mask: Tensor, source_mask: Tensor) -> Tensor:
+        """Map the decoder's residual stream (B, T, C) to (B, T, C); memory is the encoder's output, (B, T, C)."""
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, target_mask)
+        x = x + self.cross_attn(self.ln_2(x), memory, source_mask)
+        return x + self.mlp(self.ln_3(x))
+
+
+class Seq2Seq(nn.Module):
+    """An encoder-decoder transformer with learned positions and pre-norm blocks.
+
+    What comes before a row's first start_token is its source, which the encoder reads in both directions. The start
+    token and what follows is the decoder's input: it looks at its own past and at the encoder's output. Both stacks
+    run over the whole stream and masks keep them apart, so shapes do not depend on where the sources end. A row
+    without start token is all source. Logits at source positions are finite and mean nothing.
+
+    Args:
+        vocab_size: Number of different tokens, V.
+        block_size: Longest stream in tokens, source and target together; also the number of learned positions of
+            each, the encoder's counted from the row's beginning and the decoder's from the start token.
+        n_layer: Number of blocks in the encoder, and as many in the decoder.
+        n_head: Attention heads per attention; divides n_embd.
+        n_embd: Width of the residual streams, C.
+        dropout: Probability of dropping an element after the embeddings, in attention and on each residual branch.
+        bias: Whether linear layers and LayerNorms have biases.
+        start_token: The token whose first occurrence in a row begins the decoder's input.
+        pad_token: The token that nobody looks at in a source; without it every source token counts.
+
+    Raises:
+        ValueError: A size is not positive, n_head does not divide n_embd, dropout is outside [0, 1), a special token
+            is outside the vocabulary, or both are the same.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        *,
+        n_layer: int = 2,
+        n_head: int = 4,
+        n_embd: int = 64,
+        dropout: float = 0.0,
+        bias: bool = True,
+        start_token: int,
+        pad_token: int | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        for name, size in {"vocab_size": vocab_size, "block_size": block_size, **sizes}.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}: it must be at least 1")
+        if n_embd % n_head:
+            raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        for name, token in {"start_token": start_token, "pad_token": pad_token}.items():
+            if token is not None and not 0 <= token < vocab_size:
+                raise ValueError(f"{name} is {token}: it must be at least 0 and below vocab_size {vocab_size}")
+        if start_token == pad_token:
+            raise ValueError(f"start_token and pad_token are both {start_token}: choose two different tokens")
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.start_token = start_token
+        self.pad_token = pad_token
+        self.wte = nn.Embedding(vocab_size, n_embd)
+        self.wpe_encoder = nn.Embedding(block_size, n_embd)
+        self.wpe_decoder = nn.Embedding(block_size, n_embd)
+        self.drop = nn.Dropout(dropout)
+        self.encoder = nn.ModuleList(
+            EncoderBlock(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias) for _ in range(n_layer)
+        )
+        self.ln_encoder = nn.LayerNorm(n_embd, bias=bias)
+        self.decoder = nn.ModuleList(
+            DecoderBlock(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias) for _ in range(n_layer)
+        )
+        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.reset_parameters()
+        self.lm_head.weight = self.wte.weight
+
+    def reset_parameters(self) -> None:
+        """Initialise as GPT-2: N(0, 0.02), biases zero, residual projections scaled by 1/sqrt(residual branches).
+
+        The encoder's stream has two branches per block and the decoder's three; the scale keeps the sum of their
+        variances at one branch's.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for stack, branches in ((self.encoder, 2 * len(self.encoder)), (self.decoder, 3 * len(self.decoder))):
+            for name, parameter in stack.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the token after each position of the target.
+
+        Args:
+            tokens: int64 (B, T), T at most block_size; source, start token and target in one row.
+
+        Returns:
+            Logits (B, T, V).
+
+        Raises:
+            ValueError: The sequence is longer than block_size.
+        """
+        T = tokens.shape[1]  # noqa: N806
+        if self.block_size < T:
+            raise ValueError(
+                f"a sequence of {T} tokens is longer than block_size {self.block_size}: shorten it or build with more"
+            )
+        is_target = (tokens == self.start_token).cumsum(dim=1) > 0  # (B, T): from the first start token on
+        is_source = ~is_target if self.pad_token is None else ~is_target & (tokens != self.pad_token)  # (B, T)
+        source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): who asks does not matter
+        past = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (T, T)
+        target_mask = past & is_target[:, None, None, :]  # (T, T) & (B, 1, 1, T) -> (B, 1, T, T)
+
+        embedded = self.wte(tokens)  # (B, T) -> (B, T, C)
+        positions = torch.arange(T, device=tokens.device)  # (T,)
+        memory = self.drop(embedded + self.wpe_encoder(positions))  # (B, T, C) + (T, C) -> (B, T, C)
+        for block in self.encoder:
+            memory = block(memory, source_mask)
+        memory = self.ln_encoder(memory)
+
+        positions = (is_target.cumsum(dim=1) - 1).clamp(min=0)  # (B, T): the start token is at 0, like all sources
+        x = self.drop(embedded + self.wpe_decoder(positions))  # (B, T, C)
+        for block in self.decoder:
+            x = block(x, memory, target_mask, source_mask)
+        return self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)

@@ -1,0 +1,156 @@
+"""Figures: few and cheap pictures of a training in TensorBoard, each of which can be switched off.
+
+Karpathy, "makemore" part 3: what activations, gradients and updates should look like.
+
+Shapes: B batch, H heads, T time.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lm.errors import UserError
+
+SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
+MOST_ROWS = 1000  # of an embedding table in the projector
+MOST_POSITIONS = 64  # of an attention map
+
+
+class Figures(Callback):
+    """Writes figures of the first step and of every so many; the module calls the three hooks around its update.
+
+    Lightning's own hooks do not serve: they stand around its batches, and one batch may be many steps.
+
+    Args:
+        every_n_steps: Steps between figures; 0 switches all of them off.
+        activations: Histograms of what each layer puts out.
+        gradients: Histograms of each parameter's gradient, after clipping.
+        saturation: Share of each tanh layer's units whose size is above 0.97.
+        updates: For each matrix, log10 of the update's standard deviation over the parameter's; about -3 is healthy.
+        attention: Attention maps of the first validation sequence, heads side by side, at every validation.
+        embedding: The token embedding in the projector, when training ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int = 500,
+        activations: bool = True,
+        gradients: bool = True,
+        saturation: bool = True,
+        updates: bool = True,
+        attention: bool = True,
+        embedding: bool = True,
+    ) -> None:
+        if every_n_steps < 0:
+            raise UserError(f"figures.every_n_steps is {every_n_steps}: it must be at least 0")
+        self.every_n_steps = every_n_steps
+        self.activations, self.gradients, self.saturation = activations, gradients, saturation
+        self.updates, self.attention, self.embedding = updates, attention, embedding
+        self._boards: list[Any] = []
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, Tensor] = {}  # what each layer put out
+        self._saturated: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # matrices before the update
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find where to write: on the first process alone, and nowhere without TensorBoard."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        self._boards = (
+            [logger.experiment for logger in loggers] if trainer.is_global_zero and self.every_n_steps else []
+        )
+
+    def due(self, step: int) -> bool:
+        """Return whether the step of that number, counted from 1, is shown."""
+        return bool(self._boards) and (step == 1 or step % self.every_n_steps == 0)
+
+    def before_step(self, net: Any) -> None:
+        """Begin to look at what the layers put out."""
+        if self._handles:  # of an earlier micro-batch of the step
+            return
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Tanh | nn.ReLU | nn.GELU | nn.Linear) or "Norm" in type(module).__name__:
+                self._handles.append(module.register_forward_hook(self._look(name)))
+
+    def _look(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.activations:
+                self._seen[name] = output.detach()
+            if self.saturation and isinstance(module, nn.Tanh):
+                self._saturated[name] = (output.detach().abs() > SATURATED).float().mean()
+
+        return look
+
+    def before_update(self, net: Any) -> None:
+        """Keep the gradients and the matrices as they are before the update."""
+        for name, parameter in net.named_parameters():
+            if self.gradients and parameter.grad is not None:
+                self._gradients[name] = parameter.grad.detach().clone()
+            if self.updates and parameter.ndim >= 2:
+                self._before[name] = parameter.detach().clone()
+
+    def after_step(self, net: Any, step: int) -> None:
+        """Write what was seen, and look no longer."""
+        for board in self._boards:
+            for name, value in self._seen.items():
+                _histogram(board, f"activations/{name}", value, step)
+            for name, value in self._gradients.items():
+                _histogram(board, f"gradients/{name}", value, step)
+            for name, value in self._saturated.items():
+                board.add_scalar(f"saturation/{name}", float(value), step)
+            for name, parameter in net.named_parameters():
+                if name in self._before:
+                    ratio = float((parameter.detach() - self._before[name]).std() / self._before[name].std())
+                    if ratio > 0 and math.isfinite(ratio):
+                        board.add_scalar(f"update_ratio/{name}", math.log10(ratio), step)
+        self._forget()
+
+    def _forget(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        for found in (self._seen, self._saturated, self._gradients, self._before):
+            found.clear()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Look no longer."""
+        self._forget()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the attention maps of one validation sequence."""
+        net: Any = pl_module.net
+        if not (self._boards and self.attention and hasattr(net, "attention_maps")) or trainer.state.fn != "fit":
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        tokens = data.eval_dataset("val")[0][0][:1, :MOST_POSITIONS].to(pl_module.device)  # (1, T)
+        with trainer.precision_plugin.forward_context():
+            maps = net.attention_maps(tokens)  # one (1, H, T, T) a block
+        for i, weights in enumerate(maps):
+            heads = nn.functional.pad(weights[0].float(), (0, 1))  # (H, T, T) -> (H, T, T + 1): a line between heads
+            image = torch.cat([*heads], dim=1).unsqueeze(0).cpu()  # (1, T, H (T + 1))
+            for board in self._boards:
+                board.add_image(f"attention/block_{i}", image, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the token embedding into the projector, each row under its token."""
+        net: Any = pl_module.net
+        tables = [m.weight for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == net.vocab_size]
+        if not (self._boards and self.embedding and tables):
+            return
+        tokenizer: Any = pl_module.tokenizer
+        rows = tables[0].detach().float().cpu()[:MOST_ROWS]  # (V, C)
+        labels = [repr(token.decode(errors="replace")) for token in tokenizer.token_bytes()[: len(rows)]]
+        for board in self._boards:
+            board.add_embedding(rows, metadata=labels, global_step=trainer.global_step, tag="embedding")
+
+
+def _histogram(board: Any, tag: str, values: Tensor, step: int) -> None:
+    values = values.float()
+    finite = values[torch.isfinite(values)]
+    if finite.numel() > 1:
+        board.add_histogram(tag, finite.cpu(), step)

@@ -1,0 +1,100 @@
+"""Optimizers that torch does not have, and which parameters each kind of update is for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from lm.errors import UserError
+
+
+def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Return a network's parameters in up to three groups, each parameter in exactly one.
+
+    "hidden": matrices of linear layers inside the network; "table": other arrays of two or more dimensions, embeddings
+    and the output head; "vector": the rest, biases and gains, which do not decay.
+    """
+    tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
+    vocab_size = getattr(net, "vocab_size", None)
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    inside = {id(module.weight) for module in linear if module.out_features != vocab_size} - tables
+    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "table": [], "vector": []}
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            kind = "hidden" if id(parameter) in inside else "table" if parameter.ndim >= 2 else "vector"
+            groups[kind].append(parameter)
+    decay: dict[str, dict[str, Any]] = {"vector": {"weight_decay": 0.0}}
+    return [{"params": found, "kind": kind, **decay.get(kind, {})} for kind, found in groups.items() if found]
+
+
+class MuonAdamW(Optimizer):
+    """Muon for the hidden matrices, AdamW for embeddings, head, biases and gains; both are torch's own.
+
+    One object, as the Trainer counts an optimizer's steps: two would count double. Jordan et al., "Muon" (2024).
+
+    Args:
+        params: The groups of `parameter_groups`.
+        lr: Learning rate of AdamW.
+        muon_lr: Learning rate of Muon; the spectral norm of an update of a square matrix.
+        momentum: Of Muon.
+        betas: Of AdamW.
+        weight_decay: Of both.
+        fused: Whether AdamW runs as one kernel.
+
+    Raises:
+        UserError: The network has no hidden matrix, or this torch has no Muon.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 4e-3,
+        muon_lr: float = 0.02,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        fused: bool | None = None,
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError("model.optimizer MuonAdamW: this torch has no torch.optim.Muon: use torch 2.9 or newer")
+        groups = list(params)
+        hidden = [group for group in groups if group.get("kind") == "hidden"]
+        rest = [group for group in groups if group.get("kind") != "hidden"]
+        if not hidden:
+            raise UserError("model.optimizer MuonAdamW: the network has no hidden matrix: use torch.optim.AdamW")
+        muon: dict[str, Any] = {
+            "lr": muon_lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "adjust_lr_fn": "original",
+        }
+        self.muon = torch.optim.Muon(hidden, **muon)
+        self.adamw = AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused) if rest else None
+        super().__init__([*self.muon.param_groups, *(self.adamw.param_groups if self.adamw else [])], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both work on this object's groups and state, so that schedules and checkpoints see one optimizer."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups, self.muon.state = self.param_groups[:count], self.state
+        if self.adamw:
+            self.adamw.param_groups, self.adamw.state = self.param_groups[count:], self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state, and share it again: loading makes new groups."""
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        if self.adamw:
+            self.adamw.step()
+        return loss

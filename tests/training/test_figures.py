@@ -1,0 +1,124 @@
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from lm.cli.fit import Fit
+from lm.errors import UserError
+from lm.models import MLP
+from lm.training.figures import Figures
+from tests.conftest import RECIPE
+
+EVERY = ["--figures.every_n_steps", "4", "--trainer.log_every_n_steps", "4"]
+
+
+def fit(*arguments: object) -> Fit:
+    cli = Fit(["--config", "tiny.yaml", *map(str, arguments)], "")
+    cli.run()
+    return cli
+
+
+def tags(run: str = "tiny") -> dict[str, list[int]]:
+    """The steps of each tag in the event files."""
+    found = defaultdict(list)
+    for path in sorted((Path("logs") / run).glob("events*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found[value.tag].append(event.step)
+    return dict(found)
+
+
+@pytest.fixture
+def mlp(workplace: Path) -> Path:
+    """The tiny recipe with an MLP on lines."""
+    recipe = yaml.safe_load(yaml.safe_dump(RECIPE))
+    recipe["model"]["init_args"]["net"] = {"class_path": "lm.models.MLP", "init_args": {"n_hidden": 8}}
+    recipe["data"] = {
+        "class_path": "lm.data.LinesData",
+        "init_args": {"corpus": "text.txt", "end": "|", "block_size": 4, "batch_size": 8},
+    }
+    (workplace / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return workplace
+
+
+def test_a_gpts_figures(workplace: Path) -> None:
+    fit(*EVERY)
+    found = tags()
+    steps = [1, 4, 8, 12]
+    assert found["activations/h.0.attn.c_attn"] == found["gradients/wte.weight"] == steps
+    assert found["update_ratio/h.0.mlp.c_fc.weight"] == steps
+    assert found["attention/block_0"] == [4, 8, 12]
+    assert not [tag for tag in found if tag.startswith("saturation")]
+    projector = next(Path("logs/tiny").glob("**/metadata.tsv"))
+    labels = projector.read_text().splitlines()
+    assert "'x'" in labels and "'\\n'" in labels
+
+
+def test_an_mlps_figures_with_many_steps_in_a_call(mlp: Path) -> None:
+    fit(*EVERY, "--name", "one")
+    fit(*EVERY, "--name", "many", "--model.init_args.steps_per_call", 4, "--checkpoint.every_n_steps", 4)
+    one, many = tags("one"), tags("many")
+    assert one["saturation/hidden.2"] == one["activations/hidden.1"] == [1, 4, 8, 12]
+    assert one == many
+
+
+@pytest.mark.parametrize("name", ["activations", "gradients", "saturation", "updates", "attention", "embedding"])
+def test_each_can_be_switched_off(mlp: Path, name: str) -> None:
+    kinds = {"updates": "update_ratio"}.get(name, name)
+    fit(*EVERY, f"--figures.{name}", "false")
+    assert not [tag for tag in tags() if tag.startswith(kinds)]
+    assert bool(list(Path("logs/tiny").glob("**/metadata.tsv"))) == (name != "embedding")
+
+
+def test_zero_switches_all_off(workplace: Path) -> None:
+    cli = fit("--figures.every_n_steps", 0)
+    prefixes = {tag.split("/")[0] for tag in tags()}
+    assert prefixes <= {"train", "val", "sample"}
+    assert not any(module._forward_hooks for module in cli.model.net.modules())
+    with pytest.raises(UserError, match="figures.every_n_steps is -1"):
+        Figures(every_n_steps=-1)
+
+
+def test_figures_change_no_bit_and_leave_no_hook(workplace: Path) -> None:
+    with_figures = fit("--figures.every_n_steps", 1, "--name", "with")
+    without = fit("--figures.every_n_steps", 0, "--name", "without")
+    for a, b in zip(with_figures.model.net.parameters(), without.model.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not any(module._forward_hooks for module in with_figures.model.net.modules())
+
+
+class Board:
+    """Keeps the scalars it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, float] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars[tag] = value
+
+    def add_histogram(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("scale", "share"), [(1000.0, 1.0), (0.0, 0.0)])
+def test_ratios_and_shares_are_the_formulas(scale: float, share: float) -> None:
+    torch.manual_seed(0)
+    net = MLP(5, 3, n_hidden=200, batch_norm=False)
+    net.hidden[0].weight.data *= scale
+    figures, board = Figures(), Board()
+    figures._boards = [board]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.25)
+    head = net.lm_head.weight.detach().clone()
+    figures.before_step(net)
+    net(torch.randint(5, (64, 3))).logsumexp(1).sum().backward()
+    figures.before_update(net)
+    optimizer.step()
+    figures.after_step(net, 1)
+    assert board.scalars["saturation/hidden.1"] == pytest.approx(share, abs=0.02)
+    if scale:
+        expected = math.log10(0.25 * float(net.lm_head.weight.grad.std() / head.std()))
+        assert board.scalars["update_ratio/lm_head.weight"] == pytest.approx(expected, rel=1e-4)
