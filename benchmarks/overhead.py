@@ -16,56 +16,86 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 
+def instantiate(kind: type, spec: dict[str, Any], **more: Any) -> Any:
+    """Return an object from its class_path and init_args."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(kind, "it")
+    spec = {"class_path": spec["class_path"], "init_args": {**spec.get("init_args", {}), **more}}
+    return parser.instantiate(parser.parse_object({"it": spec})).it
+
+
+def optimizer_of(settings: dict[str, Any], net: Any) -> Any:
+    """Return the recipe's optimizer, over matrices, which decay, and vectors, which do not."""
+    from importlib import import_module
+
+    module, name = settings["optimizer"]["class_path"].rsplit(".", 1)
+    arguments = dict(settings["optimizer"]["init_args"])
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    matrices = [p for p in net.parameters() if p.ndim >= 2]
+    vectors = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return getattr(import_module(module), name)(groups, **arguments)
+
+
+def batches(data: Any, steps: int) -> Any:
+    """Yield each step's batch, from stacks of so many as the recipe's module takes at a time."""
+    dataset = data.train_dataset(steps)
+    for k in count():
+        item = dataset[k]
+        yield from zip(*item, strict=True) if steps > 1 else [item]
+
+
 def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     """Train in a plain loop; return its seconds and last validation loss."""
     import torch
-    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningDataModule
     from torch.nn import functional as F
 
-    from lm.data import TextData
     from lm.inference.loading import build
+    from lm.models.layers import calibrate
     from lm.training.schedules import Schedule
 
     torch.manual_seed(recipe["seed_everything"])
     settings = recipe["model"]["init_args"]
-    data = TextData(**recipe["data"]["init_args"], seed=recipe["seed_everything"])
+    data = instantiate(LightningDataModule, recipe["data"], seed=recipe["seed_everything"])
     data.setup("fit")
     net = build(settings["net"], data.vocab_size, data.block_size)
-    matrices = [p for p in net.parameters() if p.ndim >= 2]
-    vectors = [p for p in net.parameters() if p.ndim < 2]
-    arguments = settings["optimizer"]["init_args"]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, **{**arguments, "betas": tuple(arguments["betas"])})
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(Schedule, "schedule")
-    schedule = parser.instantiate(parser.parse_object({"schedule": settings["schedule"]})).schedule
+    optimizer = optimizer_of(settings, net)
+    rate, schedule = optimizer.param_groups[0]["lr"], instantiate(Schedule, settings["schedule"])
     every = recipe["trainer"]["val_check_interval"]
     began = time.monotonic()
-    batches = iter(data.train_dataloader())
-    loss = torch.tensor(0.0)
+    training = batches(data, settings.get("steps_per_call", 1))
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = arguments["lr"] * schedule(step, steps)
-        tokens, targets = next(batches)
+            group["lr"] = rate * schedule(step, steps)
+        tokens, targets = next(training)
         loss = F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), settings["clip_norm"])
+        if settings["clip_norm"] is not None:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), settings["clip_norm"])
         optimizer.step()
+        if settings.get("calibrate") and step + 1 == steps:
+            dataset = data.eval_dataset("train")
+            calibrate(net, (dataset[k][0] for k in range(len(dataset))))
         if (step + 1) % every == 0 or step + 1 == steps:
             net.eval()
-            nats, count = torch.zeros((), dtype=torch.float64), 0
+            nats, targets_seen = torch.zeros((), dtype=torch.float64), 0
             with torch.inference_mode():
                 for tokens, targets in data.val_dataloader():
                     nats += F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten(), reduction="sum")
-                    count += targets.numel()
-            val_loss = float(nats / count)
+                    targets_seen += targets.numel()
+            val_loss = float(nats / targets_seen)
             net.train()
     return {"seconds": time.monotonic() - began, "val_loss": val_loss}
 

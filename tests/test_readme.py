@@ -19,7 +19,8 @@ def blocks(language: str) -> list[str]:
 
 def test_commands_and_code(tmp_path: Path) -> None:
     os.symlink(ROOT / "configs", tmp_path / "configs")
-    os.symlink(ROOT / "README.md", tmp_path / "README.md")
+    for name in ("README.md", "LICENSE"):
+        os.symlink(ROOT / name, tmp_path / name)
     for code in blocks("python"):
         (tmp_path / re.search(r"# file: (\S+)", code)[1]).write_text(code)
     program = shlex.quote(sys.executable) + " -m lm"

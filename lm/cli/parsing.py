@@ -155,7 +155,9 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except ValueError as error:  # torch's, from Optimizer.load_state_dict
+    except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
+        if str(error).startswith("BatchNorm in training mode"):
+            raise UserError(f"data.batch_size: {error}") from error
         if ckpt_path is None or "loaded state dict" not in str(error):
             raise
         raise UserError(f"checkpoint {ckpt_path}: its optimizer is another one than the recipe's: {error}") from error

@@ -23,7 +23,7 @@ from lm import __version__
 from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import CheckError, UserError
-from lm.models.layers import calibrate
+from lm.models.layers import BatchNorm, calibrate
 from lm.training import progress
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
@@ -96,9 +96,14 @@ class LanguageModel(LightningModule):
         """Refuse what does not go together.
 
         Raises:
-            UserError: Steps are to be taken several at a time where only Lightning's own loop can take them.
+            UserError: Steps are to be taken several at a time where only Lightning's own loop can take them, or
+                statistics calibrated that several processes would not share.
         """
         trainer = self.trainer
+        if self.calibrate and trainer.world_size > 1:
+            raise UserError(
+                "model.calibrate is for one process: each would have statistics of its own: set it to false"
+            )
         alone = trainer.world_size == 1 and trainer.precision in ("32-true", "64-true")
         if stage == "fit" and self.steps_per_call > 1 and not alone:
             raise UserError(
@@ -116,6 +121,8 @@ class LanguageModel(LightningModule):
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer
+        if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
+            raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
             take_weights(self.net, data.text_tokenizer, self.init_from)
         if getattr(data, "exact_match", False):
@@ -181,6 +188,11 @@ class LanguageModel(LightningModule):
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self(tokens)  # (B, T, V), or (B, V) of a fixed context
+        if logits.shape[:-1] != targets.shape:
+            raise UserError(
+                f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
+                f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
+            )
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)  # (B T, V), (B T,) -> ()
         self._step_losses.append(loss.detach())
         self._step_targets.append(targets)
@@ -258,12 +270,9 @@ class LanguageModel(LightningModule):
     def _calibrate(self) -> None:
         assert self.net is not None
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.world_size > 1:
-            raise UserError("model.calibrate is for one process: each would have statistics of its own")
         dataset = data.eval_dataset("train")
         batches = (dataset[k][0].to(self.device) for k in range(len(dataset)))
-        if not calibrate(self.net, batches):
-            raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
+        calibrate(self.net, batches)
 
     def _log_step(self, step: int) -> None:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ FIT = ("fit", "--config", "tiny.yaml", "--name", "new")
 SAMPLE = ("sample", "--ckpt_path", "checkpoints/tiny/last.ckpt")
 NET = "--model.init_args.net.init_args"
 
+SUMS = ("fit", "--model.init_args.net", "lm.models.GPT", "--data", "lm.data.ArithmeticData", "--trainer.max_steps", 2)
+LINES = ("fit", "--model.init_args.net", "lm.models.MLP", "--data", "lm.data.LinesData", "--trainer.max_steps", 2)
 TABLE = {
     "no command": ((), "no command"),
     "unknown command": (("fti",), "unknown command fti: did you mean fit?"),
@@ -123,6 +125,39 @@ TABLE = {
     "no tokens": ((*SAMPLE, "--max_new_tokens", 0), "--max_new_tokens 0: it must be at least 1"),
     "bad top_p": ((*SAMPLE, "--top_p", 2), "--top_p 2.0: it must be above 0 and at most 1"),
     "empty stop": ((*SAMPLE, "--stop", ""), "an empty string"),
+    "context no power of n": (
+        (*FIT, "--model.init_args.net", "lm.models.WaveNet", "--data.init_args.block_size", 12),
+        "model.net: block_size 12 is not a power of fuse 2: use 16",
+    ),
+    "unknown operator": (
+        (*SUMS, "--data.init_args.operators", "%"),
+        "data.operators: unknown operator '%': say some of +-*/",
+    ),
+    "too many digits": (
+        (*SUMS, "--data.init_args.digits", 6),
+        "data.block_size 16 does not hold 999999+999999=8999991 and a mark: it needs 22",
+    ),
+    "no lines": ((*LINES, "--data.init_args.corpus", "empty"), "corpus empty: it has no lines"),
+    "one line again and again": (
+        (*LINES, "--data.init_args.corpus", "same.txt"),
+        "corpus same.txt: its 50 lines are 1 different one(s)",
+    ),
+    "a symbol outside the vocabulary": (
+        ("validate", *SAMPLE[1:], "--data.init_args.corpus", "greek.txt"),
+        "characters lacks 'α', 'β'",
+    ),
+    "a batch of one for BatchNorm": (
+        (*LINES, "--data.init_args.corpus", "text.txt", "--data.init_args.end", "|", "--data.init_args.batch_size", 1),
+        "data.batch_size: BatchNorm in training mode needs at least 2 examples",
+    ),
+    "all targets for a fixed context": (
+        (*LINES, "--data.init_args.corpus", "words.txt", "--data.init_args.targets", "all"),
+        "model.net MLP gives logits (32, 27), the data has targets (32, 8): fixed contexts need",
+    ),
+    "nothing to inherit from": (
+        (*FIT, "--data.init_args.tokenizer", "inherit"),
+        "data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from",
+    ),
     "no such device": ((*SAMPLE, "--device", "gpu9"), "--device gpu9"),
 }
 
@@ -143,6 +178,9 @@ def harmed(lm, workplace: Path, template: Path) -> Path:
     (workplace / "upper.txt").write_text(text.replace("x", "X"))
     (workplace / "greek.txt").write_text("αβ " * 300)
     (workplace / "empty").write_text("")
+    words = ["".join(chr(97 + (7 * i + j) % 26) for j in range(4)) for i in range(100)]
+    (workplace / "words.txt").write_text("\n".join(words))
+    (workplace / "same.txt").write_text("emma\n" * 50)
     (workplace / "folder").mkdir()
     (workplace / "short.txt").write_text("ten chars!")
     (workplace / "latin.txt").write_bytes(b"r" * 103 + b"\xe9sum\xe9" * 99)
