@@ -4,10 +4,8 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
-from lm import __version__
 from lm.data.module import IGNORED
-from lm.data.tokenizers import Tokenizer, identity
+from lm.data.tokenizers import Tokenizer
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm, calibrate
-from lm.training import progress
+from lm.training import compatibility, progress
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
 from lm.training.metrics import TokenLoss
@@ -351,7 +348,7 @@ class LanguageModel(LightningModule):
             "tokenizer": self.tokenizer.state(),
             "vocab_size": self.net.vocab_size,
             "block_size": self.net.block_size,
-            "versions": versions(),
+            "versions": compatibility.versions(),
             "train": self.metrics,
             "validation": self.validation,
         }
@@ -362,48 +359,15 @@ class LanguageModel(LightningModule):
         Raises:
             UserError: It is of another one.
         """
-        assert self.net is not None and self.tokenizer is not None
-        path = self.trainer.ckpt_path
-        saved: dict[str, Any] = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-        built: dict[str, Any] = {key: tuple(value.shape) for key, value in self.state_dict().items()}
-        if self.config is not None:  # not all that matters shows in the shapes: the number of heads does not
-            saved = _flat(checkpoint["lm"]["config"]) | saved
-            built = _flat(self.config) | built
-        for key in (*saved, *built):
-            there, here = saved.get(key, "missing"), built.get(key, "missing")
-            if there != here and ((key in saved and key in built) or key.startswith("net.")):
-                raise UserError(
-                    f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
-                    "the configuration that it was trained with"
-                )
-        if identity(checkpoint["lm"]["tokenizer"]) != identity(self.tokenizer.state()):
-            raise UserError(f"{path} has another vocabulary than data.corpus and data.tokenizer give: use its data")
+        assert self.tokenizer is not None
+        fits = self.trainer.state.fn == "fit"
+        compatibility.check(
+            self.trainer.ckpt_path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits
+        )
         self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
-        if self.trainer.state.fn == "fit":
-            there, here = (config and _optimizer(config) for config in (checkpoint["lm"]["config"], self.config))
-            if there and here and there != here:
-                raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")
+        if fits:
             progress.restore(self.trainer, checkpoint)
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the network's function: its class and arguments, dropout aside."""
-    net = config["model"]["init_args"]["net"]
-    arguments = {k: v for k, v in (net.get("init_args") or {}).items() if k != "dropout"}
-    return {"class_path": net["class_path"]} | arguments
-
-
-def _optimizer(config: dict[str, Any]) -> str:
-    chosen = config["model"]["init_args"].get("optimizer")
-    return chosen["class_path"] if chosen else "torch.optim.AdamW"
 
 
 def _adamw(params: Iterable) -> Optimizer:
     return AdamW(params, lr=1e-3, weight_decay=0.1)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
-    names = ("torch", "lightning", "torchmetrics", "numpy", "tiktoken")
-    ours = {"lm": __version__, "python": platform.python_version()}
-    return ours | {name: metadata.version(name) for name in names}
