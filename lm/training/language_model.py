@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 import math
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ class LanguageModel(LightningModule):
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
         self._step_targets: list[Tensor] = []
         self._grad_norm = torch.zeros(())
+        self._fitted: list[nn.Parameter] = []  # walking the module for them would cost a tenth of a small step
         self._settings: list[dict[str, Any]] = []  # each parameter group's, as configured
         self._watchers: list[Figures] = []
+        self._watching: list[Figures] = []  # those to whom the step in progress is due
         self._clock = (0.0, 0)  # time and step at which the throughput measurement began
 
     # -- what is fitted
@@ -135,8 +138,8 @@ class LanguageModel(LightningModule):
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        assert sorted(map(id, grouped)) == sorted(map(id, parameters)), "each parameter belongs to exactly one group"
+        self._fitted = [p for p in self.net.parameters() if p.requires_grad]
+        assert sorted(map(id, grouped)) == sorted(map(id, self._fitted)), "each parameter belongs to exactly one group"
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         return optimizer
 
@@ -149,7 +152,11 @@ class LanguageModel(LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration win over what a checkpoint said of learning rates and decay."""
-        for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+        # asking the Trainer for these at every step would cost a tenth of a small one
+        self._groups, self._max_steps = self.trainer.optimizers[0].param_groups, self.trainer.max_steps
+        self._scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self._log_every: int = self.trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
+        for group, settings in zip(self._groups, self._settings, strict=True):
             group.update(settings)
         self._clock = (time.monotonic(), self.global_step)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -160,15 +167,16 @@ class LanguageModel(LightningModule):
         if self.steps_per_call == 1:
             if batch_idx % self.trainer.accumulate_grad_batches == 0:
                 self._begin_step(self.global_step)
-            for watcher in self._watching(self.global_step + 1):
+            for watcher in self._watching:
                 watcher.before_step(self.net)
 
     def _begin_step(self, step: int) -> None:
-        """Set the learning rate of the step that follows `step` finished ones."""
+        """Set the learning rate of the step that follows `step` finished ones, and see who looks at it."""
         self._step_losses.clear()
         self._step_targets.clear()
-        factor = self.schedule(step, self.trainer.max_steps)
-        for group, settings in zip(self.trainer.optimizers[0].param_groups, self._settings, strict=True):
+        self._watching = [watcher for watcher in self._watchers if watcher.due(step + 1)]
+        factor = self.schedule(step, self._max_steps)
+        for group, settings in zip(self._groups, self._settings, strict=True):
             group["lr"] = settings["lr"] * factor
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
@@ -200,20 +208,17 @@ class LanguageModel(LightningModule):
         trainer, optimizer = self.trainer, self.trainer.optimizers[0]
         done = self.global_step
         last = min(done - done % self.steps_per_call + self.steps_per_call, trainer.max_steps)
-        for step in range(done, last):
-            i = step % self.steps_per_call
+        batches = zip(tokens.unbind(), targets.unbind(), strict=True)  # K of (B, T) and (B, …)
+        for step, batch in zip(range(done, last), islice(batches, done % self.steps_per_call, None), strict=False):
             self._begin_step(step)
-            for watcher in self._watching(step + 1):
+            for watcher in self._watching:
                 watcher.before_step(self.net)
             optimizer.zero_grad()
-            self._loss(tokens[i], targets[i]).backward()
+            self._loss(*batch).backward()
             self.configure_gradient_clipping(optimizer)
             optimizer.step()
             progress.count_step(trainer)
             self._finish_step(step + 1)
-
-    def _watching(self, step: int) -> list[Figures]:
-        return [watcher for watcher in self._watchers if watcher.due(step)]
 
     def configure_gradient_clipping(
         self,
@@ -229,20 +234,19 @@ class LanguageModel(LightningModule):
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss = torch.stack(self._step_losses).mean()
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not torch.isfinite(loss if scaled else loss + norm):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._fitted if p.grad is not None])
+        losses = self._step_losses
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if not math.isfinite(loss if self._scaled else loss + norm):
             raise CheckError(
                 f"step {self.global_step + 1}: loss {float(loss):g} and gradient norm {float(norm):g} are not finite: "
                 "nothing was updated; continue with --ckpt_path last and a lower learning rate or longer warm-up"
             )
         clip_norm = self.clip_norm if gradient_clip_val is None else gradient_clip_val
         if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._fitted, clip_norm, norm)
         self._grad_norm = norm
-        for watcher in self._watching(self.global_step + 1):
+        for watcher in self._watching:
             watcher.before_update(self.net)
 
     def optimizer_step(
@@ -258,10 +262,11 @@ class LanguageModel(LightningModule):
 
     def _finish_step(self, step: int) -> None:
         """Do what follows the update: figures, metrics, and after the last step the calibration."""
-        for watcher in self._watching(step):
+        for watcher in self._watching:
             watcher.after_step(self.net, step)
-        self._log_step(step)
-        if self.calibrate and step == self.trainer.max_steps:
+        if step % self._log_every == 0 or step in (1, self._max_steps):
+            self._log_step(step)
+        if self.calibrate and step == self._max_steps:
             self._calibrate()
 
     def _calibrate(self) -> None:
@@ -272,9 +277,6 @@ class LanguageModel(LightningModule):
         calibrate(self.net, batches)
 
     def _log_step(self, step: int) -> None:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (not every or step % every) and step not in (1, self.trainer.max_steps):
-            return
         for loss, targets in zip(self._step_losses, self._step_targets, strict=True):
             predicted = (targets != IGNORED).sum()
             self.train_loss.update(loss * predicted, predicted)

@@ -11,22 +11,24 @@ from lm.errors import UserError
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Return a network's parameters in up to three groups, each parameter in exactly one.
+    """Return a network's parameters in two groups, each parameter in exactly one: matrices, and vectors without decay.
 
-    "hidden": matrices of linear layers inside the network; "table": other arrays of two or more dimensions, embeddings
-    and the output head; "vector": the rest, biases and gains, which do not decay.
+    More groups would cost each step of a small network more. "n_hidden" says how many of a group's first parameters are
+    hidden: matrices of linear layers inside the network, neither embedding nor output head.
     """
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
     vocab_size = getattr(net, "vocab_size", None)
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     inside = {id(module.weight) for module in linear if module.out_features != vocab_size} - tables
-    groups: dict[str, list[nn.Parameter]] = {"hidden": [], "table": [], "vector": []}
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            kind = "hidden" if id(parameter) in inside else "table" if parameter.ndim >= 2 else "vector"
-            groups[kind].append(parameter)
-    decay: dict[str, dict[str, Any]] = {"vector": {"weight_decay": 0.0}}
-    return [{"params": found, "kind": kind, **decay.get(kind, {})} for kind, found in groups.items() if found]
+    fitted = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    hidden = [parameter for parameter in fitted if id(parameter) in inside]
+    others = [parameter for parameter in fitted if parameter.ndim >= 2 and id(parameter) not in inside]
+    vectors = [parameter for parameter in fitted if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": hidden + others, "n_hidden": len(hidden)},
+        {"params": vectors, "n_hidden": 0, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class MuonAdamW(Optimizer):
@@ -59,9 +61,12 @@ class MuonAdamW(Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UserError("model.optimizer MuonAdamW: this torch has no torch.optim.Muon: use torch 2.9 or newer")
-        groups = list(params)
-        hidden = [group for group in groups if group.get("kind") == "hidden"]
-        rest = [group for group in groups if group.get("kind") != "hidden"]
+        hidden, rest = [], []
+        for group in params:
+            settings = {key: value for key, value in group.items() if key not in ("params", "n_hidden")}
+            inside, others = group["params"][: group["n_hidden"]], group["params"][group["n_hidden"] :]
+            hidden += [{"params": inside, **settings}] if inside else []
+            rest += [{"params": others, **settings}] if others else []
         if not hidden:
             raise UserError("model.optimizer MuonAdamW: the network has no hidden matrix: use torch.optim.AdamW")
         muon: dict[str, Any] = {

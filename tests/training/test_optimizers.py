@@ -33,24 +33,28 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, fi
 )
 def test_each_parameter_is_in_the_group_of_its_kind(net: torch.nn.Module, tables: set[str], hidden: int) -> None:
     names = {id(p): name for name, p in net.named_parameters()}
-    groups = {group["kind"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(net)}
-    assert set(groups["table"]) == tables
-    assert len(groups.get("hidden", [])) == hidden
-    assert all(dict(net.named_parameters())[name].ndim < 2 for name in groups.get("vector", []))
-    assert sorted(name for group in groups.values() for name in group) == sorted(names.values())
+    groups = parameter_groups(net)
+    found = [[names[id(p)] for p in group["params"]] for group in groups]
+    assert groups[0]["n_hidden"] == hidden
+    assert set(found[0][hidden:]) == tables
+    assert all(dict(net.named_parameters())[name].ndim < 2 for group in found[1:] for name in group)
+    assert [group.get("weight_decay") for group in groups] == [None, 0.0][: len(groups)]
+    assert sorted(name for group in found for name in group) == sorted(names.values())
 
 
 def test_convolutions_are_no_matrices_for_muon() -> None:
-    kinds = {group["kind"]: {p.ndim for p in group["params"]} for group in parameter_groups(GatedWaveNet(11, 8))}
-    assert kinds["hidden"] == {2} and 3 in kinds["table"]
+    matrices = parameter_groups(GatedWaveNet(11, 8))[0]
+    assert {p.ndim for p in matrices["params"][: matrices["n_hidden"]]} == {2}
+    assert 3 in {p.ndim for p in matrices["params"][matrices["n_hidden"] :]}
 
 
 def test_it_is_torchs_muon_and_torchs_adamw_with_one_schedule() -> None:
     ours, theirs = net_of(), net_of()
     train(ours, MuonAdamW(parameter_groups(ours), lr=1e-3, muon_lr=0.02), 5)
-    hidden, *rest = parameter_groups(theirs)
-    muon = torch.optim.Muon([hidden], lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
-    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices, vectors = parameter_groups(theirs)
+    hidden, tables = matrices["params"][: matrices["n_hidden"]], matrices["params"][matrices["n_hidden"] :]
+    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn="original")
+    adamw = torch.optim.AdamW([{"params": tables}, vectors], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     class Both:
         def __init__(self) -> None:
