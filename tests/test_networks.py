@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
+from lm.data import LinesData
+from lm.data.module import IGNORED
 from lm.inference import load
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
@@ -57,6 +60,14 @@ def test_fit_stop_resume_validate_sample(lm, workplace: Path, name: str) -> None
     result = json.loads(out.splitlines()[-1])
     assert ("exact_match" in result) == (NETWORKS[name][1] in (SUMS, REVERSE))
     assert 0 < result["loss"] < 4
+    if "Lines" in NETWORKS[name][1]["class_path"]:
+        data = LinesData(**NETWORKS[name][1]["init_args"])
+        data.setup("fit")
+        tokens, targets = data.examples["test"]
+        logits = load(Path("checkpoints/whole/last.ckpt")).net(tokens).detach()
+        kept = targets != IGNORED
+        assert result["tokens"] == int(kept.sum())
+        assert result["loss"] == pytest.approx(float(F.cross_entropy(logits[kept], targets[kept])), rel=1e-5)
     code, out, err = lm("sample", "--ckpt_path", "checkpoints/whole/last.ckpt", "--json", "--num_samples", 5)
     assert code == 0, err
     texts = json.loads(out.splitlines()[-1])["text"]
@@ -68,8 +79,6 @@ def test_calibration_follows_the_last_step_and_is_saved(lm, workplace: Path, ste
     recipe("MLP", calibrate=True, steps_per_call=steps)
     assert lm("fit", "--config", "net.yaml")[0] == 0
     net = load(Path("checkpoints/net/last.ckpt")).net
-    from lm.data import LinesData
-
     data = LinesData(**LINES["init_args"])
     data.setup("fit")
     made = net.hidden[0](net.wte(data.examples["train"][0]).flatten(1))

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, T time.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +147,8 @@ class Figures(Callback):
         rows = tables[0].detach().float().cpu()[:MOST_ROWS]  # (V, C)
         labels = [repr(token.decode(errors="replace")) for token in tokenizer.token_bytes()[: len(rows)]]
         for board in self._boards:
+            if (Path(board.log_dir) / f"{trainer.global_step:05d}").exists():
+                continue  # a finished run was started again; the writer would complain on standard output
             board.add_embedding(rows, metadata=labels, global_step=trainer.global_step, tag="embedding")
 
 

@@ -63,7 +63,8 @@ def test_fit_without_a_terminal_prints_lines_not_a_bar(lm, workplace: Path) -> N
 def test_fit_writes_the_run_folders(fitted: Path) -> None:
     names = sorted(path.name for path in (fitted / "checkpoints/tiny").iterdir())
     assert names == ["best.ckpt", "last.ckpt", "step=0000005.ckpt", "step=0000010.ckpt"]
-    assert {path.name.split(".")[0] for path in (fitted / "logs/tiny").iterdir()} == {"config", "metrics", "events"}
+    found = {path.name.split(".")[0] for path in (fitted / "logs/tiny").iterdir()}
+    assert found == {"config", "metrics", "events", "projector_config", "00012"}  # the last two: the embedding's
     assert main([*FIT, "--ckpt_path", "last", "--trainer.max_steps", "13"]) == 0
     assert yaml.safe_load((fitted / "logs/tiny/config-2.yaml").read_text())["trainer"]["max_steps"] == 13
 

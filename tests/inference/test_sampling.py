@@ -145,3 +145,12 @@ def test_an_empty_prompt_starts_after_an_end(tmp_path: Path) -> None:
     assert start_tokens(CharTokenizer("ab\n"), "") == [0]
     assert start_tokens(CharTokenizer("zab"), "") == [0]
     assert start_tokens(CharTokenizer("zab"), "ab") == [0, 1]
+
+
+def test_a_prompt_follows_the_mark_that_every_text_was_trained_after() -> None:
+    marked, plain = CharTokenizer("ab", end="."), CharTokenizer("ab")
+    assert start_tokens(marked, "ab") == [0, 1, 2]
+    assert start_tokens(marked, "") == [0]
+    assert start_tokens(plain, "ab") == [0, 1]
+    stream = TextStream(marked, [])
+    assert stream.add(1) + stream.add(0) == "a" and stream.done

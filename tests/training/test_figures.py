@@ -45,7 +45,7 @@ def mlp(workplace: Path) -> Path:
     return workplace
 
 
-def test_a_gpts_figures(workplace: Path) -> None:
+def test_a_gpts_figures(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(*EVERY)
     found = tags()
     steps = [1, 4, 8, 12]
@@ -55,6 +55,8 @@ def test_a_gpts_figures(workplace: Path) -> None:
     assert not [tag for tag in found if tag.startswith("saturation")]
     projector = next(Path("logs/tiny").glob("**/metadata.tsv"))
     labels = projector.read_text().splitlines()
+    assert Fit(["--config", "tiny.yaml", "--ckpt_path", "last"], "").run()["step"] == 12
+    assert "exists" not in capsys.readouterr().out
     assert "'x'" in labels and "'\\n'" in labels
 
 

@@ -45,7 +45,7 @@ def test_the_last_call_may_be_shorter_and_the_run_goes_on_from_inside(lm, workpl
 
 
 def test_a_signal_stops_at_the_end_of_a_call_and_the_run_resumes(lm, workplace: Path) -> None:
-    many = ["--model.init_args.steps_per_call", 4]
+    many = ["--model.init_args.steps_per_call", 4, "--trainer.val_check_interval", 8, "--checkpoint.every_n_steps", 8]
     assert lm(*RECIPE, *many, "--name", "whole")[0] == 0
     code = lm(*RECIPE, *many, "--name", "parts", *stop_with("StopAt", 9))[0]
     assert code == 143
@@ -53,6 +53,7 @@ def test_a_signal_stops_at_the_end_of_a_call_and_the_run_resumes(lm, workplace: 
     assert lm(*RECIPE, *many, "--name", "parts", "--ckpt_path", "last")[0] == 0
     assert_equal(state("whole"), state("parts"))
     assert table("whole") == table("parts")
+    assert [row["step"] for row in table("parts") if row["val/loss"]] == ["8", "16", "24"]
 
 
 def test_what_is_not_finite_stops_inside_a_call_before_the_weights_are_touched(lm, workplace: Path) -> None:
