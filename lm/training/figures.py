@@ -154,6 +154,6 @@ class Figures(Callback):
 
 def _histogram(board: Any, tag: str, values: Tensor, step: int) -> None:
     values = values.float()
-    finite = values[torch.isfinite(values)]
+    finite = values[torch.isfinite(values)].clamp(-1e19, 1e19)  # beyond 1e20 the writer has no bins and raises
     if finite.numel() > 1:
         board.add_histogram(tag, finite.cpu(), step)
