@@ -35,49 +35,61 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-class TrainChunks(Dataset[Batch]):
-    """Item k is one rank's micro-batch k: sequences at random offsets, drawn with replacement.
+class Stream(Dataset[Batch]):
+    """Item k is one rank's micro-batch k of an endless training, or a stack of whole batches.
 
-    Sequence j of the global batch of step s has index i = s × batch_size + j, whatever the number of ranks or
-    micro-batches; the offset is `draw(seed, i)`.
+    Example j of the global batch of step s is number s × batch_size + j, whatever the number of ranks or micro-batches.
 
     Args:
-        ids: Token ids of the split (N,).
-        block_size: Tokens in a sequence, T.
-        batch_size: Sequences per optimizer step, over all ranks and micro-batches.
-        micro_batch_size: Sequences of a step in an item, B.
-        steps: Above 1, an item has the whole batches of so many steps, K: (K, B, T).
+        examples: Returns tokens and targets of training examples number first and on, from (first, count).
+        micro_batch_size: Examples of a step in an item, B.
+        steps: Above 1, an item has the whole batches of so many steps, K: (K, B, …).
         rank: This process.
         world_size: Number of processes.
-        seed: Chooses the sequences.
     """
 
     def __init__(
         self,
-        ids: np.ndarray,
+        examples: Callable[[int, int], Batch],
         *,
-        block_size: int,
-        batch_size: int,
         micro_batch_size: int,
         steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
     ) -> None:
-        self.ids, self.block_size, self.batch_size, self.seed = ids, block_size, batch_size, seed
-        self.micro_batch_size, self.steps, self.rank, self.world_size = micro_batch_size, steps, rank, world_size
+        self.examples, self.micro_batch_size, self.steps = examples, micro_batch_size, steps
+        self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, k: int) -> Batch:
         """Return item k, counted from the start of training."""
         size = self.micro_batch_size * self.steps
-        offsets = draw(self.seed, (k * self.world_size + self.rank) * size, size, len(self.ids) - self.block_size)
-        rows = np.empty((size, self.block_size + 1), dtype=np.int64)  # (B, T + 1)
-        for row, offset in zip(rows, offsets.tolist(), strict=True):
-            row[:] = self.ids[offset : offset + self.block_size + 1]
-        chunk = torch.from_numpy(rows)
-        if self.steps > 1:
-            chunk = chunk.view(self.steps, self.micro_batch_size, -1)  # (K B, T + 1) -> (K, B, T + 1)
-        return chunk[..., :-1], chunk[..., 1:]  # (B, T), (B, T)
+        tokens, targets = self.examples((k * self.world_size + self.rank) * size, size)
+        if self.steps > 1:  # (K B, …) -> (K, B, …)
+            tokens, targets = tokens.unflatten(0, (self.steps, -1)), targets.unflatten(0, (self.steps, -1))
+        return tokens, targets
+
+
+def random_chunks(ids: np.ndarray, block_size: int, seed: int, first: int, count: int) -> Batch:
+    """Return chunks (B, T) of a text at random offsets, drawn with replacement: example i is at `draw(seed, i)`.
+
+    Args:
+        ids: Token ids of the split (N,).
+        block_size: Tokens in a sequence, T.
+        seed: Chooses the offsets.
+        first: Number of the first example.
+        count: How many, B.
+    """
+    rows = np.empty((count, block_size + 1), dtype=np.int64)  # (B, T + 1)
+    for row, offset in zip(rows, draw(seed, first, count, len(ids) - block_size).tolist(), strict=True):
+        row[:] = ids[offset : offset + block_size + 1]
+    chunk = torch.from_numpy(rows)
+    return chunk[:, :-1], chunk[:, 1:]  # (B, T), (B, T)
+
+
+def random_rows(tokens: Tensor, targets: Tensor, seed: int, first: int, count: int) -> Batch:
+    """Return rows of tokens (N, T) and targets (N, …), drawn with replacement: example i is row `draw(seed, i)`."""
+    chosen = torch.from_numpy(draw(seed, first, count, len(tokens)))  # (B,)
+    return tokens[chosen], targets[chosen]
 
 
 class From(Sampler[int]):
@@ -116,7 +128,7 @@ class EvalChunks(Dataset[Batch]):
         self.ids, self.block_size = ids, block_size
         last = len(ids) - 1  # number of targets
         whole = last // block_size * block_size
-        share = -(-whole // (block_size * world_size))  # sequences for each rank, rounded up
+        share = whole // (block_size * world_size)  # sequences for each rank, rounded down: none gets no batch
         stride = block_size * max(1, min(micro_batch_size, share))
         spans = [(start, min(start + stride, whole)) for start in range(0, whole, stride)]
         if whole < last:

@@ -1,69 +1,24 @@
 """LinesData: one document a line, names say, each ended by a mark that the network learns to write.
 
-Shapes: K steps, B sequences, T block_size.
+Shapes: N examples, T block_size.
 """
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from lm.data import corpora
-from lm.data.chunks import Batch, draw
+from lm.data.chunks import Batch, random_rows
 from lm.data.module import IGNORED, Rows, TokenData
 from lm.data.tokenizers import CharTokenizer, Tokenizer
 from lm.errors import UserError
 
 SPLIT_SEED = 42  # makemore's: the split is part of the reference figures, not of the run
 EVAL_TOKENS = 1 << 16
-
-
-class Draws(Dataset[Batch]):
-    """Item k is a rank's micro-batch k, or a stack of whole batches, of examples drawn with replacement.
-
-    Example j of the global batch of step s has index s × batch_size + j and is `draw` of it, as in `TrainChunks`.
-
-    Args:
-        tokens: All examples (N, T).
-        targets: Theirs (N,) or (N, T).
-        batch_size: Examples per optimizer step, over all ranks and micro-batches.
-        micro_batch_size: Examples in an item, B.
-        steps: Above 1, an item is the batches of so many steps (K, B, …).
-        rank: This process.
-        world_size: Number of processes.
-        seed: Chooses the examples.
-    """
-
-    def __init__(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.tokens, self.targets, self.batch_size, self.micro_batch_size = (
-            tokens,
-            targets,
-            batch_size,
-            micro_batch_size,
-        )
-        self.steps, self.rank, self.world_size, self.seed = steps, rank, world_size, seed
-
-    def __getitem__(self, k: int) -> Batch:
-        """Return item k, counted from the start of training."""
-        size = self.micro_batch_size * self.steps
-        chosen = torch.from_numpy(draw(self.seed, (k * self.world_size + self.rank) * size, size, len(self.tokens)))
-        if self.steps > 1:
-            chosen = chosen.view(self.steps, -1)  # (K B,) -> (K, B)
-        return self.tokens[chosen], self.targets[chosen]
 
 
 class LinesData(TokenData):
@@ -153,16 +108,13 @@ class LinesData(TokenData):
 
     def _windows(self, lines: list[str]) -> Batch:
         """Return every symbol and end mark (N,) with the block_size symbols before it in its line (N, T)."""
-        T, mark = self.block_size, self.text_tokenizer.eot  # noqa: N806
-        ids = self.text_tokenizer.encode("".join(self.end * T + line + self.end for line in lines))
-        # a target's context are the T symbols before it: of the T marks before each line, none is a target
-        lengths = np.array([len(line) + 1 for line in lines], dtype=np.int64)  # targets of each line
-        starts = np.cumsum(np.concatenate([[0], lengths + T]))[:-1] + T  # where each line's targets begin
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        places = np.repeat(starts, lengths) + within  # (N,)
-        windows = np.lib.stride_tricks.sliding_window_view(ids, T)[places - T] if len(lines) else np.empty((0, T), int)
-        assert mark is not None
-        return torch.from_numpy(windows.copy()), torch.from_numpy(ids[places] if len(lines) else np.empty(0, int))
+        T = self.block_size  # noqa: N806
+        ids = torch.from_numpy(self.text_tokenizer.encode("".join(self.end * T + line + self.end for line in lines)))
+        # of the T marks before each line, none is a target
+        shown = np.concatenate([[False] * T + [True] * (len(line) + 1) for line in lines] or [[]]).astype(bool)
+        places = torch.from_numpy(shown).nonzero().squeeze(1)  # (N,): where the targets are
+        before = torch.arange(-T, 0)  # (T,)
+        return ids[places.unsqueeze(1) + before], ids[places]  # (N, T), (N,)
 
     def _whole(self, lines: list[str]) -> Batch:
         """Return each line after a mark (N, T), and its targets: itself and a mark, then nothing (N, T)."""
@@ -182,18 +134,9 @@ class LinesData(TokenData):
             targets[row, len(ids)] = mark
         return tokens, targets
 
-    def train_dataset(self, steps: int) -> Draws:
-        """Return the training examples, drawn with replacement."""
-        tokens, targets = self.examples["train"]
-        return Draws(
-            tokens,
-            targets,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            steps=steps,
-            seed=self.seed,
-            **self._place(),
-        )
+    def training_examples(self) -> Callable[[int, int], Batch]:
+        """Return what gives rows of the training split, drawn with replacement."""
+        return partial(random_rows, *self.examples["train"], self.seed)
 
     def eval_dataset(self, split: str) -> Rows:
         """Return all examples of a split once; test is validation where there is no test split."""

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lm.data.chunks import Batch, From
+from lm.data.chunks import Batch, From, Stream
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
@@ -42,11 +43,10 @@ class TokenData(LightningDataModule, ABC):
         self.val_split = "val"
 
     @abstractmethod
-    def train_dataset(self, steps: int) -> Dataset[Batch]:
-        """Return the data set whose item k is this process's micro-batch k, or, with steps above 1, batches of steps.
+    def training_examples(self) -> Callable[[int, int], Batch]:
+        """Return what gives the training examples number first … first + count - 1, from (first, count).
 
-        Args:
-            steps: Optimizer steps in an item; above 1 it is (steps, B, …), the batches of steps k × steps and on.
+        It depends on the seed and the numbers alone.
         """
 
     @abstractmethod
@@ -93,6 +93,10 @@ class TokenData(LightningDataModule, ABC):
         if not self.trainer:
             return 0
         return self.trainer.global_step * self.trainer.accumulate_grad_batches // self.steps_per_call
+
+    def train_dataset(self, steps: int = 1) -> Stream:
+        """Return this process's training batches, so many steps in an item."""
+        return Stream(self.training_examples(), micro_batch_size=self.micro_batch_size, steps=steps, **self._place())
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches: endless, going on where training stands."""
@@ -150,8 +154,9 @@ class Rows(Dataset[Batch]):
     """
 
     def __init__(self, tokens: Tensor, targets: Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        share = -(-len(tokens) // world_size)  # examples for each rank, rounded up
-        size = max(1, min(batch_size, share))
+        if len(tokens) < world_size:
+            raise UserError(f"a split of {len(tokens)} examples does not do for {world_size} processes: use fewer")
+        size = max(1, min(batch_size, len(tokens) // world_size))  # rounded down: no rank gets no batch
         self.batches = list(zip(tokens.split(size), targets.split(size), strict=True))[rank::world_size]
 
     def __len__(self) -> int:

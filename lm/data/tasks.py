@@ -1,14 +1,14 @@
 """Tasks made on the fly: problems whose answers can be checked, arithmetic and strings to reverse.
 
-Shapes: K steps, B sequences, T block_size.
+Shapes: B sequences, T block_size.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from lm.data.chunks import Batch, draw
 from lm.data.module import IGNORED, Rows, TokenData
@@ -107,9 +107,9 @@ class TaskData(TokenData):
         targets[(place < first) | (place > end)] = IGNORED
         return tokens, targets
 
-    def train_dataset(self, steps: int) -> Dataset[Batch]:
-        """Return the training problems."""
-        return _Problems(self, steps, **self._place())
+    def training_examples(self) -> Callable[[int, int], Batch]:
+        """Return what makes the training problems."""
+        return lambda first, count: self.batch(self.problems(first, count))
 
     def eval_dataset(self, split: str) -> Rows:
         """Return the problems held out; for train, as many that are not."""
@@ -117,20 +117,6 @@ class TaskData(TokenData):
         chosen = {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
         tokens, targets = self.batch(chosen)
         return Rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
-
-
-class _Problems(Dataset[Batch]):
-    """Item k is a rank's micro-batch k, or a stack of whole batches, as in `TrainChunks`."""
-
-    def __init__(self, data: TaskData, steps: int, rank: int = 0, world_size: int = 1) -> None:
-        self.data, self.steps, self.rank, self.world_size = data, steps, rank, world_size
-
-    def __getitem__(self, k: int) -> Batch:
-        size = self.data.micro_batch_size * self.steps
-        tokens, targets = self.data.batch(self.data.problems((k * self.world_size + self.rank) * size, size))
-        if self.steps > 1:  # (K B, T) -> (K, B, T)
-            tokens, targets = tokens.unflatten(0, (self.steps, -1)), targets.unflatten(0, (self.steps, -1))
-        return tokens, targets
 
 
 OPERATORS = "+-*/"

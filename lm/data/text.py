@@ -1,7 +1,10 @@
 """TextData: one long text, served in chunks of block_size tokens."""
 
+from collections.abc import Callable
+from functools import partial
+
 from lm.data import store
-from lm.data.chunks import EvalChunks, TrainChunks
+from lm.data.chunks import Batch, EvalChunks, random_chunks
 from lm.data.module import TokenData
 from lm.errors import UserError
 
@@ -81,18 +84,10 @@ class TextData(TokenData):
                 "text, a larger val_fraction or fewer processes"
             )
 
-    def train_dataset(self, steps: int) -> TrainChunks:
-        """Return the training chunks, at random offsets."""
+    def training_examples(self) -> Callable[[int, int], Batch]:
+        """Return what gives chunks of the training split at random offsets."""
         assert self.tokens is not None
-        return TrainChunks(
-            self.tokens.splits["train"],
-            block_size=self.block_size,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            steps=steps,
-            seed=self.seed,
-            **self._place(),
-        )
+        return partial(random_chunks, self.tokens.splits["train"], self.block_size, self.seed)
 
     def eval_dataset(self, split: str) -> EvalChunks:
         """Return all chunks of a split, for evaluation; test is validation where there is no test split."""
