@@ -27,6 +27,7 @@ def test_there_are_blocks() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert any("assert " in code for code in blocks(page)), "a page shows nothing where none of its blocks can fail"
     namespace: dict[str, Any] = {"__name__": page.stem}
     with torch.random.fork_rng():
         for code in blocks(page):

@@ -61,8 +61,8 @@ class Evaluate(parsing.Recipes):
         self.trainer.validate(
             module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
         )
-        names = [name for name in module.validation if name != "step"]
-        return {name: module.validation[name] for name in names} | {"step": self.meta["step"]}
+        values = {name: value for name, value in module.validation.items() if name != "step"}
+        return values | {"step": self.meta["step"]}
 
 
 def validate(arguments: list[str]) -> None:

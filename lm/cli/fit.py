@@ -55,7 +55,7 @@ class Fit(parsing.Recipes):
         )
         self.first_step = checkpoint.peek(self.ckpt_path)["step"] if self.ckpt_path else 0
         if config.init_from is not None:
-            checkpoint.verify(config.init_from)
+            checkpoint.verify(config.init_from)  # a missing or damaged one is found before anything costs time
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
@@ -92,10 +92,11 @@ class Fit(parsing.Recipes):
                 f"model.steps_per_call {steps} is for one process and no accumulation, trainer.accumulate_grad_batches "
                 f"is {settings['accumulate_grad_batches']}: set one of them to 1"
             )
-        intervals = {"trainer.val_check_interval": settings["val_check_interval"]}
-        for name, interval in (
-            intervals | {"checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps}
-        ).items():
+        intervals = {
+            "trainer.val_check_interval": settings["val_check_interval"],
+            "checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps,
+        }
+        for name, interval in intervals.items():
             if isinstance(interval, int) and interval % steps:
                 raise UserError(
                     f"{name} {interval} is not a multiple of model.steps_per_call {steps}: change one of them"
@@ -138,7 +139,7 @@ class Fit(parsing.Recipes):
         origin = self.ckpt_path or self.config.init_from
         if origin is None:
             raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
-        data.tokenizer = from_state(checkpoint.peek(checkpoint.verify(origin))["tokenizer"])
+        data.tokenizer = from_state(checkpoint.peek(origin)["tokenizer"])
 
     def open_logs(self) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""

@@ -78,7 +78,7 @@ class Recipes(LightningCLI):
     def __init__(self, arguments: list[str], description: str) -> None:
         from lightning.pytorch import LightningDataModule, LightningModule
 
-        if not any(word.split("=")[0] == "--config" for word in arguments):
+        if not any(word.split("=")[0] in ("--config", "-c") for word in arguments):
             # not parser defaults: those would leave their values behind where a recipe names another class
             arguments = [*self.classes, *arguments]
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
@@ -217,6 +217,8 @@ def explain(message: str, names: list[str]) -> str:
         return f"the config is no YAML mapping: {empty[0][:300]}"
     if "Unexpected config:" in text:
         return "the config is empty or no YAML mapping: see configs/quickstart.yaml"
+    if re.search(r"init_args=Namespace\(net=None", text):
+        return "no network is said: give a recipe, --config configs/quickstart.yaml, or --model.init_args.net CLASS"
     value = re.search(r"(?:Got|Given) value: (.+?)\.?(?= Given | Got value| - |$)", text)
     if value and (keys := re.findall(r"Parser key \"([\w.]+)\"", text)):
         kinds = re.findall(r"Expected an? <(?:class|enum) '([\w.]+)'>", text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.models.feed_forward import FeedForward, make_feed_forward
+from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
@@ -263,7 +264,7 @@ class GPT(nn.Module):
                 attend["rotary"] = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
         common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
 
-        def make_block() -> Block:
+        def block() -> Block:
             attn = (CausalSelfAttention if attention == "batched" else SeparateHeads)(n_head=n_head, **common, **attend)
             mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
             norms = make_norm(norm, n_embd, bias=bias), make_norm(norm, n_embd, bias=bias)
@@ -272,7 +273,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(make_block() for _ in range(n_layer))
+        self.h = nn.ModuleList(block() for _ in range(n_layer))
         self.ln_f = make_norm(norm, n_embd, bias=bias) if norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)
         self.reset_parameters()
@@ -280,21 +281,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def reset_parameters(self) -> None:
-        """Initialise as GPT-2: N(0, init_std), biases zero, residual projections scaled by 1/sqrt(2 n_layer).
-
-        Each of the 2 n_layer residual branches adds its variance to the stream; the scale keeps their sum at one
-        branch's. Where init_std is None, layers stay as torch made them.
-        """
-        if self.init_std is None:
-            return
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.init_std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=self.init_std / math.sqrt(2 * len(self.h)))
+        """Initialise as GPT-2; where init_std is None, layers stay as torch made them."""
+        if self.init_std is not None:
+            initialise(self, self.init_std, {self.h: 2 * len(self.h)})
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token after each position.
@@ -309,8 +298,7 @@ class GPT(nn.Module):
             ValueError: The sequence is longer than block_size.
         """
         T = tokens.shape[1]  # noqa: N806
-        if self.block_size < T:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.block_size}")
+        check_length(tokens, self.block_size)
         x = self.wte(tokens)  # (B, T) -> (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, C) + (T, C) -> (B, T, C)
@@ -351,17 +339,13 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: Which setting, its value and what to do.
     """
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-        if settings[name] < 1:
-            raise ValueError(f"{name} is {settings[name]}: it must be at least 1")
+    check_sizes(**{name: settings[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")})
     for name, choices in CHOICES.items():
         if settings[name] not in get_args(choices):
             raise ValueError(f"{name} is {settings[name]}: choose from {', '.join(get_args(choices))}")
     n_embd, n_head, n_kv_head = settings["n_embd"], settings["n_head"], settings["n_kv_head"]
-    if n_embd % n_head:
-        raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
-    if not 0 <= settings["dropout"] < 1:
-        raise ValueError(f"dropout is {settings['dropout']}: it must be at least 0 and below 1")
+    check_heads(n_embd, n_head)
+    check_dropout(settings["dropout"])
     for name, remedy in {"logit_soft_cap": "null for none", "init_std": "null for torch's own"}.items():
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} is {settings[name]}: it must be above 0, or {remedy}")

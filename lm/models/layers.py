@@ -147,6 +147,52 @@ class FlattenConsecutive(nn.Module):
         return x.squeeze(1) if x.shape[1] == 1 else x
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError, with its name, where a size is not positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ValueError where it is no probability of dropping less than everything."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+
+
+def check_heads(n_embd: int, n_head: int) -> None:
+    """Raise ValueError where heads do not divide the width."""
+    if n_embd % n_head:
+        raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
+
+
+def check_length(tokens: Tensor, block_size: int) -> None:
+    """Raise ValueError where tokens (B, T) are longer than the context."""
+    if tokens.shape[1] > block_size:
+        raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than block_size {block_size}")
+
+
+def initialise(net: nn.Module, std: float, branches: dict[nn.Module, int]) -> None:
+    """Initialise as GPT-2: N(0, std), biases zero, residual projections scaled by 1/sqrt(residual branches).
+
+    Each branch adds its variance to its stream; the scale keeps their sum at one branch's.
+
+    Args:
+        net: All of it.
+        std: Standard deviation of the weights.
+        branches: Stacks of blocks, whose projections are named c_proj, and the residual branches of each.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for stack, count in branches.items():
+        for name, parameter in stack.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=std / count**0.5)
+
+
 def padded(tokens: Tensor, size: int) -> Tensor:
     """Return tokens (B, T) with zeros, the padding symbol, in front, so that T is at least size.
 

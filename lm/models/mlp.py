@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lm.models.layers import BatchNorm, padded
+from lm.models.layers import BatchNorm, check_length, check_sizes, padded
 
 
 class MLP(nn.Module):
@@ -47,10 +47,7 @@ class MLP(nn.Module):
         head_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        sizes = {"block_size": block_size, "n_embd": n_embd, "n_hidden": n_hidden, "n_layer": n_layer}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
+        check_sizes(block_size=block_size, n_embd=n_embd, n_hidden=n_hidden, n_layer=n_layer)
         self.vocab_size, self.block_size = vocab_size, block_size
         self.wte = nn.Embedding(vocab_size, n_embd)
         widths = [block_size * n_embd] + [n_hidden] * n_layer
@@ -77,7 +74,6 @@ class MLP(nn.Module):
         Raises:
             ValueError: T is larger than block_size.
         """
-        if tokens.shape[1] > self.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than block_size {self.block_size}")
+        check_length(tokens, self.block_size)
         x = self.wte(padded(tokens, self.block_size)).flatten(1)  # (B, T) -> (B, T, C) -> (B, T C)
         return self.lm_head(self.hidden(x))  # (B, T C) -> (B, n_hidden) -> (B, V)

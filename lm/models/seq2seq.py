@@ -6,11 +6,12 @@ Source and target share the token embedding, and the output head is that embeddi
 Shapes: B batch, T time (the stream's), S keys looked at, C channels (n_embd), H heads, V vocabulary.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lm.models.feed_forward import MLP
+from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
 
 
 class Attention(nn.Module):
@@ -47,19 +48,10 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-class MLP(nn.Module):
-    """The position-wise feed-forward network, four times as wide inside."""
-
-    def __init__(self, *, n_embd: int, dropout: float, bias: bool) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.gelu = nn.GELU(approximate="tanh")
-        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> MLP:
+    """Return GPT-2's feed-forward network, four times as wide inside."""
+    gelu = nn.GELU(approximate="tanh")
+    return MLP(n_embd=n_embd, hidden_size=4 * n_embd, activation=gelu, dropout=dropout, bias=bias)
 
 
 class EncoderBlock(nn.Module):
@@ -70,7 +62,7 @@ class EncoderBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
         self.attn = Attention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
         self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd=n_embd, dropout=dropout, bias=bias)
+        self.mlp = make_mlp(n_embd=n_embd, dropout=dropout, bias=bias)
 
     def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
         """Map the encoder's residual stream (B, T, C) to (B, T, C)."""
@@ -89,7 +81,7 @@ class DecoderBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
         self.cross_attn = Attention(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias)
         self.ln_3 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd=n_embd, dropout=dropout, bias=bias)
+        self.mlp = make_mlp(n_embd=n_embd, dropout=dropout, bias=bias)
 
     def forward(self, x: Tensor, memory: Tensor, target_mask: Tensor, source_mask: Tensor) -> Tensor:
         """Map the decoder's residual stream (B, T, C) to (B, T, C); memory is the encoder's output, (B, T, C)."""
@@ -138,14 +130,9 @@ class Seq2Seq(nn.Module):
         pad_token: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        for name, size in {"vocab_size": vocab_size, "block_size": block_size, **sizes}.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
-        if n_embd % n_head:
-            raise ValueError(f"n_head {n_head} does not divide n_embd {n_embd}: choose n_embd as a multiple of n_head")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        check_sizes(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        check_heads(n_embd, n_head)
+        check_dropout(dropout)
         for name, token in {"start_token": start_token, "pad_token": pad_token}.items():
             if token is not None and not 0 <= token < vocab_size:
                 raise ValueError(f"{name} is {token}: it must be at least 0 and below vocab_size {vocab_size}")
@@ -172,20 +159,8 @@ class Seq2Seq(nn.Module):
         self.lm_head.weight = self.wte.weight
 
     def reset_parameters(self) -> None:
-        """Initialise as GPT-2: N(0, 0.02), biases zero, residual projections scaled by 1/sqrt(residual branches).
-
-        The encoder's stream has two branches per block and the decoder's three; the scale keeps the sum of their
-        variances at one branch's.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for stack, branches in ((self.encoder, 2 * len(self.encoder)), (self.decoder, 3 * len(self.decoder))):
-            for name, parameter in stack.named_parameters():
-                if name.endswith("c_proj.weight"):
-                    nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+        """Initialise as GPT-2; a block has two residual branches in the encoder and three in the decoder."""
+        initialise(self, 0.02, {self.encoder: 2 * len(self.encoder), self.decoder: 3 * len(self.decoder)})
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token after each position of the target.
@@ -200,10 +175,7 @@ class Seq2Seq(nn.Module):
             ValueError: The sequence is longer than block_size.
         """
         T = tokens.shape[1]  # noqa: N806
-        if self.block_size < T:
-            raise ValueError(
-                f"a sequence of {T} tokens is longer than block_size {self.block_size}: shorten it or build with more"
-            )
+        check_length(tokens, self.block_size)
         is_target = (tokens == self.start_token).cumsum(dim=1) > 0  # (B, T): from the first start token on
         is_source = ~is_target if self.pad_token is None else ~is_target & (tokens != self.pad_token)  # (B, T)
         source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): who asks does not matter

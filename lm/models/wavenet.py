@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.models.layers import BatchNorm, FlattenConsecutive, padded
+from lm.models.layers import BatchNorm, FlattenConsecutive, check_dropout, check_length, check_sizes, padded
 
 
 class WaveNet(nn.Module):
@@ -54,9 +54,7 @@ class WaveNet(nn.Module):
         head_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, size in {"n_embd": n_embd, "n_hidden": n_hidden, "depth": 1 if depth is None else depth}.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
+        check_sizes(n_embd=n_embd, n_hidden=n_hidden, depth=1 if depth is None else depth)
         depth = _depth(block_size, fuse) if depth is None else depth
         if not dense and fuse**depth != block_size:
             raise ValueError(f"depth {depth} fuses {fuse**depth} tokens, block_size is {block_size}: make them equal")
@@ -88,8 +86,7 @@ class WaveNet(nn.Module):
         Raises:
             ValueError: T is larger than block_size.
         """
-        if tokens.shape[1] > self.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than block_size {self.block_size}")
+        check_length(tokens, self.block_size)
         if self.dense:
             return self.convolve(tokens)
         x = self.wte(padded(tokens, self.context))  # (B, T, C)
@@ -177,11 +174,8 @@ class GatedWaveNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, size in {"n_embd": n_embd, "n_layer": n_layer, "n_stack": n_stack}.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        check_sizes(n_embd=n_embd, n_layer=n_layer, n_stack=n_stack)
+        check_dropout(dropout)
         self.vocab_size, self.block_size = vocab_size, block_size
         self.wte = nn.Embedding(vocab_size, n_embd)
         dilations = [2**i for i in range(n_layer)] * n_stack
@@ -195,8 +189,7 @@ class GatedWaveNet(nn.Module):
         Raises:
             ValueError: T is larger than block_size.
         """
-        if tokens.shape[1] > self.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than block_size {self.block_size}")
+        check_length(tokens, self.block_size)
         x = self.wte(tokens).mT  # (B, T, C) -> (B, C, T)
         skips = torch.zeros_like(x)
         for block in self.h:

@@ -76,13 +76,16 @@ class Figures(Callback):
         if self._handles:  # of an earlier micro-batch of the step
             return
         for name, module in net.named_modules():
-            if isinstance(module, nn.Tanh | nn.ReLU | nn.GELU | nn.Linear) or "Norm" in type(module).__name__:
+            if (
+                isinstance(module, nn.Tanh | nn.Sigmoid | nn.ReLU | nn.GELU | nn.Linear)
+                or "Norm" in type(module).__name__
+            ):
                 self._handles.append(module.register_forward_hook(self._look(name)))
 
     def _look(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if self.activations:
-                self._seen[name] = output.detach()
+                self._seen[name] = output.detach().clone()  # a later layer may work in place
             if self.saturation and isinstance(module, nn.Tanh):
                 self._saturated[name] = (output.detach().abs() > SATURATED).float().mean()
 

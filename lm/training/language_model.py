@@ -131,7 +131,7 @@ class LanguageModel(LightningModule):
         self.register_buffer("token_lengths", lengths, persistent=False)
 
     def configure_optimizers(self) -> Optimizer:
-        """Make the optimizer over the network's groups: hidden matrices, tables, and vectors, which do not decay."""
+        """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
         assert self.net is not None
         try:
             optimizer = self.make_optimizer(parameter_groups(self.net))

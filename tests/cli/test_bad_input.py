@@ -125,6 +125,7 @@ TABLE = {
     "no tokens": ((*SAMPLE, "--max_new_tokens", 0), "--max_new_tokens 0: it must be at least 1"),
     "bad top_p": ((*SAMPLE, "--top_p", 2), "--top_p 2.0: it must be above 0 and at most 1"),
     "empty stop": ((*SAMPLE, "--stop", ""), "an empty string"),
+    "no recipe and no network": (("fit",), "no network is said: give a recipe, --config configs/quickstart.yaml"),
     "context no power of n": (
         (*FIT, "--model.init_args.net", "lm.models.WaveNet", "--data.init_args.block_size", 12),
         "model.net: block_size 12 is not a power of fuse 2: use 16",

@@ -46,7 +46,7 @@ def test_untrained_loss_is_nearly_uniform() -> None:
 def test_short_contexts_are_padded_in_front_with_token_0() -> None:
     net = MLP(27, 3).eval()
     assert torch.equal(net(torch.tensor([[5]])), net(torch.tensor([[0, 0, 5]])))
-    with pytest.raises(ValueError, match="4 tokens are more than block_size 3"):
+    with pytest.raises(ValueError, match="4 tokens is longer than block_size 3"):
         net(torch.zeros(1, 4, dtype=torch.int64))
 
 
@@ -105,7 +105,7 @@ def test_calibration_is_the_whole_sets_statistics_however_it_is_cut(bessel: bool
 
 def test_calibration_that_fails_leaves_training_as_it_was() -> None:
     net = MLP(27, 3)
-    with pytest.raises(ValueError, match="more than block_size"):
+    with pytest.raises(ValueError, match="longer than block_size"):
         calibrate(net, [torch.zeros(5, 4, dtype=torch.int64)])
     before = net.hidden[1].running_mean.clone()
     net(torch.randint(27, (8, 3)))

@@ -109,5 +109,5 @@ def test_gated_sizes_and_limits() -> None:
     for settings, message in (({"n_layer": 0}, "n_layer is 0"), ({"dropout": 1.0}, "dropout is 1.0")):
         with pytest.raises(ValueError, match=message):
             GatedWaveNet(27, 16, **settings)
-    with pytest.raises(ValueError, match="17 tokens are more than block_size 16"):
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         net(torch.zeros(1, 17, dtype=torch.int64))

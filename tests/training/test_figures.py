@@ -6,11 +6,12 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from torch.utils.tensorboard import SummaryWriter
 
 from lm.cli.fit import Fit
 from lm.errors import UserError
 from lm.models import MLP
-from lm.training.figures import Figures
+from lm.training.figures import Figures, _histogram
 from tests.conftest import RECIPE
 
 EVERY = ["--figures.every_n_steps", "4", "--trainer.log_every_n_steps", "4"]
@@ -124,3 +125,19 @@ def test_ratios_and_shares_are_the_formulas(scale: float, share: float) -> None:
     if scale:
         expected = math.log10(0.25 * float(net.lm_head.weight.grad.std() / head.std()))
         assert board.scalars["update_ratio/lm_head.weight"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_values_beyond_tensorboards_bins_end_no_training(workplace: Path) -> None:
+    with SummaryWriter("logs/loud") as board:
+        _histogram(board, "all", torch.tensor([1e37, -2e37, 3e30]), 1)
+        _histogram(board, "some", torch.tensor([math.inf, math.nan, 1.0, 2.0]), 1)
+        _histogram(board, "none", torch.tensor([math.inf, 1.0]), 1)
+    assert tags("loud").keys() == {"all", "some"}
+
+
+def test_an_output_is_shown_as_it_was_before_a_change_in_place() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(inplace=True))
+    figures = Figures()
+    figures.before_step(net)
+    net(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
+    assert figures._seen["0"].min() < 0 <= figures._seen["1"].min()
