@@ -12,7 +12,7 @@ from lm.cli import parsing
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import checkpoint, loggers
-from lm.training.callbacks import Checkpoints, Console, RandomState, StopSignals
+from lm.training.callbacks import Checkpoints, Console, FrozenHeap, RandomState, StopSignals
 
 
 class Fit(parsing.Recipes):
@@ -75,6 +75,7 @@ class Fit(parsing.Recipes):
             self.config_init.samples,
             self.config_init.figures,
             StopSignals(),
+            FrozenHeap(),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)

@@ -1,5 +1,6 @@
 """What happens around the training steps: checkpoints, random state, signals, and what the console shows."""
 
+import gc
 import math
 import random
 import signal
@@ -227,6 +228,27 @@ class StopSignals(Callback):
         """Give the signals back."""
         while self.before:
             signal.signal(*self.before.popitem())
+
+
+class FrozenHeap(Callback):
+    """Keeps the garbage collector, while training goes on, from walking through all that was made before it.
+
+    Autograd's many small objects set the collector off, and imported modules alone are a million objects: a sixth of a
+    small network's step.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect once, and leave alone what is there."""
+        gc.collect()
+        gc.freeze()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the collector look at it again."""
+        gc.unfreeze()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let it look after an error too: Lightning tears no callback down then."""
+        gc.unfreeze()
 
 
 class Console(Callback):

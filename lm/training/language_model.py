@@ -29,6 +29,8 @@ from lm.training.metrics import TokenLoss
 from lm.training.optimizers import parameter_groups
 from lm.training.schedules import Constant, Schedule
 
+SMALL = 1 << 20  # parameters
+
 
 class LanguageModel(LightningModule):
     """Fits any network of `lm.models` by autograd.
@@ -85,6 +87,7 @@ class LanguageModel(LightningModule):
         self._step_targets: list[Tensor] = []
         self._grad_norm = torch.zeros(())
         self._fitted: list[nn.Parameter] = []  # walking the module for them would cost a tenth of a small step
+        self._small = False
         self._settings: list[dict[str, Any]] = []  # each parameter group's, as configured
         self._watchers: list[Figures] = []
         self._watching: list[Figures] = []  # those to whom the step in progress is due
@@ -140,6 +143,10 @@ class LanguageModel(LightningModule):
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         self._fitted = [p for p in self.net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, self._fitted)), "each parameter belongs to exactly one group"
+        # a tenth of a small network's step: one norm of a copy costs half of what the norms of all parameters do
+        self._small = (
+            sum(p.numel() for p in self._fitted) < SMALL and len({(p.dtype, p.device) for p in self._fitted}) == 1
+        )
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         return optimizer
 
@@ -234,7 +241,11 @@ class LanguageModel(LightningModule):
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._fitted if p.grad is not None])
+        gradients = [p.grad for p in self._fitted if p.grad is not None]
+        if self._small and self.clip_norm is None and gradient_clip_val is None:
+            norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         losses = self._step_losses
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if not math.isfinite(loss if self._scaled else loss + norm):

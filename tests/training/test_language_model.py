@@ -1,3 +1,4 @@
+import gc
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from lm.cli.fit import Fit
 from lm.data import TextData
+from lm.errors import UserError
 from lm.inference import load
 from lm.training import LanguageModel
 from lm.training.loggers import read_csv
@@ -138,3 +140,22 @@ def test_the_trainers_own_clipping_is_honoured(workplace: Path) -> None:
     fit("--name", "ours", "--model.init_args.clip_norm", 0.05)
     fit("--name", "trainers", "--model.init_args.clip_norm", "null", "--trainer.gradient_clip_val", 0.05)
     assert all(torch.equal(weights("trainers")[name], value) for name, value in weights("ours").items())
+
+
+def test_the_heap_is_frozen_in_training_and_free_after_it(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = []
+    step_of = LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        frozen.append(gc.get_freeze_count())
+        if len(frozen) == 14:
+            raise UserError("stop here")
+        return step_of(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    before = gc.get_freeze_count()
+    assert lm("fit", "--config", "tiny.yaml")[0] == 0
+    assert min(frozen) > 10_000 + before
+    assert gc.get_freeze_count() == 0
+    assert lm("fit", "--config", "tiny.yaml", "--name", "stopped")[0] == 2
+    assert gc.get_freeze_count() == 0
