@@ -162,6 +162,22 @@ class Seq2Seq(nn.Module):
         """Initialise as GPT-2; a block has two residual branches in the encoder and three in the decoder."""
         initialise(self, 0.02, {self.encoder: 2 * len(self.encoder), self.decoder: 3 * len(self.decoder)})
 
+    def masks(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each token's position in the target (B, T), and who may look at whom.
+
+        Returns:
+            Positions, counted from the start token, where the source is too; whom all may see of the source,
+            (B, 1, 1, T); and whom the target may see of itself, (B, 1, T, T).
+        """
+        T = tokens.shape[1]  # noqa: N806
+        is_target = (tokens == self.start_token).cumsum(dim=1) > 0  # (B, T): from the first start token on
+        is_source = ~is_target if self.pad_token is None else ~is_target & (tokens != self.pad_token)  # (B, T)
+        source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): who asks does not matter
+        past = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (T, T)
+        target_mask = past & is_target[:, None, None, :]  # (T, T) & (B, 1, 1, T) -> (B, 1, T, T)
+        at = (is_target.cumsum(dim=1) - 1).clamp(min=0)  # (B, T): the start token is at 0, like all sources
+        return at, source_mask, target_mask
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token after each position of the target.
 
@@ -176,12 +192,7 @@ class Seq2Seq(nn.Module):
         """
         T = tokens.shape[1]  # noqa: N806
         check_length(tokens, self.block_size)
-        is_target = (tokens == self.start_token).cumsum(dim=1) > 0  # (B, T): from the first start token on
-        is_source = ~is_target if self.pad_token is None else ~is_target & (tokens != self.pad_token)  # (B, T)
-        source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): who asks does not matter
-        past = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (T, T)
-        target_mask = past & is_target[:, None, None, :]  # (T, T) & (B, 1, 1, T) -> (B, 1, T, T)
-
+        at, source_mask, target_mask = self.masks(tokens)
         embedded = self.wte(tokens)  # (B, T) -> (B, T, C)
         positions = torch.arange(T, device=tokens.device)  # (T,)
         memory = self.drop(embedded + self.wpe_encoder(positions))  # (B, T, C) + (T, C) -> (B, T, C)
@@ -189,8 +200,7 @@ class Seq2Seq(nn.Module):
             memory = block(memory, source_mask)
         memory = self.ln_encoder(memory)
 
-        positions = (is_target.cumsum(dim=1) - 1).clamp(min=0)  # (B, T): the start token is at 0, like all sources
-        x = self.drop(embedded + self.wpe_decoder(positions))  # (B, T, C)
+        x = self.drop(embedded + self.wpe_decoder(at))  # (B, T, C)
         for block in self.decoder:
             x = block(x, memory, target_mask, source_mask)
         return self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)

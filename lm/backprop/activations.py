@@ -1,0 +1,88 @@
+"""Rules of activations: functions of each element alone, so that dx = dy ∘ f'(x).
+
+Each function here returns f(x) and f'(x), for backward passes that compute both again from x rather than keep f(x).
+Any shape.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lm.backprop.rule import Backward, Gradients, precise, rule
+from lm.models.feed_forward import ReLUSquared
+
+
+@rule(nn.Tanh)
+def tanh(layer: nn.Tanh, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = tanh x: y' = 1 - y², dx = dy (1 - y²)."""
+    y = torch.tanh(x)
+    return y, lambda dy: dy - dy * y * y
+
+
+@rule(nn.Sigmoid)
+def sigmoid(layer: nn.Sigmoid, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = 1 / (1 + e^-x): y' = y (1 - y), dx = dy y (1 - y)."""
+    y = torch.sigmoid(x)
+    return y, lambda dy: dy * y * (1 - y)
+
+
+@rule(nn.ReLU)
+def relu(layer: nn.ReLU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = max(0, x): the gradient passes where x was positive."""
+    y = torch.relu(x)
+    return y, lambda dy: dy * (y > 0)
+
+
+@rule(ReLUSquared)
+def relu_squared(layer: ReLUSquared, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = max(0, x)²: y' = 2 max(0, x)."""
+    positive = torch.relu(x)
+    return positive * positive, lambda dy: dy * 2 * positive
+
+
+@rule(nn.GELU)
+def gelu(layer: nn.GELU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = x Φ(x), or its approximation by tanh; see `value_and_slope`."""
+    y = F.gelu(x, approximate=layer.approximate)
+    return y, lambda dy: dy * value_and_slope(layer, x)[1]
+
+
+def value_and_slope(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an activation's f(x) and f'(x), in at least 32 bits."""
+    x = precise(x)
+    if isinstance(layer, nn.GELU):
+        return _gelu_tanh(x) if layer.approximate == "tanh" else _gelu(x)
+    positive = torch.relu(x)
+    if isinstance(layer, ReLUSquared):
+        return positive * positive, 2 * positive
+    assert isinstance(layer, nn.ReLU)
+    return positive, (positive > 0).to(x.dtype)
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f = x Φ(x), Φ the normal distribution's function and φ = Φ' its density: f' = Φ(x) + x φ(x)."""
+    below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return x * below, below + x * density
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f = x σ(v) with v = 2 √(2/π) (x + 0.044715 x³), as ½ (1 + tanh u) = σ(2u).
+
+    f' = σ + x σ (1 - σ) v', and x v' = v + 2 (v - a x) with a = 2 √(2/π), for v is a x and a cubic term. So
+    f' = σ + f (1 - σ) (3 v - 2 a x) / x = σ (1 + (1 - σ) (3 v - 2 a x)).
+    """
+    a = 2 * math.sqrt(2 / math.pi)
+    v = (x * x).mul_(a * 0.044715).add_(a).mul_(x)
+    s = torch.sigmoid(v)
+    steep = v.mul_(3).sub_(x, alpha=2 * a)  # x v'
+    return x * s, torch.addcmul(steep, steep, s, value=-1).add_(1).mul_(s)
+
+
+def silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """f = x σ(x): f' = σ + x σ (1 - σ) = σ (1 + x (1 - σ))."""
+    s = torch.sigmoid(x)
+    value = x * s
+    return value, s + value * (1 - s)

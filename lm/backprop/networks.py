@@ -1,0 +1,356 @@
+"""Rules of whole networks, from the tokens to what the output head reads.
+
+Shapes: B batch, T time, C channels (n_embd), V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lm.backprop.linear import chained, convolution, positions
+from lm.backprop.loss import cross_entropy, head_and_loss
+from lm.backprop.rule import Backward, Gradients, rule, run
+from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models.gpt import Block
+from lm.models.layers import check_length, padded
+from lm.models.seq2seq import DecoderBlock, EncoderBlock
+from lm.models.wavenet import GatedBlock
+
+_bodies: dict[type, Callable[..., tuple[Tensor, Backward]]] = {}
+
+
+def loss_and_gradients(
+    net: nn.Module,
+    grads: Gradients,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+) -> Tensor:
+    """Go through a network and the cross-entropy, there and back, without autograd.
+
+    Args:
+        net: A network whose layers have rules.
+        grads: Takes the gradients of scale times the loss.
+        tokens: int64 (B, T).
+        targets: int64, (B, T) or (B,), as the network's logits.
+        ignore_index: The target that does not count.
+        scale: Factor on the gradients.
+
+    Returns:
+        The mean cross-entropy.
+
+    Raises:
+        NoRuleError: A layer has no rule.
+        ValueError: Logits and targets do not fit.
+    """
+    if type(net) not in _bodies:
+        logits, backward = run(net, grads, tokens)
+        _check(logits.shape[:-1], targets)
+        loss, dlogits = cross_entropy(logits, targets, ignore_index=ignore_index, scale=scale)
+        if grads.keep_dlogits:
+            grads.dlogits = dlogits.flatten(0, -2)
+        backward(dlogits)
+        return loss
+    x, backward = _bodies[type(net)](net, grads, tokens)
+    _check(x.shape[:-1], targets)
+    head: Any = net.lm_head
+    loss, dx = head_and_loss(
+        head,
+        grads,
+        x,
+        targets,
+        soft_cap=getattr(net, "logit_soft_cap", None),
+        ignore_index=ignore_index,
+        scale=scale,
+    )
+    del x
+    backward(dx)
+    return loss
+
+
+def _check(shape: torch.Size, targets: Tensor) -> None:
+    if shape != targets.shape:
+        raise ValueError(f"the network has predictions {tuple(shape)}, the data has targets {tuple(targets.shape)}")
+
+
+def body(kind: type[nn.Module]) -> Callable[[Any], Any]:
+    """Register the rule of a network up to its head, `lm_head`; the rule of the whole follows from it."""
+
+    def register(function: Callable[..., tuple[Tensor, Backward]]) -> Callable[..., tuple[Tensor, Backward]]:
+        _bodies[kind] = function
+
+        @rule(kind)
+        def whole(net: Any, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+            x, backward = function(net, grads, tokens)
+            logits, backward_head = run(net.lm_head, grads, x)
+            cap = getattr(net, "logit_soft_cap", None)
+            if cap is None:
+                return logits, lambda dy: backward(backward_head(dy))
+            bounded = torch.tanh(logits / cap)
+            return cap * bounded, lambda dy: backward(backward_head(dy * (1 - bounded * bounded)))
+
+        return function
+
+    return register
+
+
+@rule(Bigram)
+def bigram(net: Bigram, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """The table is all there is."""
+    return run(net.table, grads, tokens)
+
+
+@body(MLP)
+def mlp(net: MLP, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Embeddings side by side, then the hidden layers; concatenation only moves numbers."""
+    check_length(tokens, net.block_size)
+    e, backward_wte = run(net.wte, grads, padded(tokens, net.block_size))  # (B, T) -> (B, T, C)
+    x, backward_hidden = run(net.hidden, grads, e.flatten(1))  # (B, T C) -> (B, n_hidden)
+    return x, chained([lambda dy: backward_wte(dy.view(e.shape)), backward_hidden])
+
+
+@body(WaveNet)
+def wavenet(net: WaveNet, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Fused layer by layer; or, dense, the same layers as dilated convolutions."""
+    check_length(tokens, net.block_size)
+    if net.dense:
+        return _dense_wavenet(net, grads, tokens)
+    x, backward_wte = run(net.wte, grads, padded(tokens, net.context))  # (B, T) -> (B, T, C)
+    backwards = [backward_wte]
+    for block in net.h:
+        x, backward = run(block, grads, x)  # (B, T, C) -> (B, T/n, C)
+        backwards.append(backward)
+    return x, chained(backwards)
+
+
+def _dense_wavenet(net: WaveNet, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    x, backward = run(net.wte, grads, F.pad(tokens, (net.context - 1, 0)))  # (B, T) -> (B, T + context - 1, C)
+    backwards = [backward]
+    layers: Any
+    for level, layers in enumerate(net.h):
+        x, backward = _dense_level(layers, grads, x, layers[0].n ** level)
+        backwards.append(backward)
+    return x, chained(backwards)
+
+
+def _dense_level(layers: Any, grads: Gradients, x: Tensor, dilation: int) -> tuple[Tensor, Backward]:
+    """A linear map of n neighbours as a convolution: the kernel is the weight with its taps moved to the end."""
+    flatten, linear, norm, tanh = layers
+    kernel = linear.weight.unflatten(1, (flatten.n, -1)).mT  # (C', n C) -> (C', n, C) -> (C', C, n)
+    y, backward_conv = convolution(x.mT, kernel, dilation)  # (B, T, C) -> (B, C, T) -> (B, C', T')
+    y, backward_norm = run(norm, grads, y.mT)  # -> (B, T', C')
+    y, backward_tanh = run(tanh, grads, y)
+
+    def backward(dy: Tensor) -> Tensor:
+        dx, dkernel = backward_conv(backward_norm(backward_tanh(dy)).mT)
+        grads.add(linear.weight, dkernel.mT.flatten(1))  # (C', C, n) -> (C', n, C) -> (C', n C)
+        return dx.mT
+
+    return y, backward
+
+
+@rule(GatedBlock)
+def gated_block(block: GatedBlock, grads: Gradients, x: Tensor) -> tuple[tuple[Tensor, Tensor], Backward]:
+    """z = tanh(f) σ(g); one half of a projection of z adds to the stream, the other goes to the output.
+
+    Product rule: df = dz σ(g) (1 - tanh² f), dg = dz tanh(f) σ(g) (1 - σ(g)). The zeros put before the sequence are
+    constants; what flows to them is dropped. The stream passes by untouched: its gradient is added.
+    """
+    T = x.shape[2]  # noqa: N806
+    both, backward_conv = run(block.conv, grads, F.pad(x, (block.dilation, 0)))  # (B, C, T + d) -> (B, 2 C, T)
+    filtered, gate = both.chunk(2, dim=1)  # each (B, C, T)
+    filtered, gate = filtered.tanh(), gate.sigmoid()
+    z, backward_drop = run(block.drop, grads, filtered * gate)
+    parts, backward_proj = run(block.proj, grads, z)  # (B, C, T) -> (B, 2 C, T)
+    residual, skip = parts.chunk(2, dim=1)
+
+    def backward(dstream: Tensor, dskip: Tensor) -> Tensor:
+        dz = backward_drop(backward_proj(torch.cat([dstream, dskip], dim=1)))
+        df = dz * gate * (1 - filtered * filtered)
+        dg = dz * filtered * gate * (1 - gate)
+        dbranch = backward_conv(torch.cat([df, dg], dim=1))[:, :, -T:]  # (B, 2 C, T) -> (B, C, T + d) -> (B, C, T)
+        _share(grads, block, dstream, dbranch)
+        return dstream + dbranch
+
+    return (x + residual, skip), backward
+
+
+@body(GatedWaveNet)
+def gated_wavenet(net: GatedWaveNet, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """The skips of all blocks are summed, so each gets the same gradient; the last stream itself goes nowhere."""
+    check_length(tokens, net.block_size)
+    x, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    x, backwards, skips = x.mT, [], torch.zeros_like(x.mT)  # (B, C, T)
+    for block in net.h:
+        (x, skip), backward_block = run(block, grads, x)
+        backwards.append(backward_block)
+        skips = skips + skip
+    summed = F.relu(skips.mT)  # (B, T, C)
+    mixed, backward_mix = run(net.mix, grads, summed)
+    y = F.relu(mixed)
+
+    def backward(dy: Tensor) -> None:
+        dskip = (backward_mix(dy * (y > 0)) * (summed > 0)).mT  # (B, C, T)
+        dstream = torch.zeros_like(dskip)
+        while backwards:
+            dstream = backwards.pop()(dstream, dskip)
+        backward_wte(dstream.mT)
+
+    return y, backward
+
+
+def _share(grads: Gradients, branch: nn.Module, stream: Tensor, dbranch: Tensor) -> None:
+    """Note which part of a residual sum's gradient its branch carries."""
+    if grads.shares is not None:
+        through = dbranch.float().norm()
+        grads.shares[branch] = through / (through + stream.float().norm())
+
+
+@rule(Block)
+def block(layer: Block, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """Attention, then the feed-forward network, each a `_branch`."""
+    x, backward = _branch(layer, grads, x, layer.ln_1, layer.attn)
+    if layer.mlp is None:
+        return x, backward
+    x, backward_mlp = _branch(layer, grads, x, layer.ln_2, layer.mlp)
+    return x, chained([backward, backward_mlp])
+
+
+def _branch(layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Module) -> tuple[Tensor, Backward]:
+    """y = x + f(norm(x)): x is read twice, so dx = dy + what comes back through f and norm. Post-norm: norm(x + f(x))."""
+    inside = [f] if layer.post else [norm, f]
+    y, backwards = x, []
+    for part in inside:
+        y, backward_part = run(part, grads, y)
+        backwards.append(backward_part)
+    through = chained(backwards)
+    if layer.residual:
+        y = x + y
+    backward_norm = None
+    if layer.post:
+        y, backward_norm = run(norm, grads, y)
+
+    def backward(dy: Tensor) -> Tensor:
+        if backward_norm is not None:
+            dy = backward_norm(dy)
+        dbranch = through(dy)
+        if not layer.residual:
+            return dbranch
+        _share(grads, f, dy, dbranch)
+        return dy + dbranch
+
+    return y, backward
+
+
+@body(GPT)
+def gpt(net: GPT, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Token and position embeddings add up, so both get the sum's gradient."""
+    T = tokens.shape[1]  # noqa: N806
+    check_length(tokens, net.block_size)
+    x, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    backward_wpe: Backward | None = None
+    if net.wpe is not None:
+        wpe, backward_wpe = positions(net.wpe, grads, T)
+        x = x + wpe  # (B, T, C) + (T, C)
+
+    def backward_embeddings(dy: Tensor) -> None:
+        if backward_wpe is not None:
+            backward_wpe(dy)
+        backward_wte(dy)
+
+    backwards = [backward_embeddings]
+    for layer in (net.drop, *net.h, net.ln_f):
+        x, backward = run(layer, grads, x)
+        backwards.append(backward)
+    return x, chained(backwards)
+
+
+@rule(EncoderBlock)
+def encoder_block(
+    layer: EncoderBlock, grads: Gradients, x: Tensor, source_mask: Tensor
+) -> tuple[Tensor, Backward]:
+    """As GPT's block; what attention reads as x and as memory is the same, so its two gradients add up."""
+    y, backward_ln_1 = run(layer.ln_1, grads, x)
+    y, backward_attn = run(layer.attn, grads, y, y, source_mask)
+    x = x + y
+    y, backward_ln_2 = run(layer.ln_2, grads, x)
+    y, backward_mlp = run(layer.mlp, grads, y)
+
+    def backward(dy: Tensor) -> Tensor:
+        dy = _sum(grads, layer.mlp, dy, backward_ln_2(backward_mlp(dy)))
+        dx, dmemory = backward_attn(dy)
+        return _sum(grads, layer.attn, dy, backward_ln_1(dx + dmemory))
+
+    return x + y, backward
+
+
+def _sum(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -> Tensor:
+    _share(grads, branch, dy, dbranch)
+    return dy + dbranch
+
+
+@rule(DecoderBlock)
+def decoder_block(
+    layer: DecoderBlock, grads: Gradients, x: Tensor, memory: Tensor, target_mask: Tensor, source_mask: Tensor
+) -> tuple[Tensor, Backward]:
+    """Three residual sums; the second also has a gradient for the memory."""
+    y, backward_ln_1 = run(layer.ln_1, grads, x)
+    y, backward_attn = run(layer.attn, grads, y, y, target_mask)
+    x = x + y
+    y, backward_ln_2 = run(layer.ln_2, grads, x)
+    y, backward_cross = run(layer.cross_attn, grads, y, memory, source_mask)
+    x = x + y
+    y, backward_ln_3 = run(layer.ln_3, grads, x)
+    y, backward_mlp = run(layer.mlp, grads, y)
+
+    def backward(dy: Tensor) -> tuple[Tensor, Tensor]:
+        dy = _sum(grads, layer.mlp, dy, backward_ln_3(backward_mlp(dy)))
+        dx, dmemory = backward_cross(dy)
+        dy = _sum(grads, layer.cross_attn, dy, backward_ln_2(dx))
+        dx, dself = backward_attn(dy)
+        return _sum(grads, layer.attn, dy, backward_ln_1(dx + dself)), dmemory
+
+    return x + y, backward
+
+
+@body(Seq2Seq)
+def seq2seq(net: Seq2Seq, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Every decoder block reads the encoder's output, so the encoder gets the sum of their gradients."""
+    T = tokens.shape[1]  # noqa: N806
+    check_length(tokens, net.block_size)
+    at, source_mask, target_mask = net.masks(tokens)
+    embedded, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    wpe, backward_wpe_encoder = positions(net.wpe_encoder, grads, T)
+    memory, backward = run(net.drop, grads, embedded + wpe)
+    encoders = [backward]
+    for layer in net.encoder:
+        memory, backward = run(layer, grads, memory, source_mask)
+        encoders.append(backward)
+    memory, backward = run(net.ln_encoder, grads, memory)
+    encoders.append(backward)
+    wpe, backward_wpe_decoder = run(net.wpe_decoder, grads, at)  # (B, T) -> (B, T, C)
+    x, backward_drop = run(net.drop, grads, embedded + wpe)
+    decoders = []
+    for layer in net.decoder:
+        x, backward = run(layer, grads, x, memory, target_mask, source_mask)
+        decoders.append(backward)
+    x, backward_ln_f = run(net.ln_f, grads, x)
+
+    def backward_all(dy: Tensor) -> None:
+        dy = backward_ln_f(dy)
+        dmemory = torch.zeros_like(dy)
+        while decoders:
+            dy, more = decoders.pop()(dy)
+            dmemory = dmemory + more
+        dtarget = backward_drop(dy)
+        backward_wpe_decoder(dtarget)
+        dsource = chained(encoders)(dmemory)
+        backward_wpe_encoder(dsource)
+        backward_wte(dtarget + dsource)
+
+    return x, backward_all

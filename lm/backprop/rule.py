@@ -1,0 +1,118 @@
+"""How rules are found, and where they put the gradients of parameters.
+
+A rule is a function of a layer: `rule(layer, grads, *inputs)` computes the layer's output and returns it with a
+function `backward`, which turns the gradient of the loss by that output into the gradient by the input, and adds the
+gradients by the layer's parameters to `grads`. What the backward pass needs of the forward pass is what `backward`
+closes over. Composites call `run` on their parts.
+
+Throughout, dy stands for dL/dy, the gradient of the loss by y, of y's shape.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Backward = Callable[..., Any]
+Rule = Callable[..., tuple[Any, Backward]]
+
+
+class NoRuleError(TypeError):
+    """A layer has no hand-derived gradient."""
+
+
+class Gradients:
+    """Adds gradients to each parameter's `.grad`, as autograd does.
+
+    Attributes:
+        shares: Where it is a dictionary, residual sums put in, for the module of each branch, the share of the
+            gradient that flows through the branch.
+        dlogits: Where `keep_dlogits` is set, the gradient by the logits, one row a prediction (N, V).
+    """
+
+    def __init__(self) -> None:
+        self.shares: dict[nn.Module, Tensor] | None = None
+        self.keep_dlogits = False
+        self.dlogits: Tensor | None = None
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add a gradient to what is known of a parameter's, in the parameter's shape and type."""
+        if not parameter.requires_grad:
+            return
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter.dtype)
+        else:
+            parameter.grad += gradient
+
+    def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Add rows (N, C) to the gradient of a table (V, C) at index (N,), where a row may occur many times."""
+        if not table.requires_grad:
+            return
+        if table.grad is None:
+            table.grad = torch.zeros_like(table)
+        table.grad.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype))
+
+
+_rules: dict[type, Rule] = {}
+
+
+def rule(*kinds: type) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of layers of exactly these types; a subclass may compute something else."""
+
+    def register(function: Rule) -> Rule:
+        for kind in kinds:
+            _rules[kind] = function
+        return function
+
+    return register
+
+
+def run(layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward]:
+    """Compute a layer's output by its rule.
+
+    Args:
+        layer: Any layer or network of `lm.models`.
+        grads: Takes the gradients of its parameters during the backward pass.
+        inputs: What its forward method takes.
+
+    Returns:
+        The output, and the function from the output's gradient to the input's; of several inputs, a tuple of each
+        tensor's gradient in order.
+
+    Raises:
+        NoRuleError: The layer's type has none.
+    """
+    found = _rules.get(type(layer))
+    if found is None:
+        raise NoRuleError(explanation(type(layer)))
+    output, backward = found(layer, grads, *inputs)
+    for hook in layer._forward_hooks.values():  # those who look at activations need not know how they came about
+        hook(layer, inputs, output)
+    return output, backward
+
+
+def explanation(kind: type) -> str:
+    """Return what to say of a type of layer without rule."""
+    return (
+        f"no gradient was derived by hand for a layer {kind.__module__}.{kind.__qualname__}: write a rule for it, "
+        "decorated with lm.backprop.rule as those of lm/backprop/linear.py are, or train it with "
+        "lm.training.LanguageModel"
+    )
+
+
+def check(net: nn.Module) -> None:
+    """Raise NoRuleError where a network has a layer without rule."""
+    for module in net.modules():
+        if type(module) not in _rules and not isinstance(module, nn.ModuleList):
+            raise NoRuleError(explanation(type(module)))
+
+
+def precise(x: Tensor) -> Tensor:
+    """Return x in at least 32 bits: elementwise formulas and sums lose digits in fewer."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return x (…, C) as rows (N, C)."""
+    return x.flatten(0, -2)
