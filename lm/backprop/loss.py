@@ -79,6 +79,8 @@ def head_and_loss(
     size = max(1, CHUNK // head.out_features)
     total = torch.zeros_like(count)
     drows, kept = [], []
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
     for some, wanted in zip(rows.split(size), flat.split(size), strict=True):
         logits = precise(F.linear(some, head.weight, head.bias))  # (n, C) -> (n, V)
         if soft_cap is not None:
@@ -89,10 +91,14 @@ def head_and_loss(
             kept.append(dlogits.clone())
         if soft_cap is not None:
             dlogits *= 1 - (logits / soft_cap).square()
-        if head.bias is not None:
-            grads.add(head.bias, dlogits.sum(0))
-        grads.add(head.weight, dlogits.mT @ some)  # (V, n) @ (n, C) -> (V, C)
+        part = dlogits.mT @ some  # (V, n) @ (n, C) -> (V, C)
+        dweight = part if dweight is None else dweight.add_(part)
+        dbias = dlogits.sum(0) if dbias is None else dbias.add_(dlogits.sum(0))
         drows.append(dlogits @ head.weight)  # (n, V) @ (V, C) -> (n, C)
     if grads.keep_dlogits:
         grads.dlogits = torch.cat(kept)
+    assert dweight is not None and dbias is not None
+    grads.add(head.weight, dweight)
+    if head.bias is not None:
+        grads.add(head.bias, dbias)
     return total / count, (drows[0] if len(drows) == 1 else torch.cat(drows)).view(x.shape)

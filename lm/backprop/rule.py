@@ -36,6 +36,17 @@ class Gradients:
         self.keep_dlogits = False
         self.dlogits: Tensor | None = None
 
+    def begin(self, parameters: list[nn.Parameter]) -> None:
+        """Begin a step, of one or more passes: nothing is known of the gradients."""
+        for parameter in parameters:
+            parameter.grad = None
+
+    def last_pass(self) -> None:
+        """Say that the pass that follows is the step's last."""
+
+    def finish(self) -> None:
+        """End a step: each parameter's gradient is whole."""
+
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add a gradient to what is known of a parameter's, in the parameter's shape and type."""
         if not parameter.requires_grad:

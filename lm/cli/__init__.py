@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": ("lm.cli.fit:fit", "train a network; writes checkpoints/RUN and logs/RUN"),
     "validate": ("lm.cli.evaluate:validate", "evaluate a checkpoint on the whole of a split"),
     "test": ("lm.cli.evaluate:test", "evaluate a checkpoint on the test split"),
+    "gradients": ("lm.cli.gradients:gradients", "compare gradients by hand with autograd's"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
 }
 

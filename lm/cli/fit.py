@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm.cli import parsing
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
-from lm.training import checkpoint, loggers
+from lm.training import ManualLanguageModel, checkpoint, loggers
 from lm.training.callbacks import Checkpoints, Console, FrozenHeap, RandomState, StopSignals
+from lm.training.manual import check_precision
 
 
 class Fit(parsing.Recipes):
@@ -61,6 +62,7 @@ class Fit(parsing.Recipes):
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
         self._count_in_batches(settings)
+        self._hand_over(settings)
         if settings["logger"] in (None, True):
             settings["logger"] = [loggers.Events(self.logs, self.first_step), loggers.MetricsCSV(self.logs)]
         settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
@@ -105,6 +107,19 @@ class Fit(parsing.Recipes):
         if isinstance(settings["val_check_interval"], int):
             batches = settings["val_check_interval"] * settings["accumulate_grad_batches"]
             settings["val_check_interval"] = batches // steps
+
+    def _hand_over(self, settings: dict[str, Any]) -> None:
+        """Give a module that optimizes by itself what the Trainer would refuse to do for it."""
+        module = self.config_init.model
+        if getattr(module, "automatic_optimization", True):
+            return
+        if settings["gradient_clip_val"] is not None:
+            if settings["gradient_clip_algorithm"] == "value":
+                raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
+            module.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"], None
+        if isinstance(module, ManualLanguageModel):
+            check_precision(settings["precision"])
+            module.accumulate, settings["accumulate_grad_batches"] = settings["accumulate_grad_batches"], 1
 
     def run(self) -> dict[str, Any]:
         """Train, and return what `--json` prints."""

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lm.backprop import Gradients
 from lm.errors import UserError
 
 SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
@@ -58,6 +59,7 @@ class Figures(Callback):
         self._seen: dict[str, Tensor] = {}  # what each layer put out
         self._saturated: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._grads: Gradients | None = None  # of a pass by hand
         self._before: dict[str, Tensor] = {}  # matrices before the update
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,6 +93,11 @@ class Figures(Callback):
 
         return look
 
+    def before_backward(self, grads: Gradients) -> None:
+        """Ask a pass by hand for what autograd does not show."""
+        grads.keep_dlogits, grads.shares = True, {}
+        self._grads = grads
+
     def before_update(self, net: Any) -> None:
         """Keep the gradients and the matrices as they are before the update."""
         for name, parameter in net.named_parameters():
@@ -113,9 +120,25 @@ class Figures(Callback):
                     ratio = float((parameter.detach() - self._before[name]).std() / self._before[name].std())
                     if ratio > 0 and math.isfinite(ratio):
                         board.add_scalar(f"update_ratio/{name}", math.log10(ratio), step)
+            self._write_by_hand(board, net, step)
         self._forget()
 
+    def _write_by_hand(self, board: Any, net: Any, step: int) -> None:
+        """Write the gradient by the logits as an image, and each residual branch's share of the gradient."""
+        if self._grads is None:
+            return
+        if self._grads.dlogits is not None:
+            rows = self._grads.dlogits[:MOST_POSITIONS, :MOST_ROWS].float().cpu()  # (n, V)
+            largest = rows.abs().max().clamp(min=1e-30)
+            board.add_image("gradients/dlogits", (0.5 + 0.5 * rows / largest).unsqueeze(0), step)  # grey is zero
+        names = {module: name for name, module in net.named_modules()}
+        for branch, share in (self._grads.shares or {}).items():
+            board.add_scalar(f"residual_share/{names[branch]}", float(share), step)
+
     def _forget(self) -> None:
+        if self._grads is not None:
+            self._grads.keep_dlogits, self._grads.shares, self._grads.dlogits = False, None, None
+            self._grads = None
         while self._handles:
             self._handles.pop().remove()
         for found in (self._seen, self._saturated, self._gradients, self._before):

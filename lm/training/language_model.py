@@ -206,13 +206,17 @@ class LanguageModel(LightningModule):
                 f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
             )
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)  # (B T, V), (B T,) -> ()
+        self._note(loss, targets)
+        return loss
+
+    def _note(self, loss: Tensor, targets: Tensor) -> None:
+        """Keep the loss of a micro-batch for the log."""
         self._step_losses.append(loss.detach())
         self._step_targets.append(targets)
-        return loss
 
     def _take_steps(self, tokens: Tensor, targets: Tensor) -> None:
         """Take the steps of a stack of batches, (K, B, T) and (K, B, …), beginning with the first that is still due."""
-        trainer, optimizer = self.trainer, self.trainer.optimizers[0]
+        trainer = self.trainer
         done = self.global_step
         last = min(done - done % self.steps_per_call + self.steps_per_call, trainer.max_steps)
         batches = zip(tokens.unbind(), targets.unbind(), strict=True)  # K of (B, T) and (B, …)
@@ -220,12 +224,21 @@ class LanguageModel(LightningModule):
             self._begin_step(step)
             for watcher in self._watching:
                 watcher.before_step(self.net)
-            optimizer.zero_grad()
-            self._loss(*batch).backward()
-            self.configure_gradient_clipping(optimizer)
-            optimizer.step()
-            progress.count_step(trainer)
-            self._finish_step(step + 1)
+            self._find_gradients(*batch)
+            self._update(step + 1)
+
+    def _find_gradients(self, tokens: Tensor, targets: Tensor) -> None:
+        """Set the parameters' gradients to those of a batch."""
+        self.trainer.optimizers[0].zero_grad()
+        self._loss(tokens, targets).backward()
+
+    def _update(self, step: int) -> None:
+        """Take the step of that number, counted from 1, without Lightning's wrapper."""
+        optimizer = self.trainer.optimizers[0]
+        self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        progress.count_step(self.trainer)
+        self._finish_step(step)
 
     def configure_gradient_clipping(
         self,

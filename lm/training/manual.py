@@ -1,0 +1,189 @@
+"""ManualLanguageModel: how a network is fitted by gradients derived by hand, without autograd.
+
+Shapes: B sequences, T tokens, K steps.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients
+from lm.backprop.compare import against_autograd
+from lm.data.module import IGNORED
+from lm.errors import CheckError, UserError
+from lm.models.layers import BatchNorm
+from lm.training import progress
+from lm.training.language_model import LanguageModel
+from lm.training.reduced import ReducedGradients, average
+from lm.training.schedules import Schedule
+
+
+class ManualLanguageModel(LanguageModel):
+    """Fits any network of `lm.models` by the rules of `lm.backprop`: the same numbers, and no graph.
+
+    Checkpoints are `LanguageModel`'s: a run may begin with one and go on with the other. Of several processes, each
+    normalises by its own batch's BatchNorm statistics, as under DDP, so two ranks are one rank on the same global batch
+    for networks without BatchNorm alone; running statistics are averaged over the ranks before each evaluation and
+    checkpoint.
+
+    Args:
+        net: As in `LanguageModel`, and so are the next five.
+        optimizer: Makes the optimizer from parameter groups.
+        schedule: Factor on the learning rate.
+        clip_norm: Largest global norm of the gradient.
+        steps_per_call: Optimizer steps that one of the Trainer's own takes.
+        calibrate: Whether BatchNorm's running statistics are taken from the whole training split after the last step.
+        compile: Whether torch.compile makes one graph of the forward and the backward pass. It needs a C++ compiler
+            and a minute; dropout then draws other numbers.
+        audit_every: Steps between audits, which compare the gradient with autograd's and stop the run where they
+            disagree; null for none.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[int, int], nn.Module],
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        schedule: Schedule | None = None,
+        clip_norm: float | None = 1.0,
+        steps_per_call: int = 1,
+        calibrate: bool = False,
+        compile: bool = False,
+        audit_every: int | None = None,
+    ) -> None:
+        super().__init__(net, optimizer, schedule, clip_norm, steps_per_call, calibrate)
+        if audit_every is not None and audit_every < 1:
+            raise UserError(f"model.audit_every is {audit_every}: it must be at least 1, or null for none")
+        self.automatic_optimization = False
+        self.audit_every = audit_every
+        self.accumulate = 1
+        """Micro-batches of a step. The Trainer's own number, which it refuses for manual optimization when it starts;
+        the command line moves it here."""
+        self.disagreement: float | None = None
+        """The largest relative disagreement that the newest audit found."""
+        self._grads = Gradients()
+        self._pass = torch.compile(loss_and_gradients, dynamic=False) if compile else loss_and_gradients
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the rules cannot do, and count micro-batches as `accumulate` says.
+
+        Raises:
+            UserError: Precision or strategy is one that the rules are not for.
+        """
+        super().setup(stage)
+        trainer = self.trainer
+        if stage != "fit":
+            return
+        check_precision(trainer.precision)
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"trainer.strategy {type(trainer.strategy).__name__} with ManualLanguageModel: the rules need whole "
+                "parameters on each device; use ddp"
+            )
+        trainer.accumulate_grad_batches = self.accumulate
+
+    def configure_model(self) -> None:
+        """Build the network, and see that every layer has a rule."""
+        super().configure_model()
+        assert self.net is not None
+        try:
+            check(self.net)
+        except NoRuleError as error:
+            raise UserError(f"model.net: {error}") from error
+
+    def on_train_start(self) -> None:
+        """Make what gathers the gradients, of several processes in buckets."""
+        super().on_train_start()
+        assert self.net is not None
+        if self.trainer.world_size > 1:
+            self._grads = ReducedGradients(self.net, self.trainer.world_size)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the gradient of a micro-batch, and update after the last of a step; or take several whole steps.
+
+        Args:
+            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
+            batch_idx: Number of the batch in this process.
+        """
+        if self.steps_per_call > 1:
+            return self._take_steps(*batch)
+        last = progress.step_finished(self.trainer, batch_idx)
+        self._find_gradients(*batch, first=batch_idx % self.accumulate == 0, last=last)
+        return self._update(self.global_step + 1) if last else None
+
+    @torch.no_grad()
+    def _find_gradients(self, tokens: Tensor, targets: Tensor, first: bool = True, last: bool = True) -> None:
+        assert self.net is not None
+        step = self.global_step + 1
+        if first:
+            self._grads.begin(self._fitted)
+            if self.audit_every and step % self.audit_every == 0:
+                self._audit(tokens, targets, step)
+        if last:
+            self._grads.last_pass()
+        for watcher in self._watching:
+            watcher.before_backward(self._grads)
+        try:
+            scale = 1 / self.accumulate
+            loss = self._pass(self.net, self._grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+        except ValueError as error:
+            if "predictions" not in str(error):
+                raise
+            raise UserError(f"model.net: {error}: see data.targets, and LinesData for fixed contexts") from error
+        self._note(loss, targets)
+        if last:
+            self._grads.finish()
+
+    def _audit(self, tokens: Tensor, targets: Tensor, step: int) -> None:
+        """Compare the gradient of a batch with autograd's.
+
+        Raises:
+            CheckError: They disagree.
+        """
+        assert self.net is not None
+        low = torch.is_autocast_enabled(tokens.device.type)
+        dtype = torch.bfloat16 if low else next(self.net.parameters()).dtype
+        table = against_autograd(self.net, tokens, targets, dtype)
+        worst = max(table, key=lambda row: row.relative)
+        self.disagreement = worst.relative
+        self._write({"audit/relative": worst.relative}, step)
+        if not all(row.approximate for row in table):
+            raise CheckError(
+                f"step {step}: the gradient by hand and autograd's disagree at {worst.name} by {worst.relative:.2g} of "
+                "its size: nothing was updated; compare them by lm gradients, and mend the rule"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Let all ranks evaluate the same network."""
+        self._share_statistics()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the ranks' average statistics: the checkpoint's tensors are the network's own, so it changes too."""
+        self._share_statistics()
+        super().on_save_checkpoint(checkpoint)
+
+    def _share_statistics(self) -> None:
+        if self.net is None or self.trainer.world_size == 1 or not self.trainer.training and not self.trainer.validating:
+            return
+        for module in self.net.modules():
+            if isinstance(module, BatchNorm):
+                average([module.running_mean, module.running_var])
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse a Trainer's precision that the rules are not for.
+
+    On a CPU, Lightning turns 16-mixed into bf16-mixed by itself, so the command line asks before the Trainer is made.
+
+    Raises:
+        UserError: Which, why and what to do.
+    """
+    if str(precision) not in ("32-true", "32", "64-true", "64", "bf16-mixed", "None"):
+        raise UserError(
+            f"trainer.precision {precision} with ManualLanguageModel: gradients by hand are kept in 32 bits or more, "
+            "and small ones in 16-bit floats would need a loss scaler, which works by autograd; use bf16-mixed, "
+            "32-true or 64-true"
+        )

@@ -1,0 +1,113 @@
+"""Gradients of several processes, reduced while the backward pass goes on.
+
+DDP's own reduction hangs on autograd's hooks, so it never sees gradients that were not made by autograd (Lightning
+issue 9237: no error, and weights that drift apart).
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lm.backprop import Gradients
+
+BUCKET = 25 << 20  # bytes, as DDP's
+
+
+class ReducedGradients(Gradients):
+    """Gathers gradients in flat buckets, and averages a bucket over the ranks as soon as it is whole.
+
+    Parameters are put into buckets from the last to the first, about the order in which the backward pass reaches
+    them. A parameter is whole when each layer that has it has added its part, so a tied one waits for both.
+
+    Args:
+        net: The network.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, net: nn.Module, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+        uses = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
+        parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
+        self.buckets: list[Tensor] = []
+        self.parts: dict[int, tuple[int, Tensor]] = {}  # of a parameter: its bucket, and its view of that
+        self.expected: list[Counter[int]] = []  # of a bucket: how often each of its parameters is added to
+        group: list[nn.Parameter] = []
+        for i, parameter in enumerate(parameters):
+            group.append(parameter)
+            full = sum(p.numel() * p.element_size() for p in group) >= BUCKET
+            following = parameters[i + 1] if i + 1 < len(parameters) else None
+            if full or following is None or following.dtype != parameter.dtype:
+                self._make_bucket(group, uses)
+                group = []
+        self.missing: list[Counter[int]] = []
+        self.reducing = False
+        self.work: dict[int, distributed.Work | None] = {}
+
+    def _make_bucket(self, group: list[nn.Parameter], uses: Counter[int]) -> None:
+        flat = torch.zeros(sum(p.numel() for p in group), dtype=group[0].dtype, device=group[0].device)
+        for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            self.parts[id(parameter)] = len(self.buckets), part.view_as(parameter)
+        self.buckets.append(flat)
+        self.expected.append(Counter({id(p): uses[id(p)] for p in group}))
+
+    def begin(self, parameters: list[nn.Parameter]) -> None:
+        """Begin a step: all gradients are zero, and each parameter's is a view of its bucket."""
+        self.work.clear()
+        for bucket in self.buckets:
+            bucket.zero_()
+        for parameter in parameters:
+            parameter.grad = self.parts[id(parameter)][1]
+
+    def last_pass(self) -> None:
+        """Say that the pass that follows is the step's last: what is whole after it is reduced."""
+        self.missing = [Counter(expected) for expected in self.expected]
+        self.reducing = True
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add, and reduce the bucket if that made it whole."""
+        if parameter.requires_grad:
+            self.parts[id(parameter)][1].add_(gradient)
+            self._added(parameter)
+
+    def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
+        """Add to rows, and reduce the bucket if that made it whole."""
+        if table.requires_grad:
+            part = self.parts[id(table)][1]
+            part.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype))
+            self._added(table)
+
+    def _added(self, parameter: Tensor) -> None:
+        if not self.reducing:
+            return
+        number = self.parts[id(parameter)][0]
+        missing = self.missing[number]
+        if number in self.work:
+            raise RuntimeError("a rule adds to a parameter more often than layers have it: add its parts up first")
+        missing[id(parameter)] -= 1
+        if not missing[id(parameter)]:
+            del missing[id(parameter)]
+        if not missing:
+            self._reduce(number)
+
+    def _reduce(self, number: int) -> None:
+        self.buckets[number] /= self.world_size
+        self.work[number] = distributed.all_reduce(self.buckets[number], async_op=True)
+
+    def finish(self) -> None:
+        """Reduce what is left, parameters that played no part, and wait."""
+        for number in range(len(self.buckets)):
+            if number not in self.work:
+                self._reduce(number)
+        for work in self.work.values():
+            if work is not None:
+                work.wait()
+        self.reducing = False
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks."""
+    for tensor in tensors:
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()
