@@ -71,14 +71,14 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     """f = x σ(v) with v = 2 √(2/π) (x + 0.044715 x³), as ½ (1 + tanh u) = σ(2u).
 
-    f' = σ + x σ (1 - σ) v', and x v' = v + 2 (v - a x) with a = 2 √(2/π), for v is a x and a cubic term. So
-    f' = σ + f (1 - σ) (3 v - 2 a x) / x = σ (1 + (1 - σ) (3 v - 2 a x)).
+    f' = σ + x σ (1 - σ) v' = σ + (f - f σ) v'. With u = a + 3 b x², where a = 2 √(2/π) and b = 0.044715 a, v' = u and
+    v = x (u + 2 a) / 3.
     """
     a = 2 * math.sqrt(2 / math.pi)
-    v = (x * x).mul_(a * 0.044715).add_(a).mul_(x)
-    s = torch.sigmoid(v)
-    steep = v.mul_(3).sub_(x, alpha=2 * a)  # x v'
-    return x * s, torch.addcmul(steep, steep, s, value=-1).add_(1).mul_(s)
+    slope_of_v = (x * x).mul_(3 * 0.044715 * a).add_(a)
+    s = torch.add(slope_of_v, 2 * a).mul_(x).mul_(1 / 3).sigmoid_()
+    value = x * s
+    return value, torch.addcmul(value, value, s, value=-1).mul_(slope_of_v).add_(s)
 
 
 def silu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from lm.models.gpt import CausalSelfAttention, Head, SeparateHeads
 from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
 
-BLOCK = 128  # queries whose attention weights are computed again at a time
+BLOCK = 128  # queries whose attention weights are made again at a time; of fewer, they are kept
 
 
 def attend(
@@ -40,22 +40,34 @@ def attend(
     Returns:
         y (B, H, T, D), and a function from dy to (dq, dk, dv).
     """
-    if allowed is None and not dropout:
+    T, D = q.shape[-2:]  # noqa: N806
+    if allowed is None and not dropout and T > BLOCK:
         return _attend_causal(q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1])
+    q_, k_, v_ = (t.reshape(-1, *t.shape[-2:]) for t in (q * (1 / math.sqrt(D)), k, v))  # (B, H, T, D) -> (B H, T, D)
+    scores = precise(torch.bmm(q_, k_.mT)).view(*q.shape[:3], -1)  # (B H, T, D) @ (B H, D, S) -> (B, H, T, S)
     if allowed is None:
-        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scores = precise(q @ k.mT) * scale  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
-    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        scores += _future(scores, 0)
+    else:
+        scores.masked_fill_(~allowed, -math.inf)
+    weights = scores.softmax(-1)
     dropped, backward_drop = drop(weights, dropout) if dropout else (weights, lambda dy: dy)
+    used = dropped.flatten(0, 1).to(v.dtype)  # (B H, T, S)
+    y = torch.bmm(used, v_).view_as(q)  # (B H, T, S) @ (B H, S, D) -> (B, H, T, D)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dv = dropped.mT @ dy  # (B, H, S, T) @ (B, H, T, D) -> (B, H, S, D)
-        dweights = backward_drop(precise(dy @ v.mT))  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
-        dscores = _softmax_backward(weights, dweights) * scale
-        return dscores @ k, dscores.mT @ q, dv
+        dy_ = dy.reshape(q_.shape)
+        dv = torch.bmm(used.mT, dy_)  # (B H, S, T) @ (B H, T, D) -> (B H, S, D)
+        dweights = backward_drop(precise(torch.bmm(dy_, v_.mT)).view_as(weights))  # (B, H, T, S)
+        dscores = _softmax_backward(weights, dweights).flatten(0, 1).to(k.dtype)
+        dq, dk = torch.bmm(dscores, k_) * (1 / math.sqrt(D)), torch.bmm(dscores.mT, q_)
+        return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
-    return dropped @ v, backward
+    return y, backward
+
+
+def _future(scores: Tensor, start: int) -> Tensor:
+    """Return what takes the future from scores (…, t, S) of queries that begin at a position: -inf there, else 0."""
+    return torch.full(scores.shape[-2:], -math.inf, device=scores.device, dtype=scores.dtype).triu(start + 1)
 
 
 def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
@@ -80,9 +92,8 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
             q_, dy_ = heads[0][:, rows], heads[3][:, rows]  # (B H, t, D)
             k_, v_ = heads[1][:, seen], heads[2][:, seen]  # (B H, s, D)
             q_ = q_ * (1 / math.sqrt(D))
-            t, s = q_.shape[1], k_.shape[1]
-            future = torch.full((t, s), -math.inf, device=q.device, dtype=precise(q[..., :0, :]).dtype).triu(start + 1)
-            weights = (precise(torch.bmm(q_, k_.mT)) + future).softmax(-1)  # (B H, t, s)
+            scores = precise(torch.bmm(q_, k_.mT))  # (B H, t, s)
+            weights = scores.add_(_future(scores, start)).softmax(-1)
             dscores = _softmax_backward(weights, precise(torch.bmm(dy_, v_.mT)))
             dv[:, seen] += torch.bmm(weights.mT.to(dy_.dtype), dy_)  # (B H, s, t) @ (B H, t, D)
             dk[:, seen] += torch.bmm(dscores.mT.to(q_.dtype), q_)

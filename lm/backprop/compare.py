@@ -104,8 +104,8 @@ def along(net: nn.Module, tokens: Tensor, targets: Tensor, directions: dict[str,
     step = 1e-6
 
     def loss() -> Tensor:
-        with undisturbed(net):
-            return F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
+        with undisturbed(net), torch.enable_grad():  # without, dropout would draw other masks
+            return F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten()).detach()
 
     slopes = {}
     with torch.no_grad():
@@ -152,7 +152,8 @@ def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor, dtype: tor
 def against_differences(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
     """Compare slopes along a random direction of each parameter with central differences; for float64."""
     found = by_hand(net, tokens, targets)
-    directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
+    with torch.random.fork_rng():  # the losses that follow must draw the dropout masks that the gradients saw
+        directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
     slopes = {name: (found[name] * direction).sum() for name, direction in directions.items()}
     return rows(along(net, tokens, targets, directions), slopes, DIFFERENCES)
 

@@ -58,6 +58,7 @@ class BatchNorm(nn.Module):
         Raises:
             ValueError: In training mode, x has a single example for its statistics: its variance does not exist.
         """
+        x = x.to(self.weight.dtype)  # under autocast it comes in 16 bits, too few for statistics
         if not self.training:
             return (x - self.running_mean) * (self.running_var + self.eps).rsqrt() * self.weight + self.bias
         rows = x.flatten(0, -2) if self.n_positions is None else x  # (B, T, C) -> (B T, C), or (B, T, C) as it is

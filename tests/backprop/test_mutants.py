@@ -1,0 +1,154 @@
+"""The checks can fail: each rule, broken in one place, is rejected by them."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.backprop.test_rules import (
+    LAYERS,
+    NETWORKS,
+    assert_same,
+    batch,
+    make,
+    test_attention_is_right_at_every_length,
+    test_gradients_add_up_and_frozen_parameters_have_none,
+    test_layer_against_autograd,
+    test_loss_and_head_in_chunks,
+)
+
+MUTANTS = [
+    ("linear", "rows.mT @ rows_of(x))", "rows.mT @ rows_of(x) * 2)", "linear: dW doubled"),
+    ("linear", "grads.add(layer.bias, precise(rows).sum(0))", "grads.add(layer.bias, rows.mean(0))", "linear: db mean"),
+    ("linear", "return dy @ layer.weight  #", "return dy @ layer.weight.flip(0)  #", "linear: dx of a permuted product"),
+    ("linear", "summed = precise(dy).sum(0)", "summed = precise(dy)[0]", "positions: sum over the batch forgotten"),
+    ("linear", "(dy @ x[:, :, window].mT).sum(0)", "(dy @ x[:, :, window].mT)[0]", "convolution: dW of one sequence"),
+    ("linear", "dx[:, :, window] += tap.mT @ dy", "dx[:, :, window] = tap.mT @ dy", "convolution: += forgotten"),
+    ("linear", "k * dilation, k * dilation + T", "k, k + T", "convolution: dilation forgotten"),
+    ("linear", "precise(dy).sum((0, 2))", "precise(dy).mean((0, 2))", "conv1d: db averaged"),
+    ("linear", "dy.reshape(x.shape)", "dy.reshape(x.shape).flip(1)", "flatten: places exchanged"),
+    ("linear", "dy * kept * (1 / (1 - p))", "dy * kept", "dropout: scale forgotten"),
+    ("linear", "dy = backwards.pop()(dy)", "dy = backwards.pop(0)(dy)", "sequential: order not reversed"),
+    ("rule", "table.grad.scatter_add_(", "table.grad.scatter_(", "embedding: += forgotten for a token seen twice"),
+    ("rule", "parameter.grad += gradient", "parameter.grad = gradient", "tied weights: += forgotten"),
+    ("activations", "dy - dy * y * y", "dy - dy * y", "tanh: square forgotten"),
+    ("activations", "dy * y * (1 - y)", "dy * (1 - y)", "sigmoid: factor y dropped"),
+    ("activations", "lambda dy: dy * (y > 0)", "lambda dy: dy * (y >= 0)", "relu: gradient where it is off"),
+    ("activations", "dy * 2 * positive", "dy * positive", "squared relu: factor 2"),
+    ("activations", "return positive * positive, 2 * positive", "return positive * positive, positive", "the same, in MLP"),
+    ("activations", "below + x * density", "below + density", "gelu: factor x"),
+    ("activations", "mul_(3 * 0.044715 * a)", "mul_(2 * 0.044715 * a)", "gelu tanh: wrong power"),
+    ("activations", "s + value * (1 - s)", "s + value", "silu: factor 1 - σ"),
+    ("norms", "- int(layer.bessel)\n", "\n", "batch norm: Bessel's correction forgotten in dx"),
+    ("norms", "return (dy - sums[1] / n - ", "return (dy - ", "batch norm: term of μ dropped"),
+    ("norms", " - normal * (sums[0] / m)) * scale", ") * scale", "batch norm: term of v dropped"),
+    ("norms", "sums = product.sum(0), precise(dy).sum(0)", "sums = product.sum((0, 1)), precise(dy).sum(0)", "wrong axis"),
+    ("norms", "return dy * scale", "return dy * r", "batch norm, eval: γ forgotten"),
+    ("norms", "addcmul(mean_g.neg(), dy", "addcmul(mean_g, dy", "layer norm: sign of the term of μ"),
+    ("norms", "        return dx.addcmul_(normal, mean_gx, value=-1).mul_(r)", "        return dx.mul_(r)", "layer norm: v"),
+    ("norms", "grads.add(layer.bias, rows_of(dy).sum(0))", "grads.add(layer.bias, rows_of(product).sum(0))", "LN: dβ"),
+    ("norms", "_rowwise(product, layer.weight / C)", "_rowwise(product, layer.weight)", "rms norm: mean is a sum"),
+    ("attention", "p).unsqueeze(-1)", "p).unsqueeze(-2)", "softmax: wrong axis"),
+    ("attention", "return dp.sub_(inner).mul_(p)", "return dp.mul_(p)", "softmax: subtraction dropped"),
+    ("attention", "torch.bmm(dscores.mT, q_)", "torch.bmm(dscores, q_)", "attention: dk not transposed"),
+    ("attention", "dv = torch.bmm(used.mT, dy_)", "dv = torch.bmm(weights.flatten(0, 1).mT, dy_)", "attention: dropout forgotten in dv"),
+    ("attention", "dweights = backward_drop(", "dweights = (", "attention: dropout forgotten in dP"),
+    ("attention", "dv[:, seen] += torch", "dv[:, seen] = torch", "causal attention: += over blocks forgotten"),
+    ("attention", "_future(scores, start)", "_future(scores, 0)", "causal attention: later blocks masked as the first"),
+    ("attention", "k_) * (1 / math.sqrt(D))", "k_)", "attention: 1/√D dropped in dq"),
+    ("attention", "unflatten(1, (-1, group)).sum(2)", "unflatten(1, (-1, group))[:, :, 0]", "shared keys: one copy alone"),
+    ("attention", "torch.cat([second, -first]", "torch.cat([-second, first]", "rotary: turned on instead of back"),
+    ("attention", "q, k, backward_turn =", "_, _, backward_turn =", "rotary and QK-norm not applied"),
+    ("attention", "+ backward_k(dk) + backward_v(dv)", "+ backward_k(dk)", "head: values forgotten"),
+    ("attention", "join_heads(dk), join_heads(dv)", "join_heads(dv), join_heads(dk)", "cross-attention: exchanged"),
+    ("attention", "head_size).masked_fill(blind, 0.0)\n        dq", "head_size)\n        dq", "cross-attention: the blind"),
+    ("attention", "slope.mul_(dy @ proj.weight)", "slope.mul_(dy @ proj.weight).abs_()", "MLP: sign lost"),
+    ("attention", "backward_up(value.mul_(da))", "backward_up(value)", "swiglu: da forgotten"),
+    ("attention", "slope.mul_(da).mul_(up)", "slope.mul_(da)", "swiglu: up forgotten"),
+    ("attention", "* (positive > 0))", ")", "single layer: relu forgotten"),
+    ("loss", "-weights.to(dlogits.dtype))", "-2 * weights.to(dlogits.dtype))", "cross-entropy: onehot doubled"),
+    ("loss", "targets != ignore_index).unsqueeze(1)", "targets != -1).unsqueeze(1)", "cross-entropy: ignored count"),
+    ("loss", "total / count, drows.view", "total / len(flat), drows.view", "cross-entropy: divided by all"),
+    ("loss", "dlogits *= 1 - (logits / soft_cap).square()", "pass", "soft cap: derivative forgotten"),
+    ("loss", "part if dweight is None else dweight.add_(part)", "part", "head: earlier chunks forgotten"),
+    ("networks", "df = dz * gate * (1 - filtered * filtered)", "df = dz * (1 - filtered * filtered)", "gate forgotten"),
+    ("networks", "dg = dz * filtered * gate * (1 - gate)", "dg = dz * filtered * (1 - gate)", "σ' wrong"),
+    ("networks", "return dstream + dbranch", "return dbranch", "gated block: stream forgotten"),
+    ("networks", "* (summed > 0)).mT", ").mT", "gated wavenet: relu forgotten"),
+    ("networks", "        return dy + dbranch\n\n    return y, backward\n\n\n@body(GPT)", "        return dbranch\n\n    return y, backward\n\n\n@body(GPT)", "block: residual forgotten"),
+    ("networks", "dy = backward_norm(dy)", "pass", "post-norm forgotten"),
+    ("networks", "backward_ln_1(dx + dmemory)", "backward_ln_1(dx)", "encoder: keys and values forgotten"),
+    ("networks", "dmemory = dmemory + more", "dmemory = more", "encoder: one decoder block alone"),
+    ("networks", "backward_wte(dtarget + dsource)", "backward_wte(dtarget)", "seq2seq: source's embedding forgotten"),
+    ("networks", "dkernel.mT.flatten(1)", "dkernel.flatten(1)", "dense wavenet: taps not moved back"),
+]  # fmt: skip
+
+
+@contextmanager
+def broken(module: str, old: str, new: str) -> Iterator[None]:
+    """Put a changed rule where the right one is, wherever it is used."""
+    target = importlib.import_module(f"lm.backprop.{module}")
+    source = Path(str(target.__file__)).read_text()
+    assert source.count(old) >= 1, f"{module} no longer has: {old}"
+    users = [m for name, m in sys.modules.items() if name.startswith(("lm.backprop", "tests.backprop.test_rules"))]
+
+    def load(text: str) -> None:
+        before = dict(vars(target))
+        exec(compile(text, str(target.__file__), "exec"), vars(target))
+        for user in users:
+            for name, value in list(vars(user).items()):
+                if name in before and value is before[name] and callable(value):
+                    setattr(user, name, vars(target)[name])
+
+    registry = importlib.import_module("lm.backprop.rule")._rules
+    rules = dict(registry)
+    changed = source.replace(old, new)
+    if module == "rule":  # its registry must outlive the change
+        changed, source = (text.replace("_rules: dict[type, Rule] = {}", "") for text in (changed, source))
+    try:
+        load(changed)
+        yield
+    finally:
+        load(source)
+        registry.update(rules if module == "rule" else {})
+
+
+def checks() -> Iterator[object]:
+    """All that is checked of layers and networks in the other file, until something is wrong."""
+    for name in LAYERS:
+        yield test_layer_against_autograd(name)
+    for cap in (None, 3.0):
+        with pytest.MonkeyPatch.context() as patch:
+            yield test_loss_and_head_in_chunks((2, 3), cap, patch)
+    for name in NETWORKS:
+        for training in (True, False):
+            net = make(name).train(training)
+            yield assert_same(net, *batch(net, 5, ignored=True))
+    yield test_attention_is_right_at_every_length(300)
+    yield test_gradients_add_up_and_frozen_parameters_have_none()
+
+
+def verdict() -> str:
+    try:
+        for _ in checks():
+            pass
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        return f"rejected: {str(error).splitlines()[0][:60] if str(error) else type(error).__name__}"
+    return "accepted"
+
+
+def test_the_checks_accept_the_rules_and_reject_every_mutant() -> None:
+    assert verdict() == "accepted"
+    verdicts = {}
+    for module, old, new, name in MUTANTS:
+        with broken(module, old, new):
+            verdicts[f"{module}: {name}"] = verdict()
+    width = max(map(len, verdicts))
+    print(*(f"{name:<{width}}  {text}" for name, text in verdicts.items()), sep="\n")
+    assert [name for name, text in verdicts.items() if text == "accepted"] == []
+    torch.manual_seed(0)
+    assert verdict() == "accepted"  # all is as before

@@ -1,0 +1,120 @@
+"""`lm gradients`, over every recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lm.backprop import atomic
+from lm.backprop.rule import _rules
+from tests.conftest import ROOT
+from tests.test_configs import CONFIGS, NET, SMALL
+from tests.test_networks import recipe
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
+    text = yaml.safe_load(config.read_text())
+    sizes = text["data"]["init_args"]
+    if sizes.get("corpus") in ("shakespeare", "names"):
+        request.getfixturevalue("reference")
+    words = ["gradients", "--config", config, "--json"]
+    if config.stem in ("gpt2-124m", "shakespeare"):  # at their size, by hand: a minute each
+        words += [word for name, value in SMALL.items() for word in (f"{NET}.{name}", value)]
+        words += ["--data.init_args.block_size", 16]
+    code, out, err = lm(*words)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["ok"] is True
+    assert len(result["rows"]) > 0 and all(row["relative"] <= 1e-10 for row in result["rows"])
+    assert {"name", "shape", "exact", "approximate", "maxdiff", "relative"} == set(result["rows"][0])
+
+
+@pytest.mark.parametrize("options", [
+    ("--dtype", "float32"), ("--dtype", "bfloat16"), ("--mode", "eval"), ("--against", "differences"), ("--seed", 3),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["MLP", "GPT", "GPT today", "Seq2Seq"])
+def test_options(lm, workplace: Path, name: str, options: tuple[str, ...]) -> None:
+    recipe(name)
+    code, out, err = lm("gradients", "--config", "net.yaml", *options)
+    assert code == 0, out + err
+    assert "gradients by hand agree with" in out
+
+
+@pytest.mark.parametrize("bessel", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_lectures_table(lm, workplace: Path, bessel: bool, bias: bool) -> None:
+    recipe("MLP")
+    text = yaml.safe_load(Path("net.yaml").read_text())
+    text["model"]["init_args"]["net"]["init_args"] = {"n_hidden": 64, "bessel": bessel, "bias": bias}
+    text["data"]["init_args"]["batch_size"] = 32
+    Path("net.yaml").write_text(yaml.safe_dump(text))
+    code, out, err = lm("gradients", "--config", "net.yaml", "--level", "atomic", "--json")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["name"] for row in rows] == [name for name in atomic.NAMES if bias or name != "b1"]
+    assert all(row["relative"] <= 1e-10 for row in rows)
+
+
+LINES = [line for line in Path(atomic.__file__).read_text().splitlines() if line.startswith("    d[\"")]
+LINES = [line for line in LINES if "logit_maxes\"] =" not in line]  # zero: no factor breaks it
+BREAKS = {"/ n": "* n", "* v[": "+ v[", ".sum(": ".mean(", "+=": "-=", "-d[": "d[", "** 3": "** 2", ".mT": "", "(1 -": "(2 -"}
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("]")[0][7:-1])
+def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
+    """Every line of the atomic backward pass that has something to break, broken."""
+    from lm.models import MLP
+
+    torch.manual_seed(1)
+    net = MLP(7, 3, n_embd=2, n_hidden=5, bias=True, bessel=True).double()
+    for parameter in net.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    tokens, targets = torch.randint(7, (6, 3)), torch.randint(7, (6,))
+    assert all(row.approximate for row in atomic.against_autograd(net, tokens, targets, torch.float64))
+    source = Path(atomic.__file__).read_text()
+    tried = 0
+    for old, new in BREAKS.items():
+        if old not in line.split("#")[0]:
+            continue
+        space: dict = {"__name__": "broken"}
+        exec(compile(source.replace(line, line.split("#")[0].replace(old, new, 1)), "broken", "exec"), space)
+        try:
+            good = all(row.approximate for row in space["against_autograd"](net, tokens, targets, torch.float64))
+        except (RuntimeError, KeyError):
+            good = False
+        assert not good, (line, old, new)
+        tried += 1
+    if not tried:
+        pytest.skip("nothing in this line that these changes break")
+
+
+def test_disagreement_is_exit_1(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe("GPT")
+    right = _rules[torch.nn.GELU]
+    monkeypatch.setitem(_rules, torch.nn.LayerNorm, lambda layer, grads, x: (layer(x), lambda dy: dy))
+    code, out, err = lm("gradients", "--config", "net.yaml", "--json")
+    assert code == 1 and right
+    assert json.loads(out.splitlines()[-1])["ok"] is False
+    assert "disagree with autograd: " in err and "h.0.ln_1.weight" in err
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (("--level", "atomic"), "--level atomic: the atomic level is for an lm.models.MLP"),
+    (("--level", "atomic", "--dtype", "bfloat16"), "--level atomic is for --mode train"),
+    (("--dtype", "float8"), "dtype"),
+    (("--against", "differences", "--dtype", "float32"), "--against differences needs --dtype float64"),
+])  # fmt: skip
+def test_bad_input(lm, workplace: Path, words: tuple[str, ...], says: str) -> None:
+    recipe("GPT")
+    code, _, err = lm("gradients", "--config", "net.yaml", *words)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_layer_without_rule(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe("GPT")
+    monkeypatch.delitem(_rules, torch.nn.GELU)
+    code, _, err = lm("gradients", "--config", "net.yaml")
+    assert code == 2 and "GELU: write a rule for it" in err
