@@ -5,7 +5,8 @@
 Both train the recipe's network on the same batches, with the same optimizer, schedule and clipping, and evaluate the
 whole validation split at the same steps; the Trainer also logs to TensorBoard, metrics.csv and the console, samples
 text, and writes checkpoints. They take turns, each in a process of its own; the time is that of training, without
-imports. Equal validation losses, to the last bit, show that the work was the same.
+imports. Equal validation losses, to the last bit, show that the work was the same. Further words go to `lm fit`:
+`--model lm.training.ManualLanguageModel`; then losses are equal but for rounding.
 """
 
 import argparse
@@ -100,13 +101,13 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     return {"seconds": time.monotonic() - began, "val_loss": val_loss}
 
 
-def trainer(config: Path, steps: int) -> dict[str, float]:
+def trainer(config: Path, steps: int, more: list[str]) -> dict[str, float]:
     """Train with `lm fit` in an empty folder; return its seconds and last validation loss."""
     from lm.cli.fit import Fit
     from lm.cli.parsing import quiet
 
     quiet()
-    cli = Fit(["--config", str(config), "--trainer.max_steps", str(steps)], "")
+    cli = Fit(["--config", str(config), "--trainer.max_steps", str(steps), *more], "")
     return cli.run()
 
 
@@ -117,11 +118,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", choices=("bare", "trainer"))
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     config = options.config.resolve()
     if options.worker:
         recipe = yaml.safe_load(config.read_text())
-        result = bare(recipe, options.steps) if options.worker == "bare" else trainer(config, options.steps)
+        result = bare(recipe, options.steps) if options.worker == "bare" else trainer(config, options.steps, more)
         print(json.dumps({"seconds": result["seconds"], "val_loss": result["val_loss"]}))
         return
     times: dict[str, list[float]] = {"bare": [], "trainer": []}
@@ -133,7 +134,7 @@ def main() -> None:
         for kind, found in times.items():
             with tempfile.TemporaryDirectory() as folder:
                 words = [sys.executable, __file__, "--worker", kind, "--config", str(config)]
-                words += ["--steps", str(options.steps)]
+                words += ["--steps", str(options.steps), *more]
                 text = subprocess.run(words, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
             result = json.loads(text.splitlines()[-1])
             found.append(result["seconds"])

@@ -31,7 +31,7 @@ def test_commands_and_code(tmp_path: Path) -> None:
     for line in commands:
         few = " ".join(FEW) if " fit " in line else ""
         command = line.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")
-        script.append(re.sub(r"\blm (?=fit|validate|sample)", f"{program} ", command) + f" {few}")
+        script.append(re.sub(r"\blm (?=fit|validate|sample|gradients)", f"{program} ", command) + f" {few}")
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

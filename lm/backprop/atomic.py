@@ -35,17 +35,41 @@ def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor, dtype: tor
     return rows(wanted, found, TOLERANCES[dtype])
 
 
-NAMES = (
-    "logprobs probs counts_sum_inv counts_sum counts norm_logits logit_maxes logits h W2 b2 hpreact bngain bnbias "
-    "bnraw bnvar_inv bnvar bndiff2 bndiff bnmeani hprebn embcat W1 b1 emb C"
-).split()
+NAMES = [
+    "logprobs",
+    "probs",
+    "counts_sum_inv",
+    "counts_sum",
+    "counts",
+    "norm_logits",
+    "logit_maxes",
+    "logits",
+    "h",
+    "W2",
+    "b2",
+    "hpreact",
+    "bngain",
+    "bnbias",
+    "bnraw",
+    "bnvar_inv",
+    "bnvar",
+    "bndiff2",
+    "bndiff",
+    "bnmeani",
+    "hprebn",
+    "embcat",
+    "W1",
+    "b1",
+    "emb",
+    "C",
+]
 """The lecture's tensors, in the order of the backward pass; without a first bias there is no b1."""
 
 
 def forward(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Return every tensor of the forward pass; the lecture's weights are (in, out), so W1 and W2 are transposed."""
     layers: Any = list(net.hidden) if isinstance(net, MLP) else []
-    if len(layers) != 3 or not isinstance(layers[1], BatchNorm):
+    if not isinstance(net, MLP) or len(layers) != 3 or not isinstance(layers[1], BatchNorm):
         raise ValueError("the atomic level is for an lm.models.MLP with n_layer 1 and batch_norm: use --level fused")
     linear, norm, _ = layers
     n, m = len(tokens), len(tokens) - int(norm.bessel)

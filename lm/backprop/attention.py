@@ -6,7 +6,7 @@ Shapes: B batch, T time, S keys looked at, C channels (n_embd), H heads, D chann
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lm.backprop.activations import silu, value_and_slope
@@ -185,7 +185,7 @@ def head(layer: Head, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     k, backward_k = run(layer.key, grads, x)
     v, backward_v = run(layer.value, grads, x)
     p = layer.dropout.p if layer.training else 0.0
-    y, backward_attend = attend(*(part.unsqueeze(1) for part in (q, k, v)), dropout=p)  # with H = 1
+    y, backward_attend = attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout=p)  # with H = 1
 
     def backward(dy: Tensor) -> Tensor:
         dq, dk, dv = (part.squeeze(1) for part in backward_attend(dy.unsqueeze(1)))
@@ -209,9 +209,7 @@ def separate_heads(layer: SeparateHeads, grads: Gradients, x: Tensor) -> tuple[T
 
 
 @rule(Attention)
-def attention(
-    layer: Attention, grads: Gradients, x: Tensor, memory: Tensor, mask: Tensor
-) -> tuple[Tensor, Backward]:
+def attention(layer: Attention, grads: Gradients, x: Tensor, memory: Tensor, mask: Tensor) -> tuple[Tensor, Backward]:
     """Attention to a memory: dx comes by the queries, dmemory by keys and values.
 
     Who may look at nothing has output 0, a constant: no gradient passes there.

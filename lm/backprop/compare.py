@@ -163,4 +163,4 @@ def stir(net: nn.Module, size: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim < 2 or not parameter.any():
-                parameter += size * torch.randn_like(parameter)
+                parameter.add_(size * torch.randn_like(parameter))

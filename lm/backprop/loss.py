@@ -17,8 +17,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of the predictions whose target counts, and its gradient by the logits.
 
-    With p = softmax(z), the loss of a prediction is -log p_y = log Σ_j e^{z_j} - z_y. The first term's derivative by z_j
-    is e^{z_j} / Σ e^z = p_j, the second's is 1 at y: dz = (p - onehot(y)) / n. Subtracting the largest logit first
+    With p = softmax(z), the loss of a prediction is -log p_y = log Σ_j e^{z_j} - z_y. The first term's derivative by
+    z_j is e^{z_j} / Σ e^z = p_j, the second's is 1 at y: dz = (p - onehot(y)) / n. Subtracting the largest logit first
     changes neither.
 
     Args:

@@ -222,7 +222,7 @@ def block(layer: Block, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
 
 
 def _branch(layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Module) -> tuple[Tensor, Backward]:
-    """y = x + f(norm(x)): x is read twice, so dx = dy + what comes back through f and norm. Post-norm: norm(x + f(x))."""
+    """y = x + f(norm(x)): x is read twice, so dx = dy + what comes back by f and norm. Post-norm: norm(x + f(x))."""
     inside = [f] if layer.post else [norm, f]
     y, backwards = x, []
     for part in inside:
@@ -271,9 +271,7 @@ def gpt(net: GPT, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
 
 
 @rule(EncoderBlock)
-def encoder_block(
-    layer: EncoderBlock, grads: Gradients, x: Tensor, source_mask: Tensor
-) -> tuple[Tensor, Backward]:
+def encoder_block(layer: EncoderBlock, grads: Gradients, x: Tensor, source_mask: Tensor) -> tuple[Tensor, Backward]:
     """As GPT's block; what attention reads as x and as memory is the same, so its two gradients add up."""
     y, backward_ln_1 = run(layer.ln_1, grads, x)
     y, backward_attn = run(layer.attn, grads, y, y, source_mask)

@@ -51,7 +51,7 @@ class Compare(parsing.Recipes):
     def batch(self, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
         """Return the recipe's network, stirred so that no term is zero, and its first batch, cut to some tokens."""
         config, data = self.config, self.datamodule
-        if data.tokenizer == "inherit" if hasattr(data, "tokenizer") else False:
+        if getattr(data, "tokenizer", None) == "inherit":
             raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
         if config.seed is not None:
             data.seed = config.seed
@@ -111,7 +111,7 @@ def gradients(arguments: list[str]) -> None:
     if cli.config.json:
         parsing.print_json({"ok": not wrong, "rows": [asdict(row) for row in table]})
     if wrong:
-        raise CheckError(f"{len(wrong)} of {len(table)} gradients disagree with {cli.config.against}: {', '.join(wrong)}")
+        raise CheckError(
+            f"{len(wrong)} of {len(table)} gradients disagree with {cli.config.against}: {', '.join(wrong)}"
+        )
     print(f"all {len(table)} gradients by hand agree with {cli.config.against}", file=stream)
-
-

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients
-from lm.backprop.compare import against_autograd
+from lm.backprop.compare import Collected, against_autograd
 from lm.data.module import IGNORED
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
@@ -65,7 +65,7 @@ class ManualLanguageModel(LanguageModel):
         self.disagreement: float | None = None
         """The largest relative disagreement that the newest audit found."""
         self._grads = Gradients()
-        self._pass = torch.compile(loss_and_gradients, dynamic=False) if compile else loss_and_gradients
+        self._compiled = torch.compile(_functional, dynamic=False, fullgraph=True) if compile else None
 
     def setup(self, stage: str) -> None:
         """Refuse what the rules cannot do, and count micro-batches as `accumulate` says.
@@ -127,8 +127,7 @@ class ManualLanguageModel(LanguageModel):
         for watcher in self._watching:
             watcher.before_backward(self._grads)
         try:
-            scale = 1 / self.accumulate
-            loss = self._pass(self.net, self._grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+            loss = self._pass(tokens, targets)
         except ValueError as error:
             if "predictions" not in str(error):
                 raise
@@ -136,6 +135,17 @@ class ManualLanguageModel(LanguageModel):
         self._note(loss, targets)
         if last:
             self._grads.finish()
+
+    def _pass(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        assert self.net is not None
+        scale = 1 / self.accumulate
+        if self._compiled is None or self._watching:  # what is looked at is not in a compiled graph
+            return loss_and_gradients(self.net, self._grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+        loss, found = self._compiled(self.net, self._fitted, tokens, targets, scale)
+        for parameter, gradient in zip(self._fitted, found, strict=True):
+            if gradient is not None:
+                self._grads.add(parameter, gradient)
+        return loss
 
     def _audit(self, tokens: Tensor, targets: Tensor, step: int) -> None:
         """Compare the gradient of a batch with autograd's.
@@ -166,11 +176,24 @@ class ManualLanguageModel(LanguageModel):
         super().on_save_checkpoint(checkpoint)
 
     def _share_statistics(self) -> None:
-        if self.net is None or self.trainer.world_size == 1 or not self.trainer.training and not self.trainer.validating:
+        if (
+            self.net is None
+            or self.trainer.world_size == 1
+            or (not self.trainer.training and not self.trainer.validating)
+        ):
             return
         for module in self.net.modules():
             if isinstance(module, BatchNorm):
                 average([module.running_mean, module.running_var])
+
+
+def _functional(
+    net: nn.Module, parameters: list[nn.Parameter], tokens: Tensor, targets: Tensor, scale: float
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss and the gradients; torch.compile prefers results to what is changed in passing."""
+    grads = Collected()
+    loss = loss_and_gradients(net, grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+    return loss, [grads.found.get(parameter) for parameter in parameters]
 
 
 def check_precision(precision: Any) -> None:

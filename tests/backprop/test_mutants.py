@@ -94,7 +94,7 @@ def broken(module: str, old: str, new: str) -> Iterator[None]:
     target = importlib.import_module(f"lm.backprop.{module}")
     source = Path(str(target.__file__)).read_text()
     assert source.count(old) >= 1, f"{module} no longer has: {old}"
-    users = [m for name, m in sys.modules.items() if name.startswith(("lm.backprop", "tests.backprop.test_rules"))]
+    users = [m for name, m in sys.modules.items() if name.startswith(("lm.", "tests.backprop."))]
 
     def load(text: str) -> None:
         before = dict(vars(target))

@@ -46,7 +46,7 @@ def test_norms(shape: list[int], channels: int, kind: type[nn.Module]) -> None:
 
 @few
 @given(st.integers(2, 9), st.none() | size, size, st.booleans())
-def test_batch_norm(B: int, T: int | None, C: int, bessel: bool) -> None:  # noqa: N803
+def test_batch_norm(B: int, T: int | None, C: int, bessel: bool) -> None:
     x = torch.randn(*([B, C] if T is None else [B, T, C]), dtype=torch.float64)
     assert_layer(BatchNorm(C, bessel=bessel), x)
     if T is not None:
@@ -55,7 +55,7 @@ def test_batch_norm(B: int, T: int | None, C: int, bessel: bool) -> None:  # noq
 
 @few
 @given(size, size, size, st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
-def test_convolution(B: int, fan_in: int, fan_out: int, taps: int, dilation: int, more: int) -> None:  # noqa: N803
+def test_convolution(B: int, fan_in: int, fan_out: int, taps: int, dilation: int, more: int) -> None:
     x = torch.randn(B, fan_in, (taps - 1) * dilation + 1 + more, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(fan_out, fan_in, taps, dtype=torch.float64, requires_grad=True)
     y = F.conv1d(x, kernel, dilation=dilation)
@@ -69,7 +69,7 @@ def test_convolution(B: int, fan_in: int, fan_out: int, taps: int, dilation: int
 
 @few
 @given(size, size, st.integers(1, 40), size, st.integers(0, 2))
-def test_attention(B: int, H: int, T: int, D: int, kind: int) -> None:  # noqa: N803
+def test_attention(B: int, H: int, T: int, D: int, kind: int) -> None:
     q, k, v = (torch.randn(B, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
     allowed = None if kind == 0 else torch.rand(B, 1, T, T) < 0.5 if kind == 1 else torch.ones(T, T, dtype=torch.bool)
     if allowed is not None and kind == 1:
@@ -99,7 +99,7 @@ def test_cross_entropy(shape: list[int], vocabulary: int, ignored: int) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(size, size, st.integers(1, 2), st.sampled_from([1, 2, 4]), st.booleans())
-def test_networks(B: int, time: int, n_layer: int, n_head: int, today: bool) -> None:  # noqa: N803
+def test_networks(B: int, time: int, n_layer: int, n_head: int, today: bool) -> None:
     torch.manual_seed(B + 10 * time)
     modern = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "n_kv_head": 1, "qk_norm": True}
     common = {"n_layer": n_layer, "n_head": n_head, "n_embd": 8}

@@ -58,9 +58,18 @@ def test_the_lectures_table(lm, workplace: Path, bessel: bool, bias: bool) -> No
     assert all(row["relative"] <= 1e-10 for row in rows)
 
 
-LINES = [line for line in Path(atomic.__file__).read_text().splitlines() if line.startswith("    d[\"")]
-LINES = [line for line in LINES if "logit_maxes\"] =" not in line]  # zero: no factor breaks it
-BREAKS = {"/ n": "* n", "* v[": "+ v[", ".sum(": ".mean(", "+=": "-=", "-d[": "d[", "** 3": "** 2", ".mT": "", "(1 -": "(2 -"}
+LINES = [line for line in Path(atomic.__file__).read_text().splitlines() if line.startswith('    d["')]
+LINES = [line for line in LINES if 'logit_maxes"] =' not in line]  # zero: no factor breaks it
+BREAKS = {
+    "/ n": "* n",
+    "* v[": "+ v[",
+    ".sum(": ".mean(",
+    "+=": "-=",
+    "-d[": "d[",
+    "** 3": "** 2",
+    ".mT": "",
+    "(1 -": "(2 -",
+}
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("]")[0][7:-1])

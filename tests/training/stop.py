@@ -1,9 +1,11 @@
-"""Callbacks that send this process a real SIGTERM at an exact moment."""
+"""Callbacks that do something to a training, such as a real SIGTERM, at an exact moment, or look at it."""
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -68,3 +70,25 @@ class PoisonAt(Callback):
         pl_module.net.register_forward_hook(
             lambda net, inputs, logits: logits * float("nan") if trainer.global_step + 1 == self.step else None
         )
+
+
+class SameStatistics(Callback):
+    """Writes, once, whether the ranks' running means are the same before and in the first evaluation."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = pl_module.net.hidden[1].running_mean
+        all_of_them = [torch.zeros_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(all_of_them, mine)
+        self.found.append("same" if torch.equal(*all_of_them) else "differ")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.found:
+            self.look(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(self.found) == 1:
+            self.look(trainer, pl_module)
+            Path(f"statistics-{trainer.global_rank}").write_text(", then ".join(self.found))

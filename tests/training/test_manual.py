@@ -11,12 +11,15 @@ import yaml
 
 from lm.backprop.rule import _rules
 from lm.inference import load
-from lm.models import Bigram
 from tests.conftest import ROOT
 from tests.test_networks import NETWORKS, recipe
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
 MANUAL = ("--model", "lm.training.ManualLanguageModel")
+TEXT_DATA = {
+    "class_path": "lm.data.TextData",
+    "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8},
+}
 DOUBLE = ("--trainer.precision", "64-true")
 
 
@@ -77,20 +80,22 @@ def test_checkpoints_go_both_ways(lm, workplace: Path, first: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["GPT", "Seq2Seq"])
+@pytest.mark.parametrize("name", ["GPT", "GPT today"])
 def test_accumulation_is_the_undivided_batch(lm, workplace: Path, name: str) -> None:
     recipe(name)
     text = yaml.safe_load(Path("net.yaml").read_text())
     text["model"]["init_args"]["net"]["init_args"].pop("dropout", None)
     if "targets" in text["data"]["init_args"]:
-        text["data"] = {"class_path": "lm.data.TextData", "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8}}
+        text["data"] = {
+            "class_path": "lm.data.TextData",
+            "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8},
+        }
     Path("net.yaml").write_text(yaml.safe_dump(text))
     words = ["fit", "--config", "net.yaml", *DOUBLE, *MANUAL]
     assert lm(*words, "--name", "one")[0] == 0
     code, _, err = lm(*words, "--name", "four", "--trainer.accumulate_grad_batches", 4)
     assert code == 0, err
-    if name == "GPT":  # Seq2Seq's micro-batches have different numbers of targets: the mean of means is another mean
-        assert losses("four") == pytest.approx(losses("one"), rel=1e-12)
+    assert losses("four") == pytest.approx(losses("one"), rel=1e-12)
     assert [row["step"] for row in table("four") if row["val/loss"]] == ["4", "8", "12"]
 
 
@@ -125,7 +130,7 @@ def test_bfloat16_products_float32_gradients(lm, workplace: Path) -> None:
 
 
 def test_an_audit_stops_a_wrong_rule(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe("Bigram") if "Bigram" in NETWORKS else recipe("GPT")
+    recipe("GPT")
     words = ["fit", "--config", "net.yaml", *MANUAL, "--model.init_args.audit_every", 5]
     code, _, err = lm(*words, "--name", "right")
     assert code == 0, err
@@ -139,7 +144,7 @@ def test_an_audit_stops_a_wrong_rule(lm, workplace: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(_rules, torch.nn.LayerNorm, wrong)
     code, _, err = lm(*words, "--name", "wrong")
     assert code == 1
-    assert "step 5: the gradient by hand and autograd's disagree at net" in err or "disagree at" in err
+    assert "step 5: the gradient by hand and autograd's disagree at " in err
 
 
 def test_what_autograd_does_not_show_is_in_tensorboard(lm, workplace: Path) -> None:
@@ -172,13 +177,6 @@ def test_a_network_without_rule_is_refused(lm, workplace: Path, monkeypatch: pyt
     assert "GELU: write a rule for it" in err and "lm/backprop/linear.py" in err
 
 
-TWO_RANKS = """
-import sys
-from lm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def ranks(*words: object, cwd: Path) -> None:
     """Run `lm` as two processes over gloo, as a cluster's launcher would."""
     import socket
@@ -201,7 +199,10 @@ def ranks(*words: object, cwd: Path) -> None:
 def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
     recipe("GPT today")
     text = yaml.safe_load(Path("net.yaml").read_text())
-    text["data"] = {"class_path": "lm.data.TextData", "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8}}
+    text["data"] = {
+        "class_path": "lm.data.TextData",
+        "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8},
+    }
     Path("net.yaml").write_text(yaml.safe_dump(text))
     words = ["fit", "--config", "net.yaml", *DOUBLE, *MANUAL]
     assert lm(*words, "--name", "one")[0] == 0
@@ -210,4 +211,48 @@ def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
     one, two = (load(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("one", "two"))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
-    assert not isinstance(one, Bigram)
+
+
+def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path) -> None:
+    """Ranks see other batches, so their running statistics differ, until they are averaged."""
+    recipe("MLP")
+    ranks(
+        "fit",
+        "--config",
+        "net.yaml",
+        *MANUAL,
+        "--trainer.callbacks+",
+        "tests.training.stop.SameStatistics",
+        "--name",
+        "two",
+        cwd=workplace,
+    )
+    assert sorted(path.read_text() for path in workplace.glob("statistics-*")) == ["differ, then same"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-4), ("64-true", 1e-9)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_thousand_losses_are_autograds(lm, workplace: Path, name: str, precision: str, tolerance: float) -> None:
+    """By SGD: where a true gradient is zero, as of a weight before BatchNorm whose inputs are all padding, AdamW makes a
+    whole step of what rounding leaves, and two trainings that round differently part.
+    """
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
+    recipe(name, optimizer=optimizer)
+    words = ["fit", "--config", "net.yaml", "--trainer.precision", precision, "--trainer.max_steps", 1000]
+    words += ["--trainer.val_check_interval", 500, "--checkpoint.every_n_steps", 1000, "--figures.every_n_steps", 0]
+    assert lm(*words, "--name", "graph")[0] == 0
+    assert lm(*words, "--name", "hand", *MANUAL)[0] == 0
+    assert len(losses("hand")) == 1000
+    assert losses("hand") == pytest.approx(losses("graph"), abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MLP", "GPT today", "Seq2Seq"])
+def test_compiled_is_the_same(lm, workplace: Path, name: str) -> None:
+    recipe(name)
+    words = ["fit", "--config", "net.yaml", *DOUBLE, *MANUAL]
+    assert lm(*words, "--name", "eager")[0] == 0
+    code, _, err = lm(*words, "--name", "compiled", "--model.init_args.compile", "true")
+    assert code == 0, err
+    assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-9)

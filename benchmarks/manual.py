@@ -1,0 +1,153 @@
+"""Gradients by hand against autograd: time and memory of a training step, side by side in one run.
+
+    LM_DATA_HOME=... python benchmarks/manual.py [--rounds 9] [--only eager]
+
+Whole steps: gradients, and a fused AdamW's or SGD's update. Both take turns in each round; a figure is the median of
+the rounds' ratios. Memory is the peak of a process's resident memory above what it had with network and data in place.
+What the Trainer costs by hand against a bare autograd loop is for benchmarks/overhead.py with
+`--model lm.training.ManualLanguageModel --model.init_args.compile true`.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lm.backprop import Gradients, loss_and_gradients
+from lm.models import GPT, MLP, WaveNet
+from lm.training.manual import _functional
+
+
+def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
+    net = GPT(65, block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
+    return net, torch.randint(65, (batch, block_size)), torch.randint(65, (batch, block_size))
+
+
+CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {  # what, and steps a round
+    "GPT 4×128, context 64, batch 12": (lambda: gpt(4, 4, 128, 64, 12), 20),
+    "GPT 6×384, context 256, batch 8": (lambda: gpt(6, 6, 384, 256, 8), 2),
+    "MLP, batch 32": (lambda: (MLP(27, 3), torch.randint(27, (32, 3)), torch.randint(27, (32,))), 400),
+    "WaveNet, batch 32": (
+        lambda: (WaveNet(27, 8, n_embd=10, n_hidden=68), torch.randint(27, (32, 8)), torch.randint(27, (32,))),
+        300,
+    ),
+}
+
+
+def steps(name: str, compiled: bool) -> dict[str, Callable[[], None]]:
+    """Return a training step by autograd and one by hand, of networks that begin alike."""
+    made = {}
+    for kind in ("autograd", "by hand"):
+        torch.manual_seed(1)
+        net, tokens, targets = CASES[name][0]()
+        parameters = list(net.parameters())
+        small = "GPT" not in name
+        optimizer: Any = torch.optim.SGD(parameters, lr=0.1) if small else torch.optim.AdamW(parameters, fused=True)
+        make = autograd if kind == "autograd" else by_hand
+        made[kind] = make(net, parameters, optimizer, tokens, targets, compiled)
+    return made
+
+
+def autograd(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool) -> Any:
+    def loss_of(net: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
+
+    run = torch.compile(loss_of, dynamic=False, fullgraph=True) if compiled else loss_of
+
+    def step() -> None:
+        optimizer.zero_grad()
+        run(net, tokens, targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def by_hand(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool) -> Any:
+    grads = Gradients()
+    run = torch.compile(_functional, dynamic=False, fullgraph=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        if compiled:
+            _, found = run(net, parameters, tokens, targets, 1.0)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter.grad = gradient
+        else:
+            grads.begin(parameters)
+            loss_and_gradients(net, grads, tokens, targets)
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], None], count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    return 1000 * (time.perf_counter() - began) / count
+
+
+def compare(name: str, compiled: bool, rounds: int) -> None:
+    """Print a line: milliseconds a step, and the ratio."""
+    both, count = steps(name, compiled), CASES[name][1]
+    for step in both.values():
+        timed(step, count)
+    found: dict[str, list[float]] = {kind: [] for kind in both}
+    for number in range(rounds):
+        for kind in list(both)[:: 1 if number % 2 else -1]:
+            found[kind].append(timed(both[kind], count))
+    ratios = [b / a for a, b in zip(found["autograd"], found["by hand"], strict=True)]
+    a, b = (statistics.median(values) for values in found.values())
+    how = "compiled" if compiled else "eager"
+    spread = f"rounds {min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"{name:<32} {how:<9} {a:9.3f} ms {b:9.3f} ms   {statistics.median(ratios):.3f} ({spread})", flush=True)
+
+
+def peak(name: str, kind: str) -> None:
+    """Print the memory that three steps take at their peak, in MiB."""
+    step = steps(name, False)[kind]
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024  # KiB
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=("eager", "compiled", "memory"))
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "KIND"))
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    if options.peak:
+        peak(*options.peak)
+        return
+    print(f"{'':<42} {'autograd':>12} {'by hand':>12}   by hand / autograd")
+    for compiled in (False, True):
+        if options.only in (None, "compiled" if compiled else "eager"):
+            for name in CASES:
+                compare(name, compiled, options.rounds)
+    if options.only in (None, "memory"):
+        for name in ["GPT 6×384, context 256, batch 8"]:
+            found = []
+            for kind in ("autograd", "by hand"):
+                words = [sys.executable, __file__, "--peak", name, kind]
+                exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and shows
+                text = subprocess.run(words, stdout=subprocess.PIPE, env=exact, text=True, check=True).stdout
+                found.append(float(text))
+            print(f"{name:<32} {'memory':<9} {found[0]:8.1f} MiB {found[1]:7.1f} MiB   {found[1] / found[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
