@@ -241,6 +241,9 @@ def test_a_thousand_losses_are_autograds(lm, workplace: Path, name: str, precisi
     """
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
     recipe(name, optimizer=optimizer)
+    if name == "GPT today":  # addition falls off a plateau at a moment that rounding decides
+        text = yaml.safe_load(Path("net.yaml").read_text()) | {"data": TEXT_DATA}
+        Path("net.yaml").write_text(yaml.safe_dump(text))
     words = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(2 + i % 9)) for i in range(120)]
     Path("words.txt").write_text("\n".join(words))
     words = [
@@ -258,9 +261,7 @@ def test_a_thousand_losses_are_autograds(lm, workplace: Path, name: str, precisi
     assert lm(*words, "--name", "graph")[0] == 0
     assert lm(*words, "--name", "hand", *MANUAL)[0] == 0
     assert len(losses("hand")) == 1000
-    # addition in float32 falls off a plateau after 400 steps, at a moment that rounding decides; float64 holds throughout
-    shown = 300 if (name, precision) == ("GPT today", "32-true") else 1000
-    assert losses("hand")[:shown] == pytest.approx(losses("graph")[:shown], abs=tolerance)
+    assert losses("hand") == pytest.approx(losses("graph"), abs=tolerance)
 
 
 @pytest.mark.slow
