@@ -85,11 +85,7 @@ def test_accumulation_is_the_undivided_batch(lm, workplace: Path, name: str) -> 
     recipe(name)
     text = yaml.safe_load(Path("net.yaml").read_text())
     text["model"]["init_args"]["net"]["init_args"].pop("dropout", None)
-    if "targets" in text["data"]["init_args"]:
-        text["data"] = {
-            "class_path": "lm.data.TextData",
-            "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 8},
-        }
+    text["data"] = TEXT_DATA
     Path("net.yaml").write_text(yaml.safe_dump(text))
     words = ["fit", "--config", "net.yaml", *DOUBLE, *MANUAL]
     assert lm(*words, "--name", "one")[0] == 0
