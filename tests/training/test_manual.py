@@ -230,7 +230,7 @@ def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path) ->
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-4), ("64-true", 1e-9)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_thousand_losses_are_autograds(lm, workplace: Path, name: str, precision: str, tolerance: float) -> None:
-    """By SGD, slowly, in batches of 64, and with words as long as the context.
+    """By SGD, slowly, and with words as long as the context.
 
     Where a true gradient is zero, as of a weight before BatchNorm whose inputs are all padding, AdamW makes a whole
     step of what rounding leaves; and at a high rate, trainings that differ by a rounding part exponentially.
@@ -240,7 +240,7 @@ def test_a_thousand_losses_are_autograds(lm, workplace: Path, name: str, precisi
     if name == "GPT today":  # addition falls off a plateau at a moment that rounding decides
         text = yaml.safe_load(Path("net.yaml").read_text()) | {"data": TEXT_DATA}
         Path("net.yaml").write_text(yaml.safe_dump(text))
-    words = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(2 + i % 9)) for i in range(120)]
+    words = ["".join(chr(97 + (7 * i + j * j) % 26) for j in range(2 + i % 9)) for i in range(1200)]
     Path("words.txt").write_text("\n".join(words))
     words = [
         "fit",
