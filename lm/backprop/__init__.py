@@ -2,6 +2,6 @@
 
 from lm.backprop import activations, attention, linear, norms  # noqa: F401  each registers its rules
 from lm.backprop.networks import body, loss_and_gradients
-from lm.backprop.rule import Gradients, NoRuleError, check, rule, run
+from lm.backprop.rules import Gradients, NoRuleError, check, rule, run
 
 __all__ = ["Gradients", "NoRuleError", "body", "check", "loss_and_gradients", "rule", "run"]

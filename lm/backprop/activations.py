@@ -1,16 +1,14 @@
-"""Rules of activations: functions of each element alone, so that dx = dy ∘ f'(x).
+"""Rules of activations: functions of each element alone, so that dx = dy ∘ f'(x). Any shape.
 
-Each function here returns f(x) and f'(x), for backward passes that compute both again from x rather than keep f(x).
-Any shape.
+Some functions return f(x) and f'(x) together, for backward passes that make both again from x rather than keep f(x).
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lm.backprop.rule import Backward, Gradients, precise, rule
+from lm.backprop.rules import Backward, Gradients, precise, rule, run
 from lm.models.feed_forward import ReLUSquared
 
 
@@ -28,37 +26,29 @@ def sigmoid(layer: nn.Sigmoid, grads: Gradients, x: Tensor) -> tuple[Tensor, Bac
     return y, lambda dy: dy * y * (1 - y)
 
 
-@rule(nn.ReLU)
-def relu(layer: nn.ReLU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
-    """y = max(0, x): the gradient passes where x was positive."""
-    y = torch.relu(x)
-    return y, lambda dy: dy * (y > 0)
+@rule(nn.ReLU, ReLUSquared, nn.GELU)
+def from_input(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y = f(x), of which x is kept: see `value_and_slope`."""
+    return layer(x), lambda dy: dy * value_and_slope(layer, grads, x)[1]
 
 
-@rule(ReLUSquared)
-def relu_squared(layer: ReLUSquared, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
-    """y = max(0, x)²: y' = 2 max(0, x)."""
-    positive = torch.relu(x)
-    return positive * positive, lambda dy: dy * 2 * positive
+def value_and_slope(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an activation's f(x) and f'(x), in at least 32 bits.
 
-
-@rule(nn.GELU)
-def gelu(layer: nn.GELU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
-    """y = x Φ(x), or its approximation by tanh; see `value_and_slope`."""
-    y = F.gelu(x, approximate=layer.approximate)
-    return y, lambda dy: dy * value_and_slope(layer, x)[1]
-
-
-def value_and_slope(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an activation's f(x) and f'(x), in at least 32 bits."""
+    max(0, x) has slope 1 where x is positive and else 0, its square has slope 2 max(0, x). An activation that is not
+    known here has a rule, of which f'(x) is the gradient for dy = 1.
+    """
     x = precise(x)
-    if isinstance(layer, nn.GELU):
-        return _gelu_tanh(x) if layer.approximate == "tanh" else _gelu(x)
-    positive = torch.relu(x)
-    if isinstance(layer, ReLUSquared):
-        return positive * positive, 2 * positive
-    assert isinstance(layer, nn.ReLU)
-    return positive, (positive > 0).to(x.dtype)
+    match layer:
+        case nn.GELU():
+            return _gelu_tanh(x) if layer.approximate == "tanh" else _gelu(x)
+        case nn.ReLU():
+            return torch.relu(x), (x > 0).to(x.dtype)
+        case ReLUSquared():
+            positive = torch.relu(x)
+            return positive * positive, 2 * positive
+    value, backward = run(layer, grads, x)
+    return value, backward(torch.ones_like(value))
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.compare import TOLERANCES, Row, rows, undisturbed
+from lm.backprop.compare import TOLERANCES, Row, rows
 from lm.models import MLP
 from lm.models.layers import BatchNorm
 
@@ -26,43 +26,17 @@ def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor, dtype: tor
     Raises:
         ValueError: It is another network.
     """
-    with undisturbed(net), torch.enable_grad():
-        values = forward(net, tokens, targets)
-        expected = torch.autograd.grad(values["loss"], [values[name] for name in NAMES if name in values])
-    with torch.no_grad():
-        found = backward({name: value.detach() for name, value in values.items()}, tokens, targets)
-    wanted = dict(zip([name for name in NAMES if name in values], expected, strict=True))
-    return rows(wanted, found, TOLERANCES[dtype])
+    values = forward(net, tokens, targets)
+    names = [name for name in NAMES if name in values]
+    expected = torch.autograd.grad(values["loss"], [values[name] for name in names])
+    found = backward({name: value.detach() for name, value in values.items()}, tokens, targets)
+    return rows(dict(zip(names, expected, strict=True)), found, TOLERANCES[dtype])
 
 
-NAMES = [
-    "logprobs",
-    "probs",
-    "counts_sum_inv",
-    "counts_sum",
-    "counts",
-    "norm_logits",
-    "logit_maxes",
-    "logits",
-    "h",
-    "W2",
-    "b2",
-    "hpreact",
-    "bngain",
-    "bnbias",
-    "bnraw",
-    "bnvar_inv",
-    "bnvar",
-    "bndiff2",
-    "bndiff",
-    "bnmeani",
-    "hprebn",
-    "embcat",
-    "W1",
-    "b1",
-    "emb",
-    "C",
-]
+NAMES = (  # noqa: SIM905  as a list, a page
+    "logprobs probs counts_sum_inv counts_sum counts norm_logits logit_maxes logits h W2 b2 hpreact bngain bnbias "
+    "bnraw bnvar_inv bnvar bndiff2 bndiff bnmeani hprebn embcat W1 b1 emb C"
+).split()
 """The lecture's tensors, in the order of the backward pass; without a first bias there is no b1."""
 
 

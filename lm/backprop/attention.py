@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm.backprop.activations import silu, value_and_slope
-from lm.backprop.linear import drop
-from lm.backprop.rule import Backward, Gradients, precise, rows_of, rule, run
+from lm.backprop.linear import drop, linear_backward
+from lm.backprop.rules import Backward, Gradients, precise, rule, run
 from lm.models.feed_forward import MLP, SingleLayer, SwiGLU
 from lm.models.gpt import CausalSelfAttention, Head, SeparateHeads
 from lm.models.rotary import Rotary
@@ -238,19 +238,14 @@ def mlp(layer: MLP, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     a, the largest tensor of a block, is not kept: its value and slope are made again from h, at once.
     """
     h, backward_fc = run(layer.c_fc, grads, x)  # (B, T, C) -> (B, T, M)
-    a, _ = run(layer.activation, grads, h)
-    proj = layer.c_proj
-    y, backward_drop = run(layer.dropout, grads, F.linear(a, proj.weight, proj.bias))  # (B, T, M) -> (B, T, C)
+    y, _ = run(layer.c_proj, grads, run(layer.activation, grads, h)[0])  # (B, T, M) -> (B, T, C)
+    y, backward_drop = run(layer.dropout, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        dy = backward_drop(dy)
-        rows = rows_of(dy)  # (N, C)
-        a, slope = value_and_slope(layer.activation, h)
-        if proj.bias is not None:
-            grads.add(proj.bias, precise(rows).sum(0))
-        grads.add(proj.weight, rows.mT @ rows_of(a).to(rows.dtype))  # (C, N) @ (N, M) -> (C, M)
+        a, slope = value_and_slope(layer.activation, grads, h)
+        da = linear_backward(layer.c_proj, grads, a, backward_drop(dy))  # (B, T, C) -> (B, T, M)
         del a
-        return backward_fc(slope.mul_(dy @ proj.weight))  # (B, T, C) @ (C, M) -> (B, T, M) -> (B, T, C)
+        return backward_fc(slope.mul_(da))  # (B, T, M) -> (B, T, C)
 
     return y, backward
 
@@ -263,18 +258,12 @@ def swiglu(layer: SwiGLU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward
     """
     gate, backward_gate = run(layer.w_gate, grads, x)  # (B, T, C) -> (B, T, M)
     up, backward_up = run(layer.w_up, grads, x)
-    proj = layer.c_proj
-    y = F.linear(F.silu(gate) * up, proj.weight, proj.bias)  # (B, T, M) -> (B, T, C)
+    y, _ = run(layer.c_proj, grads, F.silu(gate) * up)  # (B, T, M) -> (B, T, C)
     y, backward_drop = run(layer.dropout, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        dy = backward_drop(dy)
-        rows = rows_of(dy)
         value, slope = silu(precise(gate))
-        if proj.bias is not None:
-            grads.add(proj.bias, precise(rows).sum(0))
-        grads.add(proj.weight, rows.mT @ rows_of(value * up).to(rows.dtype))
-        da = dy @ proj.weight  # (B, T, M)
+        da = linear_backward(layer.c_proj, grads, value * up, backward_drop(dy))  # (B, T, C) -> (B, T, M)
         return backward_gate(slope.mul_(da).mul_(up)) + backward_up(value.mul_(da))
 
     return y, backward

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.backprop.networks import loss_and_gradients
-from lm.backprop.rule import Gradients
+from lm.backprop.rules import Gradients
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Largest relative disagreement that is rounding.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rule import Backward, Gradients, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule, run
 from lm.models.layers import FlattenConsecutive
 
 
@@ -22,15 +22,16 @@ def linear(layer: nn.Linear, grads: Gradients, x: Tensor) -> tuple[Tensor, Backw
     sum over them: db = Σ_n dy_n. x_ni meets every output o: dx = dy W.
     """
     y = F.linear(x, layer.weight, layer.bias)  # (…, I) -> (…, O)
+    return y, lambda dy: linear_backward(layer, grads, x, dy)
 
-    def backward(dy: Tensor) -> Tensor:
-        rows = rows_of(dy)  # (…, O) -> (N, O)
-        if layer.bias is not None:
-            grads.add(layer.bias, precise(rows).sum(0))  # (N, O) -> (O,)
-        grads.add(layer.weight, rows.mT @ rows_of(x))  # (O, N) @ (N, I) -> (O, I)
-        return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
 
-    return y, backward
+def linear_backward(layer: nn.Linear, grads: Gradients, x: Tensor, dy: Tensor) -> Tensor:
+    """Return dx, for rules that make x again rather than keep it."""
+    rows = rows_of(dy)  # (…, O) -> (N, O)
+    if layer.bias is not None:
+        grads.add(layer.bias, precise(rows).sum(0))  # (N, O) -> (O,)
+    grads.add(layer.weight, rows.mT @ rows_of(x).to(rows.dtype))  # (O, N) @ (N, I) -> (O, I)
+    return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
 
 
 @rule(nn.Embedding)

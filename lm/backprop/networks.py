@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lm.backprop.linear import chained, convolution, positions
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.backprop.rule import Backward, Gradients, rule, run
+from lm.backprop.rules import Backward, Gradients, rule, run
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.gpt import Block
 from lm.models.layers import check_length, padded
@@ -167,17 +167,16 @@ def gated_block(block: GatedBlock, grads: Gradients, x: Tensor) -> tuple[tuple[T
     filtered, gate = filtered.tanh(), gate.sigmoid()
     z, backward_drop = run(block.drop, grads, filtered * gate)
     parts, backward_proj = run(block.proj, grads, z)  # (B, C, T) -> (B, 2 C, T)
-    residual, skip = parts.chunk(2, dim=1)
+    branch, skip = parts.chunk(2, dim=1)
 
     def backward(dstream: Tensor, dskip: Tensor) -> Tensor:
         dz = backward_drop(backward_proj(torch.cat([dstream, dskip], dim=1)))
         df = dz * gate * (1 - filtered * filtered)
         dg = dz * filtered * gate * (1 - gate)
         dbranch = backward_conv(torch.cat([df, dg], dim=1))[:, :, -T:]  # (B, 2 C, T) -> (B, C, T + d) -> (B, C, T)
-        _share(grads, block, dstream, dbranch)
-        return dstream + dbranch
+        return residual(grads, block, dstream, dbranch)
 
-    return (x + residual, skip), backward
+    return (x + branch, skip), backward
 
 
 @body(GatedWaveNet)
@@ -204,11 +203,15 @@ def gated_wavenet(net: GatedWaveNet, grads: Gradients, tokens: Tensor) -> tuple[
     return y, backward
 
 
-def _share(grads: Gradients, branch: nn.Module, stream: Tensor, dbranch: Tensor) -> None:
-    """Note which part of a residual sum's gradient its branch carries."""
+def residual(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -> Tensor:
+    """Return the gradient by x of x + f(x), which reads x twice: dy + what came back through the branch f.
+
+    Where `grads` asks for it, the branch's part of the two is noted.
+    """
     if grads.shares is not None:
         through = dbranch.float().norm()
-        grads.shares[branch] = through / (through + stream.float().norm())
+        grads.shares[branch] = through / (through + dy.float().norm())
+    return dy + dbranch
 
 
 @rule(Block)
@@ -239,10 +242,7 @@ def _branch(layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Mo
         if backward_norm is not None:
             dy = backward_norm(dy)
         dbranch = through(dy)
-        if not layer.residual:
-            return dbranch
-        _share(grads, f, dy, dbranch)
-        return dy + dbranch
+        return residual(grads, f, dy, dbranch) if layer.residual else dbranch
 
     return y, backward
 
@@ -280,16 +280,11 @@ def encoder_block(layer: EncoderBlock, grads: Gradients, x: Tensor, source_mask:
     y, backward_mlp = run(layer.mlp, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        dy = _sum(grads, layer.mlp, dy, backward_ln_2(backward_mlp(dy)))
+        dy = residual(grads, layer.mlp, dy, backward_ln_2(backward_mlp(dy)))
         dx, dmemory = backward_attn(dy)
-        return _sum(grads, layer.attn, dy, backward_ln_1(dx + dmemory))
+        return residual(grads, layer.attn, dy, backward_ln_1(dx + dmemory))
 
     return x + y, backward
-
-
-def _sum(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -> Tensor:
-    _share(grads, branch, dy, dbranch)
-    return dy + dbranch
 
 
 @rule(DecoderBlock)
@@ -307,11 +302,11 @@ def decoder_block(
     y, backward_mlp = run(layer.mlp, grads, y)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor]:
-        dy = _sum(grads, layer.mlp, dy, backward_ln_3(backward_mlp(dy)))
+        dy = residual(grads, layer.mlp, dy, backward_ln_3(backward_mlp(dy)))
         dx, dmemory = backward_cross(dy)
-        dy = _sum(grads, layer.cross_attn, dy, backward_ln_2(dx))
+        dy = residual(grads, layer.cross_attn, dy, backward_ln_2(dx))
         dx, dself = backward_attn(dy)
-        return _sum(grads, layer.attn, dy, backward_ln_1(dx + dself)), dmemory
+        return residual(grads, layer.attn, dy, backward_ln_1(dx + dself)), dmemory
 
     return x + y, backward
 

@@ -6,7 +6,7 @@ Shapes: N rows (all leading dimensions together), C channels, … any leading di
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rule import Backward, Gradients, precise, rows_of, rule
+from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule
 from lm.models.layers import BatchNorm
 
 
@@ -22,34 +22,30 @@ def batch_norm(layer: BatchNorm, grads: Gradients, x: Tensor) -> tuple[Tensor, B
         dx = r (g - Σg / n - x̂ Σ(g x̂) / m).
     In eval mode μ and v are constants, and dx = r g.
     """
-    if not layer.training:
-        r = (layer.running_var + layer.eps).rsqrt()
-        normal = (x - layer.running_mean) * r
-        n = m = 0
-    else:
-        over = x if layer.n_positions is not None else rows_of(x)  # (B, T, C) as it is, or (N, C)
-        n, m = over.shape[0], over.shape[0] - int(layer.bessel)
+
+    def examples(x: Tensor) -> Tensor:
+        return x if layer.n_positions is not None else rows_of(x)  # (B, T, C) as it is, or (N, C)
+
+    n = examples(x).shape[0]
+    if layer.training:
         if n < 2:
             layer(x)  # says what is wrong
-        var, mean = torch.var_mean(precise(over), dim=0, correction=int(layer.bessel))  # (C) or (T, C)
+        var, mean = torch.var_mean(precise(examples(x)), dim=0, correction=int(layer.bessel))  # (C) or (T, C)
         layer._remember(n, mean, var)
-        r = (var + layer.eps).rsqrt()
-        normal = (x - mean) * r  # x̂, of x's shape
+    else:
+        var, mean = layer.running_var, layer.running_mean
+    r = (var + layer.eps).rsqrt()
+    normal = (x - mean) * r  # x̂, of x's shape
 
     def backward(dy: Tensor) -> Tensor:
-        product = dy * normal
-        if n and layer.n_positions is None:  # the sums that dx takes are those of dγ and dβ
-            dweight, dbias = rows_of(product).sum(0), rows_of(precise(dy)).sum(0)  # (N, C) -> (C)
-            sums = dweight, dbias
-        else:
-            sums = product.sum(0), precise(dy).sum(0)  # (B, T, C) -> (T, C)
-            dweight, dbias = (s.flatten(0, -2).sum(0) if s.ndim > 1 else s for s in sums)  # -> (C)
-        grads.add(layer.weight, dweight)
-        grads.add(layer.bias, dbias)
+        sum_x, sum_1 = examples(dy * normal).sum(0), examples(precise(dy)).sum(0)  # Σ dy x̂ and Σ dy, (C) or (T, C)
+        for parameter, total in ((layer.weight, sum_x), (layer.bias, sum_1)):
+            grads.add(parameter, total if total.ndim == 1 else total.sum(0))  # -> (C)
         scale = layer.weight * r
-        if not n:
+        if not layer.training:
             return dy * scale
-        return (dy - sums[1] / n - normal * (sums[0] / m)) * scale
+        m = n - int(layer.bessel)
+        return (dy - sum_1 / n - normal * (sum_x / m)) * scale
 
     return normal * layer.weight + layer.bias, backward
 

@@ -57,7 +57,7 @@ class Compare(parsing.Recipes):
             data.seed = config.seed
         data.setup("fit")
         module = parsing.language_model(self.model)
-        torch.manual_seed(config.seed_everything if config.seed is None else config.seed)
+        torch.manual_seed(data.seed)
         try:
             net = module.make_net(data.vocab_size, data.block_size).to(dtype)
             check(net)
@@ -109,7 +109,7 @@ def gradients(arguments: list[str]) -> None:
         )
     wrong = [row.name for row in table if not row.approximate]
     if cli.config.json:
-        parsing.print_json({"ok": not wrong, "rows": [asdict(row) for row in table]})
+        parsing.print_json({"ok": not wrong, "rows": [parsing.finite(asdict(row)) for row in table]})
     if wrong:
         raise CheckError(
             f"{len(wrong)} of {len(table)} gradients disagree with {cli.config.against}: {', '.join(wrong)}"

@@ -58,8 +58,12 @@ def output(as_json: bool) -> IO[str]:
 
 def print_json(values: dict[str, Any]) -> None:
     """Print a result as one line of JSON, which has no NaN or infinity: they become null."""
-    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-    print(json.dumps(finite, allow_nan=False), flush=True)
+    print(json.dumps(finite(values), allow_nan=False), flush=True)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with null for what JSON has no word for."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 class Recipes(LightningCLI):

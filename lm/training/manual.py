@@ -3,13 +3,11 @@
 Shapes: B sequences, T tokens, K steps.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients
 from lm.backprop.compare import Collected, against_autograd
@@ -19,7 +17,6 @@ from lm.models.layers import BatchNorm
 from lm.training import progress
 from lm.training.language_model import LanguageModel
 from lm.training.reduced import ReducedGradients, average
-from lm.training.schedules import Schedule
 
 
 class ManualLanguageModel(LanguageModel):
@@ -31,30 +28,15 @@ class ManualLanguageModel(LanguageModel):
     checkpoint.
 
     Args:
-        net: As in `LanguageModel`, and so are the next five.
-        optimizer: Makes the optimizer from parameter groups.
-        schedule: Factor on the learning rate.
-        clip_norm: Largest global norm of the gradient.
-        steps_per_call: Optimizer steps that one of the Trainer's own takes.
-        calibrate: Whether BatchNorm's running statistics are taken from the whole training split after the last step.
         compile: Whether torch.compile makes one graph of the forward and the backward pass. It needs a C++ compiler
             and a minute; dropout then draws other numbers.
-        audit_every: Steps between audits, which compare the gradient with autograd's and stop the run where they
-            disagree; null for none.
+        audit_every: Steps between audits, which compare the gradient by the rules with autograd's and stop the run
+            where they disagree; null for none.
+        settings: All that `LanguageModel` takes.
     """
 
-    def __init__(
-        self,
-        net: Callable[[int, int], nn.Module],
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        schedule: Schedule | None = None,
-        clip_norm: float | None = 1.0,
-        steps_per_call: int = 1,
-        calibrate: bool = False,
-        compile: bool = False,
-        audit_every: int | None = None,
-    ) -> None:
-        super().__init__(net, optimizer, schedule, clip_norm, steps_per_call, calibrate)
+    def __init__(self, *, compile: bool = False, audit_every: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
         if audit_every is not None and audit_every < 1:
             raise UserError(f"model.audit_every is {audit_every}: it must be at least 1, or null for none")
         self.automatic_optimization = False
@@ -62,8 +44,6 @@ class ManualLanguageModel(LanguageModel):
         self.accumulate = 1
         """Micro-batches of a step. The Trainer's own number, which it refuses for manual optimization when it starts;
         the command line moves it here."""
-        self.disagreement: float | None = None
-        """The largest relative disagreement that the newest audit found."""
         self._grads = Gradients()
         self._compiled = torch.compile(_functional, dynamic=False, fullgraph=True) if compile else None
 
@@ -117,11 +97,10 @@ class ManualLanguageModel(LanguageModel):
     @torch.no_grad()
     def _find_gradients(self, tokens: Tensor, targets: Tensor, first: bool = True, last: bool = True) -> None:
         assert self.net is not None
-        step = self.global_step + 1
         if first:
             self._grads.begin(self._fitted)
-            if self.audit_every and step % self.audit_every == 0:
-                self._audit(tokens, targets, step)
+            if self.audit_every and (self.global_step + 1) % self.audit_every == 0:
+                self._audit(tokens, targets, self.global_step + 1)
         if last:
             self._grads.last_pass()
         for watcher in self._watching:
@@ -151,16 +130,16 @@ class ManualLanguageModel(LanguageModel):
         """Compare the gradient of a batch with autograd's.
 
         Raises:
-            CheckError: They disagree.
+            CheckError: They disagree, on any rank: all stop, or the others would wait for this one.
         """
         assert self.net is not None
         low = torch.is_autocast_enabled(tokens.device.type)
         dtype = torch.bfloat16 if low else next(self.net.parameters()).dtype
         table = against_autograd(self.net, tokens, targets, dtype)
         worst = max(table, key=lambda row: row.relative)
-        self.disagreement = worst.relative
         self._write({"audit/relative": worst.relative}, step)
-        if not all(row.approximate for row in table):
+        wrong = torch.tensor(float(not all(row.approximate for row in table)), device=tokens.device)
+        if self.trainer.strategy.reduce(wrong, reduce_op="sum"):
             raise CheckError(
                 f"step {step}: the gradient by hand and autograd's disagree at {worst.name} by {worst.relative:.2g} of "
                 "its size: nothing was updated; compare them by lm gradients, and mend the rule"
@@ -176,12 +155,9 @@ class ManualLanguageModel(LanguageModel):
         super().on_save_checkpoint(checkpoint)
 
     def _share_statistics(self) -> None:
-        if (
-            self.net is None
-            or self.trainer.world_size == 1
-            or (not self.trainer.training and not self.trainer.validating)
-        ):
+        if self.trainer.world_size == 1:
             return
+        assert self.net is not None
         for module in self.net.modules():
             if isinstance(module, BatchNorm):
                 average([module.running_mean, module.running_var])

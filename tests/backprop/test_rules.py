@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients, run
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
 from lm.models.feed_forward import ReLUSquared
 from lm.models.layers import BatchNorm
 
@@ -145,6 +145,10 @@ LAYERS = {
     "squared relu": (ReLUSquared, (3, 6)),
     "gelu": (nn.GELU, (3, 60)),
     "gelu tanh": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
+    "feed-forward of another activation": (
+        lambda: feed_forward.MLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
+        (3, 5, 6),
+    ),
     "dropout": (lambda: nn.Dropout(0.3), (3, 60)),
     "identity": (nn.Identity, (3, 6)),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, dilation=2), (3, 6, 9)),

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from lm.backprop import atomic
-from lm.backprop.rule import _rules
+from lm.backprop.rules import _rules
 from tests.conftest import ROOT
 from tests.test_configs import CONFIGS, NET, SMALL
 from tests.test_networks import recipe
@@ -102,10 +102,9 @@ def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
 
 def test_disagreement_is_exit_1(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe("GPT")
-    right = _rules[torch.nn.GELU]
     monkeypatch.setitem(_rules, torch.nn.LayerNorm, lambda layer, grads, x: (layer(x), lambda dy: dy))
     code, out, err = lm("gradients", "--config", "net.yaml", "--json")
-    assert code == 1 and right
+    assert code == 1
     assert json.loads(out.splitlines()[-1])["ok"] is False
     assert "disagree with autograd: " in err and "h.0.ln_1.weight" in err
 

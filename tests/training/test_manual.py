@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lm.backprop.rule import _rules
+from lm.backprop.rules import _rules
 from lm.inference import load
 from tests.conftest import ROOT
 from tests.test_networks import NETWORKS, recipe
