@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from lm.backprop import Gradients, loss_and_gradients
 from lm.models import GPT, MLP, WaveNet
+from lm.training.callbacks import keep_memory
 from lm.training.manual import _functional
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     if options.peak:
         peak(*options.peak)
         return
+    keep_memory()  # as in lm fit, for both
     print(f"{'':<42} {'autograd':>12} {'by hand':>12}   by hand / autograd")
     for compiled in (False, True):
         if options.only in (None, "compiled" if compiled else "eager"):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lm.backprop.rules import Backward, Gradients, precise, rule, run
 from lm.models.feed_forward import ReLUSquared
 
+GELU_TANH = 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)
+
 
 @rule(nn.Tanh)
 def tanh(layer: nn.Tanh, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
@@ -29,7 +31,11 @@ def sigmoid(layer: nn.Sigmoid, grads: Gradients, x: Tensor) -> tuple[Tensor, Bac
 @rule(nn.ReLU, ReLUSquared, nn.GELU)
 def from_input(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = f(x), of which x is kept: see `value_and_slope`."""
-    return layer(x), lambda dy: dy * value_and_slope(layer, grads, x)[1]
+    if isinstance(layer, nn.GELU) and layer.approximate == "tanh" and x.dtype.itemsize >= 4:
+        y = x * _sigmoid_of_v(x, x * x)  # half of the time of torch's, which has a tanh to compute
+    else:
+        y = layer(x)
+    return y, lambda dy: dy * value_and_slope(layer, grads, x)[1]
 
 
 def value_and_slope(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,14 +67,21 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     """f = x σ(v) with v = 2 √(2/π) (x + 0.044715 x³), as ½ (1 + tanh u) = σ(2u).
 
-    f' = σ + x σ (1 - σ) v' = σ + (f - f σ) v'. With u = a + 3 b x², where a = 2 √(2/π) and b = 0.044715 a, v' = u and
-    v = x (u + 2 a) / 3.
+    With a = 2 √(2/π) and b = 0.044715 a, v = x (a + b x²) and v' = a + 3 b x². As σ' = σ (1 - σ),
+        f' = σ + x σ (1 - σ) v' = σ + f v' (1 - σ) = t + σ (1 - t), t = f v',
+    which is what lerp computes, from t to 1 by σ.
     """
-    a = 2 * math.sqrt(2 / math.pi)
-    slope_of_v = (x * x).mul_(3 * 0.044715 * a).add_(a)
-    s = torch.add(slope_of_v, 2 * a).mul_(x).mul_(1 / 3).sigmoid_()
+    a, b = GELU_TANH
+    square = x * x
+    s = _sigmoid_of_v(x, square)
     value = x * s
-    return value, torch.addcmul(value, value, s, value=-1).mul_(slope_of_v).add_(s)
+    slope_of_v = square.mul_(3 * b).add_(a)
+    return value, slope_of_v.mul_(value).lerp_(x.new_ones(()), s)
+
+
+def _sigmoid_of_v(x: Tensor, square: Tensor) -> Tensor:
+    a, b = GELU_TANH
+    return torch.add(x.new_tensor(a), square, alpha=b).mul_(x).sigmoid_()
 
 
 def silu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,22 +82,25 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
     Queries at the block's positions see no keys behind its end, so half of the products are not computed at all.
     """
     T, D = q.shape[-2:]  # noqa: N806
+    scale = 1 / math.sqrt(D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = [t.reshape(-1, T, D) for t in (q, k, v, dy)]  # (B, H, T, D) -> (B H, T, D)
-        dq, dk, dv = (torch.zeros_like(heads[i]) for i in range(3))
-        for start in range(0, T, BLOCK):
-            rows, seen = slice(start, min(T, start + BLOCK)), slice(0, min(T, start + BLOCK))
-            q_, dy_ = heads[0][:, rows], heads[3][:, rows]  # (B H, t, D)
-            k_, v_ = heads[1][:, seen], heads[2][:, seen]  # (B H, s, D)
-            q_ = q_ * (1 / math.sqrt(D))
+        all_q, all_k, all_v, all_dy = (
+            t.reshape(-1, T, D) for t in (q * scale, k, v, dy)
+        )  # (B, H, T, D) -> (B H, T, D)
+        dq, dk, dv = torch.empty_like(all_q), torch.empty_like(all_k), torch.empty_like(all_v)
+        for start in reversed(range(0, T, BLOCK)):
+            stop = min(T, start + BLOCK)
+            q_, dy_ = all_q[:, start:stop], all_dy[:, start:stop]  # (B H, t, D)
+            k_, v_ = all_k[:, :stop], all_v[:, :stop]  # (B H, s, D)
             scores = precise(torch.bmm(q_, k_.mT))  # (B H, t, s)
             weights = scores.add_(_future(scores, start)).softmax(-1)
-            dscores = _softmax_backward(weights, precise(torch.bmm(dy_, v_.mT)))
-            dv[:, seen] += torch.bmm(weights.mT.to(dy_.dtype), dy_)  # (B H, s, t) @ (B H, t, D)
-            dk[:, seen] += torch.bmm(dscores.mT.to(q_.dtype), q_)
-            dq[:, rows] = torch.bmm(dscores.to(k_.dtype), k_) * (1 / math.sqrt(D))
+            dscores = _softmax_backward(weights, precise(torch.bmm(dy_, v_.mT))).to(q.dtype)
+            dq[:, start:stop] = torch.bmm(dscores, k_) * scale  # (B H, t, s) @ (B H, s, D)
+            old = 0 if stop == T else 1  # the last queries see all keys; what came before is added to
+            dk[:, :stop].baddbmm_(dscores.mT, q_, beta=old)  # (B H, s, t) @ (B H, t, D)
+            dv[:, :stop].baddbmm_(weights.to(dy.dtype).mT, dy_, beta=old)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
     return y, backward

@@ -12,7 +12,7 @@ from lm.cli import parsing
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import ManualLanguageModel, checkpoint, loggers
-from lm.training.callbacks import Checkpoints, Console, FrozenHeap, RandomState, StopSignals
+from lm.training.callbacks import Checkpoints, Console, FrozenHeap, KeptMemory, RandomState, StopSignals
 from lm.training.manual import check_precision
 
 
@@ -78,6 +78,7 @@ class Fit(parsing.Recipes):
             self.config_init.figures,
             StopSignals(),
             FrozenHeap(),
+            KeptMemory(),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
