@@ -1,6 +1,6 @@
 """Gradients by hand against autograd: time and memory of a training step, side by side in one run.
 
-    LM_DATA_HOME=... python benchmarks/manual.py [--rounds 9] [--only eager]
+    LM_DATA_HOME=... python benchmarks/manual.py [--rounds 21] [--only eager]
 
 Whole steps: gradients, and a fused AdamW's or SGD's update. Both take turns in each round; a figure is the median of
 the rounds' ratios. Memory is the peak of a process's resident memory above what it had with network and data in place.
@@ -10,7 +10,6 @@ What the Trainer costs by hand against a bare autograd loop is for benchmarks/ov
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -117,16 +116,22 @@ def compare(name: str, compiled: bool, rounds: int) -> None:
 def peak(name: str, kind: str) -> None:
     """Print the memory that three steps take at their peak, in MiB."""
     step = steps(name, False)[kind]
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024  # KiB
+    before = resident("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(key: str) -> float:
+    """Return resident memory in MiB, VmRSS now or VmHWM at its peak; getrusage's peak begins with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", choices=("eager", "compiled", "memory"))
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "KIND"))
     options = parser.parse_args()
