@@ -14,7 +14,10 @@ from lm.cli import parsing
 from lm.errors import CheckError, UserError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENS = 1024  # compared at a time: enough for every kind of term, and a large network has its answer in a minute
+TOKENS = {  # compared at a time
+    "autograd": 1024,  # enough for every kind of term, and GPT-2 small has its answer in two minutes
+    "differences": 64,  # among more, some ReLU passes its kink between the two losses
+}
 
 
 class Compare(parsing.Recipes):
@@ -65,7 +68,7 @@ class Compare(parsing.Recipes):
             raise UserError(f"model.net: {error}") from error
         compare.stir(net)
         tokens, targets = data.train_dataset(1)[0]
-        count = max(2, TOKENS // tokens.shape[1])
+        count = max(2, TOKENS[config.against] // tokens.shape[1])
         return net.train(config.mode == "train"), tokens[:count], targets[:count]
 
     def run(self) -> list[compare.Row]:

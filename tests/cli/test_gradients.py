@@ -30,6 +30,8 @@ def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
     assert result["ok"] is True
     assert len(result["rows"]) > 0 and all(row["relative"] <= 1e-10 for row in result["rows"])
     assert {"name", "shape", "exact", "approximate", "maxdiff", "relative"} == set(result["rows"][0])
+    code, _, err = lm(*words, "--against", "differences")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("options", [
