@@ -3,10 +3,9 @@
 To add one, write a subclass of `Tokenizer` and enter it in KINDS.
 """
 
-import base64
+import codecs
 import hashlib
-import os
-import tempfile
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -15,16 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.data import files
+from lm.data import ranks as published
+from lm.data.ranks import END_OF_TEXT, GPT2_PATTERN, PUBLISHED
 from lm.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken
-
-RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(ABC):
@@ -65,16 +60,48 @@ class Tokenizer(ABC):
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
+    def decoder(self) -> "Decoder":
+        """Return what decodes one text id by id."""
+        return Decoder(self)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What ids are stored as: the smallest of 16 and 32 bits, little-endian, that holds them."""
+        return np.dtype("<u2" if self.n_vocab <= 1 << 16 else "<u4")
+
+
+class Decoder:
+    """Decodes one text id by id, and never breaks a character.
+
+    Args:
+        tokenizer: Gives the bytes of each id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def add(self, token: int) -> str:
+        """Take an id; return the characters that are now whole."""
+        return self._decode(self.tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """Take the end of the text; return U+FFFD where it ended inside a character, else nothing."""
+        return self._decode(b"", final=True)
+
 
 class CharTokenizer(Tokenizer):
     """One id a character, in the order of their code points.
 
+    A symbol that the vocabulary lacks is an error that names it: it is never dropped, nor taken for another.
+
     Args:
         symbols: The characters that it knows.
         end: One more, that stands before and after each text and gets id 0.
+        end_of_text: Whether there is an end-of-text token, that is no character; it gets the last id.
     """
 
-    def __init__(self, symbols: Iterable[str], end: str | None = None) -> None:
+    def __init__(self, symbols: Iterable[str], end: str | None = None, end_of_text: bool = False) -> None:
         known = set(symbols)
         self.end = end
         if end is not None:
@@ -82,6 +109,8 @@ class CharTokenizer(Tokenizer):
             known.discard(end)
         self.symbols = ([] if end is None else [end]) + sorted(known)
         self.n_vocab = len(self.symbols)
+        if end_of_text:
+            self.eot, self.n_vocab = self.n_vocab, self.n_vocab + 1
         points = np.array([ord(symbol) for symbol in self.symbols], dtype=np.uint32)
         self._order = np.argsort(points)  # the end mark may be out of order
         self._points = points[self._order]
@@ -89,75 +118,107 @@ class CharTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64 (T,). A symbol that the vocabulary lacks is an error that names it."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        places = np.minimum(np.searchsorted(self._points, points), self.n_vocab - 1)
+        places = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
         known = self._points[places] == points
         if not known.all():
             unknown = sorted({chr(point) for point in np.unique(points[~known])})
             listed = ", ".join(map(repr, unknown[:10])) + (
                 f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             )
-            raise UserError(f"the vocabulary of {self.n_vocab} characters lacks {listed}")
+            raise UserError(f"the vocabulary of {len(self.symbols)} characters lacks {listed}")
         return self._order[places]
 
     def token_bytes(self) -> list[bytes]:
         """Return the UTF-8 bytes of each symbol."""
-        return [symbol.encode() for symbol in self.symbols]
+        return [symbol.encode() for symbol in self.symbols] + [b""] * (self.n_vocab - len(self.symbols))
 
     def state(self) -> dict[str, Any]:
-        """Return the symbols, and the end mark where there is one."""
-        return {"kind": "char", "symbols": "".join(self.symbols)} | ({"end": self.end} if self.end else {})
+        """Return the symbols, and the end mark or end-of-text token where there is one."""
+        ends: dict[str, Any] = {"end": self.end} if self.end else {}
+        if self.n_vocab > len(self.symbols):
+            ends["end_of_text"] = True
+        return {"kind": "char", "symbols": "".join(self.symbols)} | ends
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of UTF-8, and the end-of-text token after them."""
+
+    n_vocab, eot = 257, 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the bytes of a text, int64 (T,)."""
+        return np.frombuffer(well_formed(text).encode(), dtype=np.uint8).astype(np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        """Return each byte."""
+        return [bytes([i]) for i in range(256)] + [b""]
+
+    def state(self) -> dict[str, Any]:
+        """Return its kind, which says all."""
+        return {"kind": "byte"}
 
 
 class BytePairTokenizer(Tokenizer):
-    """A byte-level byte-pair encoding, run by tiktoken; the last id is the end-of-text token.
+    """A byte-level byte-pair encoding, run by tiktoken.
 
     The ranks are parsed when they are first needed, so that opening a tokenized corpus costs nothing.
 
     Args:
         ranks: Lines of base64 bytes and rank, the contents of a .tiktoken file.
         pattern: The regular expression that cuts text into words; GPT-2's by default.
+        special: Ids of the special tokens, `<|endoftext|>` among them; by default that one alone, after the last rank.
     """
 
-    def __init__(self, ranks: str, pattern: str = GPT2_PATTERN) -> None:
-        self.ranks, self.pattern = ranks, pattern
-        self.eot = sum(1 for line in ranks.splitlines() if line)
-        self.n_vocab = self.eot + 1
+    def __init__(self, ranks: str, pattern: str = GPT2_PATTERN, special: dict[str, int] | None = None) -> None:
+        self.ranks, self.pattern, self.special = ranks, pattern, special
+        ids = special or {END_OF_TEXT: sum(1 for line in ranks.splitlines() if line)}
+        self.eot = ids[END_OF_TEXT]
+        self.n_vocab = max(ids.values()) + 1
 
     @cached_property
     def _ranks(self) -> dict[bytes, int]:
         """The parsed ranks; raises UserError where a line is not of their form."""
         try:
-            pairs = [line.split() for line in self.ranks.splitlines() if line]
-            table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            if not table or sorted(table.values()) != list(range(self.eot or 0)):
-                raise ValueError("ranks are not 0, 1, 2, …")
-            if missing := [byte for byte in range(256) if bytes([byte]) not in table]:
-                raise ValueError(f"{len(missing)} of the 256 single bytes have no rank")
+            return published.from_text(self.ranks)
         except ValueError as error:
             raise UserError(f"not a .tiktoken file, whose lines are base64 bytes and a rank ({error})") from error
-        return table
 
     @cached_property
     def _encoding(self) -> "tiktoken.Encoding":
         import tiktoken
 
-        special = {END_OF_TEXT: self.n_vocab - 1}
-        return tiktoken.Encoding("lm", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens=special)
+        # special tokens are ours to write; without them no text can be taken for one
+        return tiktoken.Encoding("lm", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64 (T,); the characters `<|endoftext|>` in it are ordinary ones."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def token_bytes(self) -> list[bytes]:
-        """Return the bytes of each token."""
-        return [*sorted(self._ranks, key=self._ranks.__getitem__), b""]
+        """Return the bytes of each token; none for special ones and ids that no token has."""
+        table = sorted(self._ranks, key=self._ranks.__getitem__)
+        return table + [b""] * (self.n_vocab - len(table))
 
     def state(self) -> dict[str, Any]:
-        """Return the ranks and the pattern."""
-        return {"kind": "bytepair", "ranks": self.ranks, "pattern": self.pattern}
+        """Return the ranks, the pattern, and the special tokens where they are not the default."""
+        special = {"special": self.special} if self.special else {}
+        return {"kind": "bytepair", "ranks": self.ranks, "pattern": self.pattern} | special
 
 
-KINDS: dict[str, Callable[..., Tokenizer]] = {"char": CharTokenizer, "bytepair": BytePairTokenizer}
+KINDS: dict[str, Callable[..., Tokenizer]] = {
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "bytepair": BytePairTokenizer,
+}
+
+
+def well_formed(text: str) -> str:
+    """Return a text with U+FFFD for lone surrogates, which UTF-8 has no bytes for; tiktoken does the same."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
@@ -171,48 +232,41 @@ def identity(state: dict[str, Any]) -> str:
     return hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
 
 
-def make(name: str, read: Callable[[], str]) -> Tokenizer:
-    """Return the tokenizer of a name: `char`, `gpt2`, or the path of a .tiktoken file.
+def load(path: Path) -> Tokenizer:
+    """Return the tokenizer that a prepared corpus holds as JSON.
+
+    Raises:
+        UserError: The file is missing, or holds none.
+    """
+    try:
+        state = json.loads(path.read_text())
+        tokenizer = from_state(state)
+        if tokenizer.state() != state:
+            raise ValueError("it does not give back what it was made from")
+        return tokenizer
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a tokenizer ({error or type(error).__name__})") from error
+
+
+def make(name: str, symbols: Callable[[], Iterable[str]], *, documents: bool = False) -> Tokenizer:
+    """Return the tokenizer of a name: `char`, `byte`, a published encoding, or the path of a .tiktoken file.
 
     Args:
         name: Which one.
-        read: Reads the corpus, whose symbols are `char`'s vocabulary.
+        symbols: Returns the corpus' characters, `char`'s vocabulary.
+        documents: Whether it must have an end-of-text token.
     """
     if name == "char":
-        return CharTokenizer(read())
-    if name == "gpt2":
-        return BytePairTokenizer(gpt2_ranks())
+        return CharTokenizer(symbols(), end_of_text=documents)
+    if name == "byte":
+        return ByteTokenizer()
+    if name in PUBLISHED:
+        encoding = PUBLISHED[name]
+        return BytePairTokenizer(encoding.ranks(), encoding.pattern, encoding.special)
     path = Path(name).expanduser()
     if path.suffix == ".tiktoken" and path.is_file():
         try:
             return BytePairTokenizer(path.read_text())
         except UnicodeDecodeError as error:
             raise UserError(f"tokenizer {name}: not a .tiktoken file, which is text ({error.reason})") from error
-    raise UserError(f"tokenizer {name}: neither char, gpt2 nor the path of a .tiktoken file")
-
-
-def gpt2_ranks() -> str:
-    """Return GPT-2's 50,256 ranks from the data folder, tiktoken's cache, or a download with a timeout.
-
-    tiktoken itself would ask the network without a timeout, so it is only asked for what its cache surely has.
-    """
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    cache = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")
-    cached = cache / hashlib.sha1(RANKS_URL.encode()).hexdigest()
-    if cached.is_file() and files.sha256(cached) == RANKS_SHA256:
-        return cached.read_text()
-    return _ranks_from_pair(cache) or files.fetch("gpt2.tiktoken", RANKS_URL, RANKS_SHA256).read_text()
-
-
-def _ranks_from_pair(cache: Path) -> str | None:
-    """Return the ranks from the vocab.bpe and encoder.json that tiktoken's own `gpt2` leaves in its cache."""
-    pair = {
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    }
-    if not all((cache / name).is_file() and files.sha256(cache / name) == digest for name, digest in pair.items()):
-        return None
-    from tiktoken_ext.openai_public import gpt2
-
-    ranks = sorted(gpt2()["mergeable_ranks"].items(), key=lambda item: item[1])
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)
+    raise UserError(f"tokenizer {name}: neither char, byte, {', '.join(PUBLISHED)} nor the path of a .tiktoken file")

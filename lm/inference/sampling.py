@@ -3,7 +3,6 @@
 Shapes: B samples, T time, V vocabulary.
 """
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -135,19 +134,19 @@ class TextStream:
         self.text = ""  # decoded so far
         self.shown = 0  # characters of it that were handed out
         self.done = False
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = tokenizer.decoder()
 
     def add(self, token: int) -> str:
         """Take a token; return the text that is now certain."""
         if token == self.tokenizer.eot:
             return self.finish()
-        return self._extend(self._decode.decode(self.tokenizer.decode_bytes([token])))
+        return self._extend(self._decoder.add(token))
 
     def finish(self) -> str:
         """Take the end of the text; return what was still held back."""
         if self.done:
             return ""
-        new = self._extend(self._decode.decode(b"", final=True))
+        new = self._extend(self._decoder.finish())
         if not self.done:
             new += self.text[self.shown :]
             self.shown, self.done = len(self.text), True
