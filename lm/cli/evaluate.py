@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lm.cli import parsing
+from lm.cli import common, parsing
 from lm.data.tokenizers import from_state
 from lm.errors import UserError
 from lm.training import checkpoint
@@ -80,7 +80,7 @@ def _evaluate(arguments: list[str], split: str) -> None:
     cli = Evaluate(arguments, split)
     result = cli.run()
     if cli.config.json:
-        parsing.print_json(result)
+        common.print_json(result)
     else:
         print(
             f"{cli.config.split} at step {result['step']}: loss {result['loss']:.4f}, perplexity "

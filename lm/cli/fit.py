@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lm.cli import parsing
+from lm.cli import common, parsing
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import ManualLanguageModel, checkpoint, loggers
@@ -40,7 +40,7 @@ class Fit(parsing.Recipes):
         config = self.config
         name = parsing.run_name(config)
         self.checkpoints, self.logs = Path("checkpoints") / name, Path("logs") / name
-        self.stream = parsing.output(config.json)
+        self.stream = common.output(config.json)
         limits = config.trainer
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
@@ -192,7 +192,7 @@ def fit(arguments: list[str]) -> None:
     if not cli.trainer.is_global_zero:
         return
     if cli.config.json:
-        parsing.print_json(result)
+        common.print_json(result)
     else:
         print(f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}")
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from lm.backprop import NoRuleError, atomic, check, compare
-from lm.cli import parsing
+from lm.cli import common, parsing
 from lm.errors import CheckError, UserError
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,7 +100,7 @@ def gradients(arguments: list[str]) -> None:
     """
     parsing.quiet()
     cli = Compare(arguments, "Compare gradients derived by hand with autograd's, parameter by parameter.")
-    stream = parsing.output(cli.config.json)
+    stream = common.output(cli.config.json)
     table = cli.run()
     width = max(len(row.name) for row in table)
     print(f"{'name':<{width}}  {'shape':<16} exact  approximate  {'maxdiff':>9}  {'relative':>9}", file=stream)
@@ -112,7 +112,7 @@ def gradients(arguments: list[str]) -> None:
         )
     wrong = [row.name for row in table if not row.approximate]
     if cli.config.json:
-        parsing.print_json({"ok": not wrong, "rows": [parsing.finite(asdict(row)) for row in table]})
+        common.print_json({"ok": not wrong, "rows": [common.finite(asdict(row)) for row in table]})
     if wrong:
         raise CheckError(
             f"{len(wrong)} of {len(table)} gradients disagree with {cli.config.against}: {', '.join(wrong)}"

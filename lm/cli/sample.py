@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
-from lm.cli import parsing
+from lm.cli import common, parsing
 from lm.errors import UserError
 from lm.inference.loading import load
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
@@ -33,7 +33,7 @@ def sample(arguments: list[str]) -> None:
     """Run `lm sample`."""
     parsing.quiet()
     parser = make_parser()
-    with parsing.one_line_errors(lambda: parser):
+    with common.one_line_errors(lambda: parser):
         options = parser.parse_args(arguments)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampler = Sampler(**{name: options[name] for name in names})
@@ -56,7 +56,7 @@ def sample(arguments: list[str]) -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     streams = [TextStream(fitted.tokenizer, options.stop) for _ in range(options.num_samples)]
-    out = parsing.output(options.json)
+    out = common.output(options.json)
     print(prompt, end="", file=out, flush=True)
     made = 0
     for _ in range(options.max_new_tokens):
@@ -76,7 +76,7 @@ def sample(arguments: list[str]) -> None:
     if options.json:
         texts = [prompt + stream.text for stream in streams]
         speed = {"tokens": made, "seconds": round(seconds, 3), "tokens_per_second": round(made / seconds, 1)}
-        parsing.print_json({"text": texts, **speed})
+        common.print_json({"text": texts, **speed})
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

@@ -1,7 +1,15 @@
 """Where tokens come from: tokenizers, corpora, chunks, LightningDataModules."""
 
-from lm.data.lines import LinesData
-from lm.data.tasks import ArithmeticData, ReverseData
-from lm.data.text import TextData
+from typing import Any
 
 __all__ = ["ArithmeticData", "LinesData", "ReverseData", "TextData"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a LightningDataModule when it is asked for: `lm prepare` and its workers need neither them nor torch."""
+    from importlib import import_module
+
+    modules = {"LinesData": "lines", "ArithmeticData": "tasks", "ReverseData": "tasks", "TextData": "text"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lm.data.{modules[name]}"), name)

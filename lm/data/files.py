@@ -42,6 +42,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, even where the machine stops."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    flush(part)
+    part.replace(path)
+    flush(path.parent)
+
+
 def fetch(name: str, url: str, digest: str) -> Path:
     """Return the path of a pinned file in data_home(), downloaded if it is not there yet.
 

@@ -1,0 +1,84 @@
+"""`lm prepare`: text to shards of tokens."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from lm.cli import common
+from lm.data import shards
+from lm.data.prepare import Preparation, prepare, summary
+from lm.data.reading import Settings
+from lm.errors import UserError
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of `lm prepare`."""
+    parser = ArgumentParser(
+        prog="lm prepare",
+        description="Turn text into a folder of token shards. Interrupted, the same command goes on.",
+        exit_on_error=False,
+    )
+    parser.allow_abbrev = False
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of these options.")
+    parser.add_argument("--source", nargs="+", type=str, help="Files, folders, globs, or - for standard input.")
+    parser.add_argument("--output", type=Path | None, default=None, help="The folder of the prepared corpus.")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help=common.TOKENIZERS)
+    parser.add_class_arguments(
+        Preparation, None, as_group=False, skip={"source", "tokenizer", "output", "reading"}, sub_configs=False
+    )
+    parser.add_class_arguments(Settings, None, as_group=False)
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        type=str,
+        default=None,
+        const="",
+        help="Check the checksums of --output, or of a folder.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON; the rest goes to stderr.")
+    return parser
+
+
+def prepare_command(arguments: list[str]) -> None:
+    """Run `lm prepare`."""
+    parser = make_parser()
+    with common.one_line_errors(lambda: parser):
+        options = parser.parse_args(arguments)
+    began = time.monotonic()
+    if options.verify is not None:
+        folder = Path(options.verify or _needed("output", options.output))
+        done, said = summary(shards.verify(folder).manifest), "whole"
+    else:
+        settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
+        chosen = {
+            name: options[name]
+            for name in ("val_fraction", "test_fraction", "split", "dtype", "shard_tokens", "workers")
+        }
+        job = Preparation(
+            source=_needed("source", options.source),
+            tokenizer=_needed("tokenizer", options.tokenizer),
+            output=_needed("output", options.output),
+            reading=settings,
+            **chosen,
+        )
+        folder = job.output
+        done, said = prepare(job), "prepared"
+    seconds = time.monotonic() - began
+    out = common.output(options.json)
+    print(
+        f"{said}: {folder}: {done['tokens']:,} tokens of {done['documents']:,} documents, {done['bytes']:,} bytes, in "
+        f"{done['shards']} shards, {seconds:.1f} s",
+        file=out,
+    )
+    if done["replaced"]:
+        print(f"{done['replaced']:,} wrong bytes became U+FFFD", file=out)
+    if options.json:
+        common.print_json(done | {"seconds": round(seconds, 3)})
+
+
+def _needed(name: str, value: Any) -> Any:
+    if not value:
+        raise UserError(f"--{name} is missing: see lm prepare --help")
+    return value

@@ -1,0 +1,441 @@
+"""Preparing a corpus: text from anywhere to shards of tokens, in parallel, the same bytes whatever happens on the way.
+
+One process reads and writes, others encode. What they hand back is written in the order it was read, so that neither
+their number nor an interruption changes a byte.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lm.data import files, reading, shards, tokenizers
+from lm.data.reading import Settings
+from lm.data.shard_writer import Writer, save_tokenizer
+from lm.errors import UserError
+
+COMMIT_SECONDS = 2.0  # work that a kill may undo
+BATCH_PIECES = 2048  # most documents that are encoded together
+
+
+@dataclass
+class Preparation:
+    """What is prepared, and how.
+
+    Args:
+        source: Files, folders, globs, or - for standard input.
+        tokenizer: char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file.
+        output: The folder of the prepared corpus.
+        val_fraction: Share that validates.
+        test_fraction: Share that tests.
+        split: documents goes by a hash of each document's content; characters cuts one text, as TextData does with
+            text; auto is characters where the source is one text, else documents.
+        reading: How text is read.
+        dtype: What ids are stored as; auto is the smallest that holds them.
+        shard_tokens: Tokens in a shard.
+        workers: Processes that encode; by default one a core.
+    """
+
+    source: list[str]
+    tokenizer: str
+    output: Path
+    val_fraction: float = 0.1
+    test_fraction: float = 0.0
+    split: Literal["auto", "documents", "characters"] = "auto"
+    reading: Settings = field(default_factory=Settings)
+    dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    shard_tokens: int = shards.SHARD_TOKENS
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.val_fraction >= 0 and self.test_fraction >= 0 and self.val_fraction + self.test_fraction < 1):
+            raise UserError(
+                f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: shares are at least 0, and "
+                "leave something to train on"
+            )
+        for name, value in {"shard_tokens": self.shard_tokens, "workers": self.workers}.items():
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: it must be at least 1")
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    split: str | None
+    """None where the document is whole, and a hash of it says."""
+    starts: bool
+    ends: bool
+
+
+class Batch(NamedTuple):
+    """Pieces that are encoded together."""
+
+    pieces: list[Piece]
+    place: tuple[int, int, int]
+    """Where reading goes on: the file, how many pieces of it are done, replaced characters in the files before it."""
+    position: int
+    """Bytes of all files read so far, as they lie on the disk."""
+    replaced: int
+
+
+class Encoded(NamedTuple):
+    """A batch, encoded."""
+
+    ids: dict[str, bytes]
+    starts: dict[str, np.ndarray]
+    documents: int
+    bytes: int
+
+
+def prepare(job: Preparation) -> dict[str, Any]:
+    """Prepare a corpus; go on where it was begun, do nothing where it is whole.
+
+    Returns:
+        tokens, documents, bytes (of UTF-8), shards and replaced characters.
+
+    Raises:
+        UserError: The source cannot be read, the output folder is not free, or the disk is full.
+    """
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        job.output.mkdir(exist_ok=True)
+        with _alone(job.output):
+            return _Run(job).result()
+    except OSError as error:  # a source's are told apart before
+        raise UserError(
+            f"--output {job.output}: could not be written ({error.strerror or error}): mend that and give the same "
+            "command again, it goes on from there"
+        ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"--output {folder}: another lm prepare is at work in it") from error
+    finally:
+        os.close(descriptor)
+
+
+class _Run:
+    def __init__(self, job: Preparation) -> None:
+        self.job, self.folder = job, job.output
+        self.spool = self.folder / "stdin.spool"
+        if "-" in job.source:
+            self._spool_stdin()
+        self.files = [self.spool] if "-" in job.source else reading.find(job.source)
+        self.by_characters = job.split == "characters" or (
+            job.split == "auto" and len(self.files) == 1 and reading.reader_of(self.files[0], job.reading) is None
+        )
+        if self.by_characters and (len(self.files) > 1 or reading.reader_of(self.files[0], job.reading)):
+            raise UserError("--split characters: cuts one text file, for other sources say --split documents")
+        self.sizes = [path.stat().st_size for path in self.files]
+
+    def result(self) -> dict[str, Any]:
+        progress = self._progress()
+        if progress is None:
+            return summary(shards.open_corpus(self.folder).manifest)
+        tokenizer = tokenizers.load(self.folder / "tokenizer.json")
+        dtype = tokenizer.dtype if self.job.dtype == "auto" else np.dtype(self.job.dtype)
+        if np.iinfo(dtype).max < tokenizer.n_vocab - 1:
+            raise UserError(f"--dtype {dtype}: too small for the tokenizer's {tokenizer.n_vocab} ids: say uint32")
+        writer = Writer(self.folder, tokenizer, self.job.shard_tokens, progress.get("committed"), dtype)
+        writer.commit(progress)
+        counts = self._encode_all(writer, progress)
+        if not sum(writer.tokens.values()):
+            self._give_up()
+            raise UserError(f"--source {' '.join(self.job.source)}: it is empty")
+        manifest = writer.finish({"plan": progress["plan"], **counts})
+        self.spool.unlink(missing_ok=True)
+        return summary(manifest)
+
+    def _progress(self) -> dict[str, Any] | None:
+        """Return where to go on from, at first the start; None where all is done."""
+        plan = self._plan()
+        for name in ("manifest.json", "progress.json"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                known = json.loads(path.read_text())
+                same = known["plan"] == plan
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"--output {self.folder}: its {name} is not lm prepare's") from error
+            if not same:
+                raise UserError(
+                    f"--output {self.folder}: holds another corpus, or this one from other text or options: "
+                    "say another folder, or remove it"
+                )
+            return known if name == "progress.json" else None
+        others = [p.name for p in self.folder.iterdir() if p.name not in (self.spool.name, "tokenizer.json")]
+        if [name for name in others if not name.startswith(".")]:
+            raise UserError(f"--output {self.folder}: holds other files ({others[0]}): say an empty or a new folder")
+        save_tokenizer(self.folder, self._make_tokenizer())
+        return {"plan": plan, "place": [0, 0, 0], "counts": {"documents": 0, "bytes": 0, "replaced": 0}}
+
+    def _plan(self) -> dict[str, Any]:
+        """Return what must be equal for a run to go on where another stopped."""
+        job, digest = self.job, hashlib.sha256()
+        for path in self.files:
+            stat = path.stat()
+            what = files.sha256(path) if path == self.spool else f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            digest.update(f"{what}\n".encode(errors="surrogateescape"))
+        name = job.tokenizer if job.tokenizer == "char" else tokenizers.identity(self._make_tokenizer().state())
+        return {
+            "source": digest.hexdigest(),
+            "tokenizer": name,
+            "val_fraction": job.val_fraction,
+            "test_fraction": job.test_fraction,
+            "split": "characters" if self.by_characters else "documents",
+            "text_key": job.reading.text_key,
+            "errors": job.reading.errors,
+            "format": job.reading.format,
+            "dtype": job.dtype,
+            "shard_tokens": job.shard_tokens,
+        }
+
+    def _make_tokenizer(self) -> tokenizers.Tokenizer:
+        def symbols() -> set[str]:
+            found: set[str] = set()
+            settings = replace(self.job.reading)
+            with tqdm(total=sum(self.sizes), desc="characters", **_bar()) as bar:
+                for k, path in enumerate(self.files):
+                    for text in _texts(path, settings):
+                        found.update(text)
+                    bar.update(self.sizes[k])
+            return found
+
+        return tokenizers.make(self.job.tokenizer, symbols, documents=not self.by_characters)
+
+    def _encode_all(self, writer: Writer, progress: dict[str, Any]) -> dict[str, int]:
+        """Encode and write all that is left; return the counts."""
+        counts, begun, committed_at = progress["counts"], time.monotonic(), time.monotonic()
+        job, had = self.job, sum(writer.tokens.values())
+        encode = _Encode(str(self.folder), str(writer.dtype), job.val_fraction, job.test_fraction)
+        file = progress["place"][0]
+        with (
+            _ordered(encode, self._batches(*progress["place"]), job.workers or os.cpu_count() or 1) as results,
+            tqdm(total=sum(self.sizes), initial=sum(self.sizes[:file]), desc="preparing", **_bar()) as bar,
+        ):
+            for batch, done in results:
+                for split, ids in done.ids.items():
+                    writer.append(split, ids, done.starts[split])
+                counts["documents"] += done.documents
+                counts["bytes"] += done.bytes
+                counts["replaced"] = batch.replaced
+                progress["place"] = list(batch.place)
+                speed = (sum(writer.tokens.values()) - had) / (time.monotonic() - begun)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                bar.update(batch.position - bar.n)
+                if time.monotonic() - committed_at > COMMIT_SECONDS:
+                    writer.commit(progress)
+                    committed_at = time.monotonic()
+        writer.commit(progress)
+        return counts
+
+    def _batches(self, first_file: int, skip: int, replaced: int) -> Iterator[Batch]:
+        """Yield what is left of the source in batches, from a `Batch.place` on."""
+        batch: list[Piece] = []
+        size = 0
+        for k in range(first_file, len(self.files)):
+            settings, before, number = replace(self.job.reading), sum(self.sizes[:k]), 0
+            for number, (piece, position) in enumerate(self._pieces(self.files[k], settings), 1):
+                if k == first_file and number <= skip:
+                    continue
+                batch.append(piece)
+                size += len(piece.text)
+                if size >= reading.PIECE or len(batch) >= BATCH_PIECES:
+                    yield Batch(batch, (k, number, replaced), before + position, replaced + settings.replaced)
+                    batch, size = [], 0
+            if batch and k == len(self.files) - 1:
+                yield Batch(batch, (k, number, replaced), before + self.sizes[k], replaced + settings.replaced)
+            replaced += settings.replaced
+
+    def _pieces(self, path: Path, settings: reading.Settings) -> Iterator[tuple[Piece, int]]:
+        """Yield a file's pieces, and how many bytes of it were read."""
+        reader = reading.reader_of(path, settings)
+        with reading.opened(path) as (file, raw):
+            if reader is not None:
+                for text in reader(file, str(path), settings):
+                    if text:
+                        yield Piece(text, None, True, True), raw.tell()
+                return
+            parts = reading.pieces(reading.text_blocks(file, str(path), settings))
+            made = self._cut(path, parts) if self.by_characters else self._long(path, parts)
+            for piece in made:
+                yield piece, raw.tell()
+
+    def _long(self, path: Path, parts: Iterator[str]) -> Iterator[Piece]:
+        """Yield a text as one document; one of many pieces is read once more, before, for its hash."""
+        text = next(parts, "")
+        following = next(parts, None)
+        if following is None:
+            if text:
+                yield Piece(text, None, True, True)
+            return
+        digest = hashlib.blake2b(digest_size=8)
+        for part in _texts(path, replace(self.job.reading)):
+            digest.update(part.encode())
+        split = split_of(digest.digest(), self.job.val_fraction, self.job.test_fraction)
+        yield Piece(text, split, True, False)
+        for part in parts:
+            yield Piece(following, split, False, False)
+            following = part
+        yield Piece(following, split, False, True)
+
+    def _cut(self, path: Path, parts: Iterator[str]) -> Iterator[Piece]:
+        """Yield a text cut by characters into train, validation and test, without an end-of-text token."""
+        total = sum(map(len, _texts(path, replace(self.job.reading))))
+        val, test = self.job.val_fraction, self.job.test_fraction
+        ends = {"train": int(total * (1 - val - test)), "val": int(total * (1 - test)), "test": total}
+        at = 0
+        for part in parts:
+            begin = 0
+            for split, end in ends.items():
+                low, high = max(begin - at, 0), min(end - at, len(part))
+                if low < high:
+                    yield Piece(part[low:high], split, at + low == begin, False)
+                begin = end
+            at += len(part)
+
+    def _spool_stdin(self) -> None:
+        if self.job.source != ["-"]:
+            raise UserError("--source -: standard input stands alone")
+        with self.spool.open("wb") as spool:  # it is read twice, and again by a run that goes on
+            shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
+
+    def _give_up(self) -> None:
+        for name in ("progress.json", "tokenizer.json", self.spool.name):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def _texts(path: Path, settings: reading.Settings) -> Iterator[str]:
+    """Yield all characters of a file, in blocks or documents."""
+    reader = reading.reader_of(path, settings) or reading.text_blocks
+    with reading.opened(path) as (file, _):
+        yield from reader(file, str(path), settings)
+
+
+def _bar() -> dict[str, Any]:
+    return {"unit": "B", "unit_scale": True, "disable": not sys.stderr.isatty(), "mininterval": 0.5}
+
+
+def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
+    """Return the split of a document from a hash of its content: equal documents are on one side, in any order."""
+    share = int.from_bytes(digest) / 2 ** (8 * len(digest))
+    if share < test_fraction:
+        return "test"
+    return "val" if share < test_fraction + val_fraction else "train"
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """What a worker does with a batch."""
+
+    folder: str
+    dtype: str
+    val_fraction: float
+    test_fraction: float
+
+    def __call__(self, batch: Batch) -> Encoded:
+        tokenizer = _tokenizer(self.folder)
+        ids: dict[str, list[np.ndarray]] = {}
+        starts: dict[str, list[int]] = {}
+        lengths = dict.fromkeys(shards.SPLITS, 0)
+        size = 0
+        for text, split, begins, ends in batch.pieces:
+            data = text.encode()
+            size += len(data)
+            if split is None:
+                digest = hashlib.blake2b(data, digest_size=8).digest()
+                split = split_of(digest, self.val_fraction, self.test_fraction)
+            if begins:
+                starts.setdefault(split, []).append(lengths[split])
+            made = tokenizer.encode(text).astype(self.dtype)
+            if ends and tokenizer.eot is not None:
+                made = np.append(made, np.array(tokenizer.eot, self.dtype))
+            ids.setdefault(split, []).append(made)
+            lengths[split] += len(made)
+        return Encoded(
+            {split: np.concatenate(parts).tobytes() for split, parts in ids.items()},
+            {split: np.array(starts.get(split, []), np.int64) for split in ids},
+            sum(piece.starts for piece in batch.pieces),
+            size,
+        )
+
+
+@lru_cache(1)
+def _tokenizer(folder: str) -> tokenizers.Tokenizer:
+    return tokenizers.load(Path(folder) / "tokenizer.json")
+
+
+@contextmanager
+def _ordered(
+    encode: Callable[[Batch], Encoded], batches: Iterable[Batch], workers: int
+) -> Iterator[Iterator[tuple[Batch, Encoded]]]:
+    """Yield an iterator of batches with what is made of them, in order, few of them ahead."""
+    if workers == 1:
+        yield ((batch, encode(batch)) for batch in batches)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+
+    def results() -> Iterator[tuple[Batch, Encoded]]:
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) > 2 * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Leave signals to the parent, and end with it, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what `lm prepare` prints of a corpus."""
+    entries = [entry for split in shards.SPLITS for entry in manifest["splits"][split]]
+    return {
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "documents": manifest["documents"],
+        "bytes": manifest["bytes"],
+        "shards": len(entries),
+        "replaced": manifest["replaced"],
+    }

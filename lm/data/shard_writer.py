@@ -1,0 +1,173 @@
+"""Writing shards so that no moment of being killed, nor a full disk, loses or doubles a token."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data import files, shards, tokenizers
+
+
+class Writer:
+    """Writes the shards of a corpus so that it can be killed at any moment and go on from its last `commit`.
+
+    A shard grows in NAME.part, its document starts in NAME.starts; it gets its name when it is full and committed.
+
+    Args:
+        folder: Where to.
+        tokenizer: Whose tokens they are.
+        shard_tokens: Tokens in a shard; only a split's last has fewer.
+        committed: What `commit` wrote under that name, to go on from there.
+        dtype: What ids are stored as; the smallest that holds them by default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: tokenizers.Tokenizer,
+        shard_tokens: int,
+        committed: dict[str, Any] | None = None,
+        dtype: np.dtype | None = None,
+    ) -> None:
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.n_vocab, self.dtype = tokenizer.n_vocab, dtype or tokenizer.dtype
+        self.itemsize = self.dtype.itemsize
+        self.identity = tokenizers.identity(tokenizer.state())
+        self.tokens = dict.fromkeys(shards.SPLITS, 0)  # of each split
+        self.documents = dict.fromkeys(shards.SPLITS, 0)
+        self._dirty: set[Path] = set()
+        if committed is not None:
+            self.tokens, self.documents = committed["tokens"], committed["documents"]
+        self._go_back()
+
+    def append(self, split: str, ids: bytes, starts: np.ndarray) -> None:
+        """Add tokens to a split.
+
+        Args:
+            split: Which one.
+            ids: Their bytes, in the tokenizer's dtype.
+            starts: Where documents start among them, int64.
+        """
+        at, count = 0, len(ids) // self.itemsize
+        while at < count:
+            k, place = divmod(self.tokens[split], self.shard_tokens)
+            take = min(count - at, self.shard_tokens - place)
+            mine = starts[(starts >= at) & (starts < at + take)]
+            self._add(self._part(split, k), ids[at * self.itemsize : (at + take) * self.itemsize], start=not place)
+            self._add(self._starts(split, k), (mine - at + place).astype("<i8").tobytes())
+            self.tokens[split] += take
+            self.documents[split] += len(mine)
+            at += take
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Write all to the disk, and with it, in progress.json, where to go on from; name the shards that are full.
+
+        Args:
+            state: What the caller needs to go on, plain values.
+        """
+        for path in self._dirty:
+            files.flush(path)
+        self._dirty.clear()
+        files.flush(self.folder)
+        committed = {"tokens": self.tokens, "documents": self.documents}
+        files.write_whole(self.folder / "progress.json", json.dumps(state | {"committed": committed}).encode())
+        self._name_full_ones()
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Name the last shards, write the manifest, and return it. All must be committed."""
+        for split in shards.SPLITS:
+            k, place = divmod(self.tokens[split], self.shard_tokens)
+            if place:
+                self._name(split, k, place)
+        manifest = {
+            "format": "lm tokens",
+            "version": shards.VERSION,
+            **manifest,
+            "tokenizer": self.identity,
+            "splits": {
+                split: [shards.describe(path, shards.read_header(path)) for path in self._named(split)]
+                for split in shards.SPLITS
+            },
+        }
+        files.write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        return manifest
+
+    def _named(self, split: str) -> Iterator[Path]:
+        for k in range(-(-self.tokens[split] // self.shard_tokens)):
+            yield self._path(split, k)
+
+    def _path(self, split: str, k: int) -> Path:
+        return self.folder / f"{split}-{k:05}.tokens"
+
+    def _part(self, split: str, k: int) -> Path:
+        return self._path(split, k).with_suffix(".part")
+
+    def _starts(self, split: str, k: int) -> Path:
+        return self._path(split, k).with_suffix(".starts")
+
+    def _add(self, path: Path, data: bytes, *, start: bool = False) -> None:
+        with path.open("ab") as file:
+            if start:
+                file.write(bytes(shards.HEADER))
+            file.write(data)
+        self._dirty.add(path)
+
+    def _go_back(self) -> None:
+        """Cut files to what was committed, and drop what is later."""
+        self._name_full_ones()
+        for split in shards.SPLITS:
+            k, place = divmod(self.tokens[split], self.shard_tokens)
+            keep = set()
+            if place:
+                before = sum(shards.read_header(self._path(split, i)).documents for i in range(k))
+                os.truncate(self._part(split, k), shards.HEADER + place * self.itemsize)
+                os.truncate(self._starts(split, k), (self.documents[split] - before) * 8)
+                keep = {self._part(split, k), self._starts(split, k)}
+            for path in {*self.folder.glob(f"{split}-*.part"), *self.folder.glob(f"{split}-*.starts")} - keep:
+                path.unlink()
+
+    def _name_full_ones(self) -> None:
+        for split in shards.SPLITS:
+            for k in range(self.tokens[split] // self.shard_tokens):
+                if not self._path(split, k).exists():
+                    self._name(split, k, self.shard_tokens)
+
+    def _name(self, split: str, k: int, tokens: int) -> None:
+        """Turn the parts of a shard into the shard; can be done again where it was broken off."""
+        path, part, starts = self._path(split, k), self._part(split, k), self._starts(split, k)
+        if path.exists():
+            return
+        os.truncate(part, shards.HEADER + tokens * self.itemsize)
+        documents = starts.stat().st_size // 8
+        with part.open("ab") as file, starts.open("rb") as source:
+            for block in iter(lambda: source.read(1 << 20), b""):
+                file.write(block)
+        header = shards.Header(
+            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), shards.checksum(part)
+        )
+        with part.open("r+b") as file:
+            file.write(header.pack())
+        files.flush(part)
+        part.rename(path)
+        files.flush(self.folder)
+        starts.unlink()
+
+
+def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer) -> None:
+    """Write token ids that are in memory, a document a split, as a corpus."""
+    folder.mkdir(parents=True)
+    save_tokenizer(folder, tokenizer)
+    writer = Writer(folder, tokenizer, shards.SHARD_TOKENS)
+    for split, values in ids.items():
+        writer.append(split, values.astype(tokenizer.dtype).tobytes(), np.zeros(1, np.int64))
+    writer.commit({})
+    writer.finish({})
+
+
+def save_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Write tokenizer.json."""
+    files.write_whole(folder / "tokenizer.json", json.dumps(tokenizer.state()).encode())

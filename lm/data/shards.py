@@ -1,0 +1,295 @@
+"""Shards: a prepared corpus on the disk, as files of tokens that are read where they lie.
+
+A folder holds tokenizer.json, SPLIT-NNNNN.tokens for each split, and manifest.json, written last: without it the
+folder is not whole. A shard is a header, its tokens (16 or 32 bits each), and the places in it where documents start
+(64 bits each). All numbers are little-endian.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.data import tokenizers
+from lm.errors import UserError
+
+SPLITS = ("train", "val", "test")
+SHARD_TOKENS = 100_000_000  # in a shard: 200 MB of GPT-2's
+MAGIC, VERSION = b"LMTOKENS", 1
+LAYOUT = struct.Struct("<8sIIQQI32s32s")  # of the header, before the CRC-32 of itself
+HEADER = 128  # bytes, the rest zero
+HELD = 32 << 20  # bytes of a split that are read into memory rather than piece by piece
+OPEN_FILES = 256
+
+
+class Header(NamedTuple):
+    """What a shard says of itself."""
+
+    itemsize: int
+    """Bytes of a token: 2 or 4."""
+    tokens: int
+    documents: int
+    """How many documents start in it."""
+    n_vocab: int
+    tokenizer: bytes
+    """SHA-256 of the tokenizer's state."""
+    checksum: bytes
+    """SHA-256 of all that follows the header."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return HEADER + self.tokens * self.itemsize + self.documents * 8
+
+    def pack(self) -> bytes:
+        """Return its 128 bytes."""
+        body = LAYOUT.pack(MAGIC, VERSION, *self)
+        return (body + struct.pack("<I", zlib.crc32(body))).ljust(HEADER, b"\0")
+
+
+def read_header(path: Path) -> Header:
+    """Return a shard's header, checked against itself and the file's size.
+
+    Raises:
+        UserError: It is missing, no shard, of another version, or shorter or longer than it says.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(HEADER)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"shard {path}: {error.strerror}: prepare the corpus again") from error
+    body, crc = data[: LAYOUT.size], data[LAYOUT.size : LAYOUT.size + 4]
+    if (
+        len(data) < HEADER
+        or data[:8] != MAGIC
+        or crc != struct.pack("<I", zlib.crc32(body))
+        or any(data[len(body) + 4 :])
+    ):
+        raise UserError(f"shard {path}: its header is damaged or none: prepare the corpus again")
+    _, version, *fields = LAYOUT.unpack(body)
+    header = Header(*fields)
+    if version != VERSION or header.itemsize not in (2, 4):
+        raise UserError(f"shard {path}: written in version {version} of the format, this lm reads {VERSION}")
+    if size != header.size:
+        raise UserError(f"shard {path}: has {size} bytes, its header says {header.size}: copy or prepare it again")
+    return header
+
+
+class Shard:
+    """An open shard, read by offset: nothing is mapped, so no cut file can kill a process, nor memory seem to grow.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.header = path, read_header(path)
+        self.dtype = np.dtype(f"<u{self.header.itemsize}")
+        self._file = path.open("rb", buffering=0)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return its tokens start … stop - 1, uint16 or uint32."""
+        return self._read(HEADER + start * self.dtype.itemsize, stop - start, self.dtype)
+
+    def starts(self, first: int, last: int) -> np.ndarray:
+        """Return where its documents first … last - 1 start in it, int64."""
+        body = HEADER + self.header.tokens * self.dtype.itemsize
+        return self._read(body + first * 8, last - first, np.dtype("<i8"))
+
+    def _read(self, at: int, count: int, dtype: np.dtype) -> np.ndarray:
+        values = np.empty(count, dtype)
+        space = values.view(np.uint8).data
+        while len(space):
+            got = os.preadv(self._file.fileno(), [space], at)
+            if not got:
+                raise UserError(f"shard {self.path}: it was cut while it was being read")
+            space, at = space[got:], at + got
+        return values
+
+
+class Tokens:
+    """The tokens of a split over all its shards, as one sequence: `len(tokens)` and `tokens[start:stop]`.
+
+    Args:
+        shards: Path and header of each, in order.
+    """
+
+    def __init__(self, shards: list[tuple[Path, Header]]) -> None:
+        self.shards = shards
+        self.ends = np.cumsum([header.tokens for _, header in shards], dtype=np.int64)
+        self.document_ends = np.cumsum([header.documents for _, header in shards], dtype=np.int64)
+        self.dtype = np.dtype(f"<u{shards[0][1].itemsize}" if shards else "<u2")
+        self._open = lru_cache(OPEN_FILES)(Shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shards": self.shards}  # open files do not travel to a worker process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["shards"])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def documents(self) -> int:
+        """How many documents it has."""
+        return int(self.document_ends[-1]) if len(self.document_ends) else 0
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """Return tokens start … stop - 1, uint16 or uint32, read over the borders of shards."""
+        start, stop, step = span.indices(len(self))
+        if step != 1:
+            raise ValueError("tokens are read in order: no step")
+        stop = max(start, stop)
+        k = int(np.searchsorted(self.ends, start, side="right"))
+        if k < len(self.ends) and stop <= self.ends[k]:  # as nearly always
+            return self._part(k, start, stop)
+        pieces = []
+        while start < stop:
+            end = min(stop, int(self.ends[k]))
+            pieces.append(self._part(k, start, end))
+            start, k = end, k + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def _part(self, k: int, start: int, stop: int) -> np.ndarray:
+        path, header = self.shards[k]
+        first = int(self.ends[k]) - header.tokens
+        return self._open(path).tokens(start - first, stop - first)
+
+    def starts(self, first: int, last: int) -> np.ndarray:
+        """Return where documents first … last - 1 start, int64; the one past the last starts at the end."""
+        pieces = []
+        for k, (path, header) in enumerate(self.shards):
+            before = int(self.document_ends[k]) - header.documents
+            low, high = max(first - before, 0), min(last - before, header.documents)
+            if low < high:
+                pieces.append(self._open(path).starts(low, high) + (int(self.ends[k]) - header.tokens))
+        if last > self.documents:
+            pieces.append(np.array([len(self)]))
+        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
+
+
+class Corpus(NamedTuple):
+    """A prepared corpus."""
+
+    splits: dict[str, Tokens]
+    tokenizer: tokenizers.Tokenizer
+    manifest: dict[str, Any]
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Return whether a prepared corpus lies, or is being made, in a folder."""
+    return any((Path(folder) / name).is_file() for name in ("manifest.json", "progress.json"))
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Open a prepared corpus: its manifest and headers are read, its tokens when they are asked for.
+
+    Raises:
+        UserError: It is not whole, or a file of it is damaged or missing; the file is named.
+    """
+    manifest = read_manifest(folder)
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    identity = tokenizers.identity(tokenizer.state())
+    if manifest["tokenizer"] != identity:
+        raise UserError(f"{folder / 'tokenizer.json'}: not the tokenizer that the shards were made with")
+    splits = {}
+    for split in SPLITS:
+        shards = []
+        for entry in manifest["splits"][split]:
+            path = folder / entry["name"]
+            header = read_header(path)
+            if (header.tokenizer.hex(), header.n_vocab) != (identity, tokenizer.n_vocab):
+                raise UserError(f"shard {path}: made with another tokenizer than {folder / 'tokenizer.json'}")
+            if describe(path, header) != entry:
+                raise UserError(f"shard {path}: not the one of {folder / 'manifest.json'}: prepare the corpus again")
+            shards.append((path, header))
+        splits[split] = Tokens(shards)
+    return Corpus(splits, tokenizer, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a corpus' manifest, checked for its form."""
+    path = folder / "manifest.json"
+    try:
+        return check_manifest(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: not a whole prepared corpus (no manifest.json): let lm prepare finish it"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}): prepare the corpus again") from error
+
+
+def check_manifest(manifest: Any) -> dict[str, Any]:
+    """Return a manifest; raises ValueError where it has not the form that `finish` writes."""
+    if not isinstance(manifest, dict) or manifest.get("format") != "lm tokens" or manifest.get("version") != VERSION:
+        raise ValueError(f"not version {VERSION} of the manifest")
+    splits = manifest.get("splits")
+    if not isinstance(manifest.get("tokenizer"), str) or not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise ValueError("its tokenizer or splits are missing")
+    for entry in (entry for split in SPLITS for entry in _entries(splits[split])):
+        name = entry.get("name")
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{name!r} is not the name of a shard")
+    return manifest
+
+
+def _entries(shards: Any) -> list[dict]:
+    if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
+        raise ValueError("a split is not a list of shards")
+    return shards
+
+
+def describe(path: Path, header: Header) -> dict[str, Any]:
+    """Return a shard's entry in the manifest."""
+    return {
+        "name": path.name,
+        "tokens": header.tokens,
+        "documents": header.documents,
+        "sha256": header.checksum.hex(),
+    }
+
+
+def verify(folder: Path) -> Corpus:
+    """Open a corpus and check every shard's checksum and every token's range.
+
+    Raises:
+        UserError: One is wrong; the file is named.
+    """
+    corpus = open_corpus(folder)
+    for tokens in corpus.splits.values():
+        for path, header in tokens.shards:
+            check(path, header)
+    return corpus
+
+
+def check(path: Path, header: Header) -> None:
+    """Raise a UserError where a shard's checksum is wrong."""
+    if checksum(path) != header.checksum:
+        raise UserError(f"shard {path}: its checksum is wrong: copy or prepare it again")
+
+
+def checksum(path: Path) -> bytes:
+    """Return the SHA-256 of what follows a shard's header."""
+    with path.open("rb") as file:
+        file.seek(HEADER)
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def in_memory(tokens: Tokens) -> np.ndarray | Tokens:
+    """Return a split as an array where it is small: nothing is faster, nor safer from a file that changes."""
+    return tokens[:] if len(tokens) * tokens.dtype.itemsize <= HELD else tokens
+
+
+def concatenated(splits: Iterable[Tokens]) -> Tokens:
+    """Return splits of several corpora as one."""
+    return Tokens([shard for tokens in splits for shard in tokens.shards])
