@@ -117,7 +117,9 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 @rule(CausalSelfAttention)
-def causal_self_attention(attn: CausalSelfAttention, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+def causal_self_attention(
+    attn: CausalSelfAttention, grads: Gradients, x: Tensor, allowed: Tensor | None = None
+) -> tuple[Tensor, Backward]:
     """One projection to all heads' q, k, v; `attend`; heads side by side; another projection.
 
     Splitting and joining only move numbers, so the gradients of q, k and v stand side by side where these stood. A key
@@ -128,7 +130,7 @@ def causal_self_attention(attn: CausalSelfAttention, grads: Gradients, x: Tensor
     q, k, backward_turn = _norm_and_turn(attn, grads, q, k)
     group = attn.n_head // attn.n_kv_head
     k, v = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (k, v))  # (B, H', …) -> (B, H, …)
-    y, backward_attend = attend(q, k, v, dropout=attn.dropout if attn.training else 0.0)
+    y, backward_attend = attend(q, k, v, allowed, attn.dropout if attn.training else 0.0)
     y, backward_proj = run(attn.c_proj, grads, join_heads(y))  # (B, T, C)
     y, backward_drop = run(attn.resid_dropout, grads, y)
 

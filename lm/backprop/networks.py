@@ -215,31 +215,32 @@ def residual(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -
 
 
 @rule(Block)
-def block(layer: Block, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
-    """Attention, then the feed-forward network, each a `_branch`."""
-    x, backward = _branch(layer, grads, x, layer.ln_1, layer.attn)
+def block(layer: Block, grads: Gradients, x: Tensor, *mask: Tensor) -> tuple[Tensor, Backward]:
+    """Attention, under its mask where there is one, then the feed-forward network, each a `_branch`."""
+    x, backward = _branch(layer, grads, x, layer.ln_1, layer.attn, *mask)
     if layer.mlp is None:
         return x, backward
     x, backward_mlp = _branch(layer, grads, x, layer.ln_2, layer.mlp)
     return x, chained([backward, backward_mlp])
 
 
-def _branch(layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Module) -> tuple[Tensor, Backward]:
+def _branch(
+    layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Module, *mask: Tensor
+) -> tuple[Tensor, Backward]:
     """y = x + f(norm(x)): x is read twice, so dx = dy + what comes back by f and norm. Post-norm: norm(x + f(x))."""
-    inside = [f] if layer.post else [norm, f]
     y, backwards = x, []
-    for part in inside:
-        y, backward_part = run(part, grads, y)
-        backwards.append(backward_part)
-    through = chained(backwards)
+    if not layer.post:
+        y, backward_norm = run(norm, grads, y)
+        backwards.append(backward_norm)
+    y, backward_f = run(f, grads, y, *mask)
+    through = chained([*backwards, backward_f])
     if layer.residual:
         y = x + y
-    backward_norm = None
     if layer.post:
         y, backward_norm = run(norm, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        if backward_norm is not None:
+        if layer.post:
             dy = backward_norm(dy)
         dbranch = through(dy)
         return residual(grads, f, dy, dbranch) if layer.residual else dbranch
@@ -264,8 +265,9 @@ def gpt(net: GPT, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
         backward_wte(dy)
 
     backwards = [backward_embeddings]
+    mask = net.mask(tokens)
     for layer in (net.drop, *net.h, net.ln_f):
-        x, backward = run(layer, grads, x)
+        x, backward = run(layer, grads, x, *(mask if isinstance(layer, Block) else ()))
         backwards.append(backward)
     return x, chained(backwards)
 

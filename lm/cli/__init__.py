@@ -17,6 +17,7 @@ COMMANDS = {
     "test": ("lm.cli.evaluate:test", "evaluate a checkpoint on the test split"),
     "gradients": ("lm.cli.gradients:gradients", "compare gradients by hand with autograd's"),
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
+    "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
 }
 

@@ -4,6 +4,7 @@ Shapes: B sequences in a micro-batch, T block_size.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,24 +16,34 @@ Batch = tuple[Tensor, Tensor]
 
 
 def draw(seed: int, first: int, count: int, below: int) -> np.ndarray:
-    """Return the pseudo-random numbers of indices first … first + count - 1, each in [0, below).
+    """Return the pseudo-random numbers of indices first … first + count - 1, see `draw_at`."""
+    return draw_at(seed, np.arange(first, first + count), below)
+
+
+def draw_at(seed: int, numbers: np.ndarray, below: int) -> np.ndarray:
+    """Return the pseudo-random numbers of some indices, each in [0, below).
 
     Number i depends on (seed, i) alone, so that any process can have any of them: SplitMix64 (Steele, Lea and Flood,
     "Fast Splittable Pseudorandom Number Generators", 2014) read as a counter-based generator.
 
     Returns:
-        int64 (count,).
+        int64, of the shape of numbers.
     """
     with np.errstate(over="ignore"):
-        key = _mix(np.array([seed], dtype=np.int64).view(np.uint64))
-        index = np.arange(first, first + count, dtype=np.uint64)
-        return (_mix(key + index * np.uint64(0x9E3779B97F4A7C15)) % np.uint64(below)).astype(np.int64)
+        key = mix(np.array([seed], dtype=np.int64).view(np.uint64))
+        return (mix(key + numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) % np.uint64(below)).astype(
+            np.int64
+        )
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def mix(z: np.ndarray) -> np.ndarray:
+    """Return 64-bit numbers scrambled: each bit depends on all."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+IGNORED = -100  # a target that is not predicted; torch's own ignore_index
 
 
 class Stream(Dataset[Batch]):
@@ -69,23 +80,6 @@ class Stream(Dataset[Batch]):
         return tokens, targets
 
 
-def random_chunks(ids: np.ndarray, block_size: int, seed: int, first: int, count: int) -> Batch:
-    """Return chunks (B, T) of a text at random offsets, drawn with replacement: example i is at `draw(seed, i)`.
-
-    Args:
-        ids: Token ids of the split (N,).
-        block_size: Tokens in a sequence, T.
-        seed: Chooses the offsets.
-        first: Number of the first example.
-        count: How many, B.
-    """
-    rows = np.empty((count, block_size + 1), dtype=np.int64)  # (B, T + 1)
-    for row, offset in zip(rows, draw(seed, first, count, len(ids) - block_size).tolist(), strict=True):
-        row[:] = ids[offset : offset + block_size + 1]
-    chunk = torch.from_numpy(rows)
-    return chunk[:, :-1], chunk[:, 1:]  # (B, T), (B, T)
-
-
 def random_rows(tokens: Tensor, targets: Tensor, seed: int, first: int, count: int) -> Batch:
     """Return rows of tokens (N, T) and targets (N, …), drawn with replacement: example i is row `draw(seed, i)`."""
     chosen = torch.from_numpy(draw(seed, first, count, len(tokens)))  # (B,)
@@ -109,6 +103,15 @@ class From(Sampler[int]):
             k += 1
 
 
+class Sliced(Protocol):
+    """Token ids that are read in slices: an array, or shards on the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> np.ndarray:
+        """Return ids start … stop - 1."""
+
+
 class EvalChunks(Dataset[Batch]):
     """All chunks of a split, each once: every token but the first is a target exactly once.
 
@@ -123,7 +126,7 @@ class EvalChunks(Dataset[Batch]):
     """
 
     def __init__(
-        self, ids: np.ndarray, *, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
+        self, ids: Sliced, *, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.ids, self.block_size = ids, block_size
         last = len(ids) - 1  # number of targets

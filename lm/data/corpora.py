@@ -1,17 +1,16 @@
 """Corpora: where text comes from, by name or by path.
 
 A corpus is a `Source`: a fingerprint, cheap to take, and a function that reads its text. To add a named corpus, write
-a function that returns a Source and enter it in NAMED; a file format, one that reads its text, in READERS.
+a function that returns a Source and enter it in NAMED; for a file format see lm.data.reading.
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.data import files
+from lm.data import files, reading
 from lm.errors import UserError
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -36,75 +35,18 @@ def find(corpus: str) -> Source:
     if corpus in NAMED:
         return NAMED[corpus]()
     path = Path(corpus).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
-        if not found:
-            raise UserError(f"corpus {corpus}: the folder has no {' or '.join(READERS)} file")
-        return _from_files(found)
-    if path.is_file():
-        return _from_files([path])
-    raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
+    if not path.exists():
+        raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
+    return _from_files(reading.find([str(path)]))
 
 
 def _from_files(paths: list[Path]) -> Source:
     def read() -> str:
-        return "\n".join(READERS.get(path.suffix, read_text)(path) for path in paths)
+        return "\n".join(text for path in paths for text in reading.documents(path, reading.Settings()))
 
-    digests = [path.suffix + files.sha256(path) for path in paths]  # the same bytes read otherwise are another text
+    # the same bytes read otherwise are another text
+    digests = [reading.suffix(path) + files.sha256(path) for path in paths]
     return Source(hashlib.sha256("".join(digests).encode()).hexdigest(), read)
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, its line ends as they are.
-
-    Raises:
-        UserError: It is not UTF-8; the offset of the first wrong byte is named.
-    """
-    data = path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}: convert the file to UTF-8"
-        ) from error
-
-
-def read_jsonl(path: Path, key: str = "text") -> str:
-    """Read a file of JSON objects, one a line, and join their texts with newlines."""
-    texts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[key]
-            text.encode()  # a string, and one without lone surrogates
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: expected a JSON object with text under "{key}"') from error
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def read_parquet(path: Path, key: str = "text") -> str:
-    """Read one column of a Parquet file and join its texts with newlines. Needs the extra `parquet`."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'lm[parquet]'") from error
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if key not in columns:
-            raise UserError(f'{path} has no column "{key}"; it has {", ".join(columns)}')
-        return "\n".join(pyarrow.parquet.read_table(path, columns=[key])[key].to_pylist())
-    except (pyarrow.ArrowException, TypeError) as error:  # TypeError: a column of numbers, or of nulls
-        raise UserError(f"{path}: not a whole Parquet file with text under {key} ({error})") from error
-
-
-READERS: dict[str, Callable[[Path], str]] = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-}
 
 
 def _generated(make: Callable[[], str]) -> Source:

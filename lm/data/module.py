@@ -11,11 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lm.data.chunks import IGNORED as IGNORED
 from lm.data.chunks import Batch, From, Stream
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
-
-IGNORED = -100  # a target that is not predicted; torch's own ignore_index
 
 
 class TokenData(LightningDataModule, ABC):

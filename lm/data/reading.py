@@ -180,10 +180,10 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
     text = ""
     for block in blocks:
         text += block
-        while len(text) >= PIECE:
-            ends = [match.end() for match in CUT.finditer(text, max(0, len(text) - (1 << 16)))]
-            if not ends and len(text) < LONGEST:
-                break
+        if len(text) < PIECE:
+            continue
+        ends = [match.end() for match in CUT.finditer(text, len(text) - (1 << 16))]
+        if ends or len(text) >= LONGEST:
             end = ends[-1] if ends else len(text)
             yield text[:end]
             text = text[end:]

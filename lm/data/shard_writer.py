@@ -87,6 +87,8 @@ class Writer:
             "version": shards.VERSION,
             **manifest,
             "tokenizer": self.identity,
+            "dtype": self.dtype.name,
+            "vocab_size": self.n_vocab,
             "splits": {
                 split: [shards.describe(path, shards.read_header(path)) for path in self._named(split)]
                 for split in shards.SPLITS

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.data import tokenizers
+from lm.data import remote, tokenizers
 from lm.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -115,19 +115,34 @@ class Shard:
         return values
 
 
+class Place(NamedTuple):
+    """Where a shard is."""
+
+    path: Path
+    header: Header
+    origin: remote.Remote | None = None
+    """Where it is copied from when it is first read."""
+
+    def open(self) -> Shard:
+        """Open it."""
+        if self.origin:
+            self.origin.fetch(self.path, self.header.checksum)
+        return Shard(self.path)
+
+
 class Tokens:
     """The tokens of a split over all its shards, as one sequence: `len(tokens)` and `tokens[start:stop]`.
 
     Args:
-        shards: Path and header of each, in order.
+        shards: In order.
     """
 
-    def __init__(self, shards: list[tuple[Path, Header]]) -> None:
+    def __init__(self, shards: list[Place]) -> None:
         self.shards = shards
-        self.ends = np.cumsum([header.tokens for _, header in shards], dtype=np.int64)
-        self.document_ends = np.cumsum([header.documents for _, header in shards], dtype=np.int64)
-        self.dtype = np.dtype(f"<u{shards[0][1].itemsize}" if shards else "<u2")
-        self._open = lru_cache(OPEN_FILES)(Shard)
+        self.ends = np.cumsum([place.header.tokens for place in shards], dtype=np.int64)
+        self.document_ends = np.cumsum([place.header.documents for place in shards], dtype=np.int64)
+        self.dtype = np.dtype(f"<u{max((place.header.itemsize for place in shards), default=2)}")
+        self._open = lru_cache(OPEN_FILES)(Place.open)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shards": self.shards}  # open files do not travel to a worker process
@@ -160,18 +175,22 @@ class Tokens:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
     def _part(self, k: int, start: int, stop: int) -> np.ndarray:
-        path, header = self.shards[k]
-        first = int(self.ends[k]) - header.tokens
-        return self._open(path).tokens(start - first, stop - first)
+        first = int(self.ends[k]) - self.shards[k].header.tokens
+        return self._open(self.shards[k]).tokens(start - first, stop - first)
 
     def starts(self, first: int, last: int) -> np.ndarray:
         """Return where documents first … last - 1 start, int64; the one past the last starts at the end."""
         pieces = []
-        for k, (path, header) in enumerate(self.shards):
+        k = int(np.searchsorted(self.document_ends, first, side="right"))
+        while k < len(self.shards) and first < last:
+            header = self.shards[k].header
             before = int(self.document_ends[k]) - header.documents
-            low, high = max(first - before, 0), min(last - before, header.documents)
-            if low < high:
-                pieces.append(self._open(path).starts(low, high) + (int(self.ends[k]) - header.tokens))
+            end = min(last, int(self.document_ends[k]))
+            if first < end:
+                here = self._open(self.shards[k]).starts(first - before, end - before)
+                pieces.append(here + (int(self.ends[k]) - header.tokens))
+                first = end
+            k += 1
         if last > self.documents:
             pieces.append(np.array([len(self)]))
         return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
@@ -190,8 +209,12 @@ def is_prepared(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("manifest.json", "progress.json"))
 
 
-def open_corpus(folder: Path) -> Corpus:
+def open_corpus(folder: Path, origin: remote.Remote | None = None) -> Corpus:
     """Open a prepared corpus: its manifest and headers are read, its tokens when they are asked for.
+
+    Args:
+        folder: Where it is.
+        origin: Where its shards are copied from; then their headers are read when they are.
 
     Raises:
         UserError: It is not whole, or a file of it is damaged or missing; the file is named.
@@ -206,12 +229,12 @@ def open_corpus(folder: Path) -> Corpus:
         shards = []
         for entry in manifest["splits"][split]:
             path = folder / entry["name"]
-            header = read_header(path)
+            header = _expected(manifest, entry, tokenizer.n_vocab) if origin else read_header(path)
             if (header.tokenizer.hex(), header.n_vocab) != (identity, tokenizer.n_vocab):
                 raise UserError(f"shard {path}: made with another tokenizer than {folder / 'tokenizer.json'}")
             if describe(path, header) != entry:
                 raise UserError(f"shard {path}: not the one of {folder / 'manifest.json'}: prepare the corpus again")
-            shards.append((path, header))
+            shards.append(Place(path, header, origin))
         splits[split] = Tokens(shards)
     return Corpus(splits, tokenizer, manifest)
 
@@ -249,6 +272,16 @@ def _entries(shards: Any) -> list[dict]:
     return shards
 
 
+def _expected(manifest: dict[str, Any], entry: dict[str, Any], n_vocab: int) -> Header:
+    """Return the header that a shard must have by the manifest."""
+    try:
+        itemsize = np.dtype(manifest["dtype"]).itemsize
+        tokenizer, checksum = bytes.fromhex(manifest["tokenizer"]), bytes.fromhex(entry["sha256"])
+        return Header(itemsize, int(entry["tokens"]), int(entry["documents"]), n_vocab, tokenizer, checksum)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"manifest of {entry.get('name')}: damaged ({error}): upload the corpus again") from error
+
+
 def describe(path: Path, header: Header) -> dict[str, Any]:
     """Return a shard's entry in the manifest."""
     return {
@@ -260,14 +293,14 @@ def describe(path: Path, header: Header) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> Corpus:
-    """Open a corpus and check every shard's checksum and every token's range.
+    """Open a corpus and check every shard's checksum.
 
     Raises:
         UserError: One is wrong; the file is named.
     """
     corpus = open_corpus(folder)
     for tokens in corpus.splits.values():
-        for path, header in tokens.shards:
+        for path, header, _ in tokens.shards:
             check(path, header)
     return corpus
 

@@ -1,49 +1,46 @@
-"""Token files: a corpus tokenized once, under a hash of its content, and opened as memory maps ever after."""
+"""Corpora as tokens: prepared ones as they lie, others tokenized once, under a hash of their content."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from lm.data import corpora, files, tokenizers
+from lm.data import corpora, files, remote, shards, tokenizers
+from lm.data.shard_writer import write_corpus
 from lm.errors import UserError
 
-FORMAT = 1
-SPLITS = ("train", "val", "test")
-
-
-class Tokens(NamedTuple):
-    """A tokenized corpus."""
-
-    splits: dict[str, np.ndarray]
-    """Ids of each split, uint16 or uint32 (T,), mapped from the disk."""
-    tokenizer: tokenizers.Tokenizer
+FORMAT = 2
 
 
 def load(
     corpus: str,
-    tokenizer: str | tokenizers.Tokenizer,
+    tokenizer: str | tokenizers.Tokenizer | None,
     *,
     val_fraction: float,
     test_fraction: float,
-) -> Tokens:
+) -> shards.Corpus:
     """Open a corpus as token ids, tokenizing it first where that has not been done.
 
-    The corpus is cut by characters: the first part trains, then comes validation, then test. Each part is tokenized
-    by itself, so no token straddles a border.
+    A text is cut by characters: the first part trains, then comes validation, then test. Each part is tokenized by
+    itself, so no token straddles a border. A prepared corpus has its splits and its tokenizer.
 
     Args:
-        corpus: A name or path, see `corpora.find`.
-        tokenizer: A name for `tokenizers.make`, or a tokenizer already at hand.
-        val_fraction: Share of the characters that validates.
-        test_fraction: Share of the characters that tests.
+        corpus: A name or path, see `corpora.find`, or the folder or URL of a prepared corpus.
+        tokenizer: A name for `tokenizers.make`, or a tokenizer already at hand; None is a prepared corpus' own, or
+            char.
+        val_fraction: Share of a text's characters that validates.
+        test_fraction: Share of a text's characters that tests.
 
     Raises:
-        UserError: The corpus cannot be had, is empty, or has symbols that the tokenizer lacks.
+        UserError: The corpus cannot be had, is empty, has symbols that the tokenizer lacks, or was prepared with
+            another tokenizer.
     """
+    corpus = corpus.removeprefix("file://")
+    if remote.is_remote(corpus):
+        origin = remote.Remote.open(corpus)
+        return _checked(shards.open_corpus(origin.folder, origin), corpus, tokenizer)
+    if corpus not in corpora.NAMED and shards.is_prepared(Path(corpus).expanduser()):
+        return _checked(shards.open_corpus(Path(corpus).expanduser()), corpus, tokenizer)
+    tokenizer = tokenizer or "char"
     source = corpora.find(corpus)
     kind = tokenizer if isinstance(tokenizer, str) else tokenizers.identity(tokenizer.state())
     if kind.endswith(".tiktoken") and Path(kind).expanduser().is_file():
@@ -61,25 +58,36 @@ def load(
         tokenizer = tokenizers.make(tokenizer, lambda: text)
     first, second = int(len(text) * (1 - val_fraction - test_fraction)), int(len(text) * (1 - test_fraction))
     parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
-    _write(folder, {name: tokenizer.encode(part) for name, part in parts.items()}, tokenizer)
+    _write(folder, parts, tokenizer)
     opened = _open(folder)
     assert opened is not None
     return opened
 
 
-def _write(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer) -> None:
-    """Write a folder of token files in one step: it is there whole, or not at all."""
-    dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
+def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.Tokenizer | None) -> shards.Corpus:
+    """Return a prepared corpus, after a look at whether its tokenizer is the one that was asked for."""
+    own = prepared.tokenizer.state()
+    if tokenizer is None or (tokenizer == "char" and own["kind"] == "char"):
+        return prepared
+    wanted = tokenizers.make(tokenizer, str) if isinstance(tokenizer, str) else tokenizer
+    if wanted.state() != own:
+        raise UserError(
+            f"corpus {corpus}: was prepared with a tokenizer of {prepared.tokenizer.n_vocab} ids, not the "
+            + (f"--data.init_args.tokenizer {tokenizer}" if isinstance(tokenizer, str) else "checkpoint's")
+            + f" of {wanted.n_vocab}: prepare it with that one"
+        )
+    return prepared
+
+
+def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer) -> None:
+    """Write a tokenized text in one step: it is there whole, or not at all."""
+    ids = {name: tokenizer.encode(text) for name, text in parts.items()}
     part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
     if folder.exists() and _open(folder) is None:  # torn, by a full disk say
         shutil.rmtree(folder, ignore_errors=True)
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, values in ids.items():
-            (part / f"{name}.bin").write_bytes(values.astype(dtype).tobytes())
-        meta = {"dtype": dtype, "splits": {k: len(v) for k, v in ids.items()}, "tokenizer": tokenizer.state()}
-        (part / "meta.json").write_text(json.dumps(meta))
+        write_corpus(part, ids, tokenizer)
         os.rename(part, folder)
     except OSError as error:
         if _open(folder) is None:  # else another process was first, with the same content
@@ -91,17 +99,9 @@ def _write(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Token
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _open(folder: Path) -> Tokens | None:
-    """Map a folder of token files; None where there is none or it is not whole."""
+def _open(folder: Path) -> shards.Corpus | None:
+    """Open what was tokenized before; None where there is nothing, or it is not whole."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        splits = {}
-        for name in SPLITS:
-            path, dtype, count = folder / f"{name}.bin", np.dtype(meta["dtype"]), meta["splits"][name]
-            if path.stat().st_size != count * dtype.itemsize:
-                return None
-            # a plain view: slicing np.memmap itself costs ten times as much; an empty file cannot be mapped
-            splits[name] = np.asarray(np.memmap(path, dtype, mode="r")) if count else np.empty(0, dtype)
-        return Tokens(splits, tokenizers.from_state(meta["tokenizer"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return shards.open_corpus(folder)
+    except UserError:
         return None

@@ -1,42 +1,53 @@
-"""TextData: one long text, served in chunks of block_size tokens."""
+"""TextData: text, or prepared corpora of any size, served in chunks of block_size tokens."""
 
 from collections.abc import Callable
 from functools import partial
 
-from lm.data import store
-from lm.data.chunks import Batch, EvalChunks, random_chunks
+from torch.utils.data import Dataset
+
+from lm.data import shards, store
+from lm.data.chunks import Batch, EvalChunks
 from lm.data.module import TokenData
+from lm.data.spans import Documents, EvalDocuments, Examples, Mixture, Order, Running, numbered
+from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
 EVAL_TOKENS = 8192  # in a batch of evaluation: large enough to be fast, small enough for logits of GPT-2's vocabulary
 
 
 class TextData(TokenData):
-    """Text from a named corpus, a file or a folder.
+    """Text from a named corpus, a file or a folder, or corpora that `lm prepare` made.
 
-    Training draws sequences at random offsets; evaluation covers the whole split once.
+    Evaluation covers the whole split once; of several corpora, all their splits.
 
     Args:
-        corpus: python-docs (inside every Python), shakespeare, names, arithmetic, or the path of a text, JSON lines or
-            Parquet file, or of a folder of them.
-        tokenizer: char, gpt2, or the path of a .tiktoken file.
+        corpus: python-docs (inside every Python), shakespeare, names, arithmetic, the path of a text, JSON lines or
+            Parquet file, or of a folder of them; or the folder or URL of a prepared corpus; or several of all these,
+            each with its weight.
+        tokenizer: char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file; by default a prepared
+            corpus' own, and char for a text.
         block_size: Tokens in a sequence; the network's context.
         batch_size: Sequences per optimizer step, over all processes and accumulated micro-batches.
-        val_fraction: Share of the text, before the test share, that validates.
-        test_fraction: Share of the text, at its end, that tests; where it is 0, validation stands in for it.
-        num_workers: Processes that prepare batches; memory-mapped tokens rarely need one.
+        val_fraction: Share of a text, before the test share, that validates; a prepared corpus has its own splits.
+        test_fraction: Share of a text, at its end, that tests; where it is 0, validation stands in for it.
+        order: random draws sequences with replacement; permutation serves each chunk once an epoch.
+        across_documents: Whether a sequence may go on into the next document. If not, what a short document leaves
+            free of its sequence is no target.
+        num_workers: Processes that prepare batches; tokens on a disk rarely need one.
         seed: Chooses the training sequences; set from seed_everything.
     """
 
     def __init__(
         self,
         *,
-        corpus: str = "python-docs",
-        tokenizer: str = "char",
+        corpus: str | dict[str, float] = "python-docs",
+        tokenizer: str | None = None,
         block_size: int = 256,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
+        order: Order = "random",
+        across_documents: bool = True,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
@@ -47,51 +58,74 @@ class TextData(TokenData):
                 if val_fraction > 0 and test_fraction >= 0
                 else f"data.val_fraction is {val_fraction}, data.test_fraction {test_fraction}: shares are above 0"
             )
-        self.corpus, self.tokenizer = corpus, tokenizer
+        self.weights = corpus if isinstance(corpus, dict) else {corpus: 1.0}
+        if not self.weights:
+            raise UserError("data.corpus: it names none")
+        self.corpus = " + ".join(self.weights)
+        self.order, self.across_documents = order, across_documents
+        self.tokenizer: str | Tokenizer = tokenizer or ""  # or, set from outside, the one of a checkpoint
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.tokens: store.Tokens | None = None
+        self.corpora: list[shards.Corpus] = []
 
     def prepare_data(self) -> None:
-        """Tokenize the corpus, once per machine; later calls find the files."""
-        self.tokens = store.load(
-            self.corpus, self.tokenizer, val_fraction=self.val_fraction, test_fraction=self.test_fraction
-        )
+        """Tokenize the corpora that are text, once per machine; later calls find the files."""
+        shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
+        self.corpora = [store.load(corpus, self.tokenizer or None, **shares) for corpus in self.weights]
 
     def setup(self, stage: str) -> None:
         """Open the token files and check that they can be served.
 
         Raises:
-            UserError: A split is too short, or the batch does not divide over ranks and micro-batches.
+            UserError: A split is too short, the corpora have different tokenizers, or the batch does not divide over
+                ranks and micro-batches.
         """
-        if self.tokens is None:
+        if not self.corpora:
             self.prepare_data()
-        assert self.tokens is not None
-        self.tokenizer = self.tokens.tokenizer
-        needed = self.block_size + 1
-        for split in ("train", "val", "test") if self.test_fraction else ("train", "val"):
-            found = len(self.tokens.splits[split])
-            if found < needed:
-                raise UserError(
-                    f"corpus {self.corpus}: its {split} split has {found} tokens, block_size {self.block_size} needs "
-                    f"{needed}: use a longer text, a smaller --data.init_args.block_size or another val_fraction"
-                )
+        first, *others = self.corpora
+        for name, other in zip(list(self.weights)[1:], others, strict=True):
+            if other.tokenizer.state() != first.tokenizer.state():
+                raise UserError(f"data.corpus: {name} has another tokenizer than {next(iter(self.weights))}")
+        self.tokenizer = first.tokenizer
+        for corpus, opened in zip(self.weights, self.corpora, strict=True):
+            for split in ("train", "val", "test") if self.test_fraction else ("train", "val"):
+                self._check_length(corpus, split, len(opened.splits[split]))
         _ = self.micro_batch_size
         world_size = self.trainer.world_size if self.trainer else 1
-        chunks = (len(self.tokens.splits["val"]) - 1) // self.block_size
+        chunks = sum(len(opened.splits["val"]) - 1 for opened in self.corpora) // self.block_size
         if chunks < world_size:
             raise UserError(
                 f"corpus {self.corpus}: its val split has {chunks} sequences for {world_size} processes: use a longer "
                 "text, a larger val_fraction or fewer processes"
             )
 
-    def training_examples(self) -> Callable[[int, int], Batch]:
-        """Return what gives chunks of the training split at random offsets."""
-        assert self.tokens is not None
-        return partial(random_chunks, self.tokens.splits["train"], self.block_size, self.seed)
+    def _check_length(self, corpus: str, split: str, found: int) -> None:
+        needed = self.block_size + 1 if self.across_documents else 2
+        if found < needed:
+            raise UserError(
+                f"corpus {corpus}: its {split} split has {found} tokens, block_size {self.block_size} needs "
+                f"{needed}: use a longer text, a smaller --data.init_args.block_size or another val_fraction"
+            )
 
-    def eval_dataset(self, split: str) -> EvalChunks:
+    def training_examples(self) -> Callable[[int, int], Batch]:
+        """Return what gives training sequences by number."""
+        parts = [self._examples(corpus.splits["train"], self.seed + k) for k, corpus in enumerate(self.corpora)]
+        if len(parts) == 1:
+            return partial(numbered, parts[0])
+        return partial(numbered, Mixture(parts, list(self.weights.values()), self.seed))
+
+    def _examples(self, tokens: shards.Tokens, seed: int) -> Examples:
+        held = shards.in_memory(tokens)
+        if self.across_documents:
+            return Running(held, self.block_size, self.order, seed)
+        return Documents(tokens, held, self.block_size, self.order, seed)
+
+    def eval_dataset(self, split: str) -> Dataset[Batch]:
         """Return all chunks of a split, for evaluation; test is validation where there is no test split."""
-        assert self.tokens is not None
-        ids = self.tokens.splits[split if split != "test" or self.test_fraction else "val"]
-        micro_batch_size = max(1, EVAL_TOKENS // self.block_size)
-        return EvalChunks(ids, block_size=self.block_size, micro_batch_size=micro_batch_size, **self._place())
+        if split == "test" and not all(len(corpus.splits["test"]) > 1 for corpus in self.corpora):
+            split = "val"
+        tokens = shards.concatenated(corpus.splits[split] for corpus in self.corpora)
+        held, micro_batch_size = shards.in_memory(tokens), max(1, EVAL_TOKENS // self.block_size)
+        if not self.across_documents:
+            documents = Documents(tokens, held, self.block_size, "permutation", self.seed)
+            return EvalDocuments(documents, micro_batch_size=micro_batch_size, **self._place())
+        return EvalChunks(held, block_size=self.block_size, micro_batch_size=micro_batch_size, **self._place())

@@ -37,12 +37,25 @@ def make_norm(kind: Norm, size: int, *, bias: bool) -> nn.Module:
     return nn.RMSNorm(size, eps=1e-5) if kind == "rms" else nn.Identity()
 
 
-def causal_weights(q: Tensor, k: Tensor) -> Tensor:
+def same_document(tokens: Tensor, document_end: int) -> Tensor:
+    """Return who may look at whom, bool (B, 1, T, T): at itself and what came before it in its own document.
+
+    Args:
+        tokens: int64 (B, T).
+        document_end: The token that ends a document, and is its last.
+    """
+    ends = tokens == document_end
+    document = ends.cumsum(1) - ends.long()  # (B, T): how many documents ended before
+    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
+    return same.tril()[:, None]
+
+
+def causal_weights(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Return how much each position attends to itself and to each earlier one, (…, T, T), from q and k (…, T, D)."""
     T, D = q.shape[-2:]  # noqa: N806
     scores = q @ k.mT / math.sqrt(D)  # (…, T, D) @ (…, D, T) -> (…, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    return scores.masked_fill(future if allowed is None else ~allowed, -math.inf).softmax(dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -88,15 +101,16 @@ class CausalSelfAttention(nn.Module):
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, T, D)
         return q, k, v
 
-    def weights(self, x: Tensor) -> Tensor:
+    def weights(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
         q, k, _ = self.qkv(x)
-        return causal_weights(q, k)
+        return causal_weights(q, k, allowed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
+    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); allowed, bool (B, 1, T, T), says who may look at whom, else the past is."""
         q, k, v = self.qkv(x)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -172,16 +186,16 @@ class Block(nn.Module):
             self.ln_2 = norms[1]
         self.mlp = mlp
 
-    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module) -> Tensor:
+    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module, *mask: Tensor) -> Tensor:
         """Return x + f(norm(x)), or with post-norm norm(x + f(x)); without residual, the same without "x +"."""
-        y = f(x if self.post else norm(x))
+        y = f(x if self.post else norm(x), *mask)
         if self.residual:
             y = x + y
         return norm(y) if self.post else y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the residual stream (B, T, C) to (B, T, C)."""
-        x = self.branch(x, self.ln_1, self.attn)
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
+        """Map the residual stream (B, T, C) to (B, T, C); a mask is attention's."""
+        x = self.branch(x, self.ln_1, self.attn, *mask)
         return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
 
 
@@ -216,6 +230,8 @@ class GPT(nn.Module):
         rope_theta: The base of rotary angles.
         logit_soft_cap: Bounds logits to ±this by cap · tanh(logits / cap) (Gemma 2: 30); None leaves them.
         head_bias: Whether the output head has a bias.
+        document_end: Id of the end-of-text token, after which attention starts anew, so that no document sees another;
+            None lets it see all that came before.
         init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
             embeddings of deviation 1 do not suit tie_weights.
 
@@ -249,10 +265,12 @@ class GPT(nn.Module):
         rope_theta: float = 10000.0,
         logit_soft_cap: float | None = None,
         head_bias: bool = False,
+        document_end: int | None = None,
         init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
         check_settings(locals())
+        self.document_end = document_end
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.logit_soft_cap = logit_soft_cap
@@ -285,6 +303,10 @@ class GPT(nn.Module):
         if self.init_std is not None:
             initialise(self, self.init_std, {self.h: 2 * len(self.h)})
 
+    def mask(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Return the mask that blocks are given of tokens (B, T): none where attention is only causal."""
+        return () if self.document_end is None else (same_document(tokens, self.document_end),)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the token after each position.
 
@@ -303,8 +325,9 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.drop(x)
+        mask = self.mask(tokens)
         for block in self.h:
-            x = block(x)
+            x = block(x, *mask)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
@@ -318,7 +341,7 @@ class GPT(nn.Module):
         """
         maps: list[Tensor] = []
 
-        def keep(attn: nn.Module, inputs: tuple[Tensor]) -> None:
+        def keep(attn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(attn, CausalSelfAttention | SeparateHeads)
             maps.append(attn.weights(*inputs))
 
@@ -350,7 +373,11 @@ def check_settings(settings: dict[str, Any]) -> None:
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} is {settings[name]}: it must be above 0, or {remedy}")
     if settings["attention"] == "separate":
-        for name, on in {"n_kv_head": n_kv_head is not None, "qk_norm": settings["qk_norm"]}.items():
+        for name, on in {
+            "n_kv_head": n_kv_head is not None,
+            "qk_norm": settings["qk_norm"],
+            "document_end": settings["document_end"] is not None,
+        }.items():
             if on:
                 raise ValueError(f"{name} {settings[name]} needs attention batched, and it is separate: drop one")
         if settings["positions"] == "rotary":

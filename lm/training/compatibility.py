@@ -33,6 +33,11 @@ def check(
     Raises:
         UserError: Something is of another kind; says what it is there and here.
     """
+    if identity(checkpoint["lm"]["tokenizer"]) != identity(tokenizer.state()):
+        raise UserError(
+            f"{path} has another tokenizer than data.corpus and data.tokenizer give: use its data, "
+            "prepared with its tokenizer"
+        )
     saved: dict[str, Any] = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
     built: dict[str, Any] = {key: tuple(value.shape) for key, value in built_state.items()}
     if config is not None:  # not all that matters shows in the shapes: the number of heads does not
@@ -45,11 +50,18 @@ def check(
                 f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
                 "the configuration that it was trained with"
             )
-    if identity(checkpoint["lm"]["tokenizer"]) != identity(tokenizer.state()):
-        raise UserError(f"{path} has another vocabulary than data.corpus and data.tokenizer give: use its data")
     there, here = (one and _optimizer(one) for one in (checkpoint["lm"]["config"], config))
     if optimizer and there and here and there != here:
         raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")
+
+
+def check_document_end(net: Any, tokenizer: Tokenizer) -> None:
+    """Raise a UserError where a network's attention starts anew after another token than the end of text."""
+    end = getattr(net, "document_end", None)
+    if end is not None and end != tokenizer.eot:
+        raise UserError(
+            f"model.net.init_args.document_end is {end}, the data's end-of-text token is {tokenizer.eot}: say that one"
+        )
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class LanguageModel(LightningModule):
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer
+        compatibility.check_document_end(self.net, data.text_tokenizer)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:

@@ -34,6 +34,8 @@ NETWORKS = {
     "gpt post norm": lambda: GPT(V, T, **SMALL, norm_position="post", feed_forward="relu", projection=False),
     "gpt squared relu": lambda: GPT(V, T, **SMALL, feed_forward="relu_squared", positions="none", attention_bias=False),
     "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1),
+    "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
+    "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),
     "seq2seq": lambda: Seq2Seq(V, T, **SMALL, start_token=1, pad_token=2, dropout=0.2),
 }
 FIXED = (MLP, WaveNet)

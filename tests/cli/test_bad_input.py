@@ -70,7 +70,10 @@ TABLE = {
     "no such accelerator": ((*FIT, "--trainer.accelerator", "cuda"), "can not run on your system"),
     "missing corpus": ((*FIT, "--data.init_args.corpus", "no.txt"), "corpus no.txt: no such file or folder"),
     "empty corpus": ((*FIT, "--data.init_args.corpus", "empty"), "corpus empty: it is empty"),
-    "empty folder": ((*FIT, "--data.init_args.corpus", "folder"), "the folder has no .txt or .md"),
+    "empty folder": (
+        (*FIT, "--data.init_args.corpus", "folder"),
+        "source folder: no file matches (.jsonl, .parquet, .txt, .md)",
+    ),
     "short corpus": (
         (*FIT, "--data.init_args.corpus", "short.txt"),
         "train split has 9 tokens, block_size 16 needs 17",
@@ -108,7 +111,7 @@ TABLE = {
     ),
     "another vocabulary": (
         (*FIT, "--ckpt_path", SAMPLE[2], "--data.init_args.corpus", "upper.txt"),
-        "last.ckpt has another vocabulary than data.corpus and data.tokenizer give",
+        "last.ckpt has another tokenizer than data.corpus and data.tokenizer give",
     ),
     "evaluate a foreign corpus": (
         ("validate", "--ckpt_path", SAMPLE[2], "--data.init_args.corpus", "greek.txt"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lm.data.chunks import EvalChunks, From, Stream, draw, random_chunks
+from lm.data.chunks import EvalChunks, From, Stream, draw
+from lm.data.spans import Running, numbered
 
 IDS = np.arange(1000, dtype=np.uint16)
 FROZEN = [904727, 686256, 469840, 26539]
@@ -15,7 +16,7 @@ def batch_of_step(step: int, world_size: int, accumulate: int, seed: int = 3) ->
     rows = []
     for rank in range(world_size):
         size = 8 // (world_size * accumulate)
-        examples = partial(random_chunks, IDS, 8, seed)
+        examples = partial(numbered, Running(IDS, 8, "random", seed))
         chunks = Stream(examples, micro_batch_size=size, rank=rank, world_size=world_size)
         for k in range(step * accumulate, (step + 1) * accumulate):
             tokens, targets = chunks[k]
@@ -49,7 +50,7 @@ def test_draw_is_uniform() -> None:
 
 
 def test_every_offset_can_be_drawn_and_none_past_the_end() -> None:
-    starts = random_chunks(IDS[:12], 8, 0, first=0, count=64)[0][:, 0]
+    starts = numbered(Running(IDS[:12], 8, "random", 0), first=0, count=64)[0][:, 0]
     assert set(starts.tolist()) == {0, 1, 2, 3}
 
 

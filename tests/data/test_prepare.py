@@ -364,7 +364,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 @given(st.data())
 def test_slices_over_shards_are_slices_of_the_whole(prepared_once: Path, data: st.DataObject) -> None:
     tokens = shards.open_corpus(prepared_once).splits["train"]
-    whole = np.concatenate([np.fromfile(path, "<u2", header.tokens, offset=128) for path, header in tokens.shards])
+    whole = np.concatenate([np.fromfile(path, "<u2", header.tokens, offset=128) for path, header, _ in tokens.shards])
     a, b = (data.draw(st.integers(-3, len(whole) + 3)) for _ in range(2))
     assert np.array_equal(tokens[a:b], whole[a:b])
     c, d = sorted(data.draw(st.integers(0, tokens.documents + 1)) for _ in range(2))

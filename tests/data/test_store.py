@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import corpora, files, store
+from lm.data import corpora, files, reading, shards, store
 from lm.errors import UserError
 
 SPLIT = {"val_fraction": 0.1, "test_fraction": 0.0}
@@ -44,9 +44,9 @@ def test_reference_counts(
 def test_a_second_start_only_opens(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store.load("text.txt", "char", **SPLIT)
     monkeypatch.setattr(store, "_write", lambda *a: pytest.fail("tokenized again"))
-    monkeypatch.setattr(corpora, "read_text", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr(reading, "documents", lambda *a: pytest.fail("read again"))
     second = store.load("text.txt", "char", **SPLIT)
-    assert all(np.array_equal(first.splits[name], second.splits[name]) for name in store.SPLITS)
+    assert all(np.array_equal(first.splits[name][:], second.splits[name][:]) for name in shards.SPLITS)
     assert second.splits["train"].dtype == np.uint16
 
 
@@ -61,14 +61,14 @@ def test_changed_text_tokenizer_or_split_is_prepared_anew(workplace: Path) -> No
 
 
 def test_torn_token_files_are_made_again(workplace: Path) -> None:
-    whole = store.load("text.txt", "char", **SPLIT).splits["train"].copy()
-    (file,) = (workplace / "data" / "tokens").glob("*/train.bin")
+    whole = store.load("text.txt", "char", **SPLIT).splits["train"][:]
+    (file,) = (workplace / "data" / "tokens").glob("*/train-00000.tokens")
     file.write_bytes(file.read_bytes()[:-7])
-    assert np.array_equal(store.load("text.txt", "char", **SPLIT).splits["train"], whole)
+    assert np.array_equal(store.load("text.txt", "char", **SPLIT).splits["train"][:], whole)
 
 
 def _load(_: int) -> int:
-    return int(store.load("text.txt", "char", **SPLIT).splits["train"].sum())
+    return int(store.load("text.txt", "char", **SPLIT).splits["train"][:].sum())
 
 
 def test_processes_that_prepare_at_once_agree(workplace: Path) -> None:

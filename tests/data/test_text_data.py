@@ -36,7 +36,7 @@ def test_validation_covers_its_split_once(workplace: Path) -> None:
     data = TextData(**ARGUMENTS)
     data.setup("fit")
     targets = torch.cat([y.flatten() for _, y in data.val_dataloader()])
-    assert targets.tolist() == data.tokens.splits["val"][1:].tolist()
+    assert targets.tolist() == data.corpora[0].splits["val"][1:].tolist()
 
 
 def test_a_test_split_is_the_end_of_the_text(workplace: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_test_split_is_the_end_of_the_text(workplace: Path) -> None:
         ({"val_fraction": 0.7, "test_fraction": 0.3}, "leave nothing to train on"),
         ({"block_size": 5000}, r"val split has \d+ tokens, block_size 5000 needs 5001"),
         ({"corpus": "nowhere.txt"}, "corpus nowhere.txt: no such file or folder"),
-        ({"tokenizer": "words"}, "tokenizer words: neither char, gpt2 nor"),
+        ({"tokenizer": "words"}, "tokenizer words: neither char, byte, gpt2, cl100k_base, o200k_base nor"),
         ({"num_workers": 10**9}, r"/dev/shm has \d+ MiB free"),
     ],
 )

@@ -467,3 +467,23 @@ def test_todays_parts_run_in_half_precision() -> None:
         logits = net(tokens)
     torch.testing.assert_close(logits.float(), net(tokens), rtol=0, atol=0.02)
     assert net.bfloat16()(tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_attention_starts_anew_after_a_document(norm_position: str) -> None:
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "norm_position": norm_position, "positions": "rotary"}
+    net = GPT(10, 12, **shape, document_end=9).double()
+    first, second = torch.tensor([[1, 2, 3, 9]]), torch.tensor([[4, 5, 9, 6, 7]])
+    together = net(torch.cat([first, second], dim=1))
+    assert torch.allclose(together[:, :4], net(first), rtol=1e-12)
+    assert torch.allclose(together[:, 4:7], net(second)[:, :3], rtol=1e-12)  # rotary positions are relative
+    assert torch.allclose(together[:, 7:], net(second[:, 3:]), rtol=1e-12)
+    assert not torch.allclose(GPT.forward(net, torch.tensor([[4, 5, 8, 6, 7]]))[:, 3:], net(second)[:, 3:])
+    maps = net.attention_maps(torch.cat([first, second], dim=1))
+    assert (maps[0][:, :, 4:, :4] == 0).all() and (maps[0].sum(-1) - 1).abs().max() < 1e-12
+
+
+def test_attention_of_separate_heads_has_no_documents() -> None:
+    with pytest.raises(ValueError, match="document_end 9 needs attention batched"):
+        GPT(10, 8, n_layer=1, n_head=2, n_embd=8, attention="separate", document_end=9)

@@ -1,0 +1,91 @@
+"""Prepared corpora on S3, GCS, HTTP or any other storage that fsspec knows: each shard is copied when it is first read.
+
+fsspec, because it reaches every storage by one interface and comes with Lightning; LitData would bring a format and a
+client of its own. Its caches take a half-copied file, left by a killed process, for a whole one, and let two processes
+copy over each other, so the copying is ours: to a name of its own, checked against the manifest's SHA-256, renamed.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.data import files
+from lm.errors import UserError
+
+
+def is_remote(corpus: str) -> bool:
+    """Return whether a corpus is said by URL."""
+    return "://" in corpus
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder at a URL, and its copy here.
+
+    Args:
+        url: Where it is.
+        folder: Where copies lie, under a hash of the manifest: a corpus that was prepared anew is another.
+    """
+
+    url: str
+    folder: Path
+
+    @classmethod
+    def open(cls, url: str) -> "Remote":
+        """Copy the manifest and the tokenizer.
+
+        Raises:
+            UserError: There is no prepared corpus at the URL, or no access.
+        """
+        manifest = _read(url, "manifest.json")
+        folder = files.tokens_home() / "remote" / hashlib.sha256(manifest).hexdigest()[:32]
+        if not (folder / "manifest.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_whole(folder / "tokenizer.json", _read(url, "tokenizer.json"))
+            files.write_whole(folder / "manifest.json", manifest)
+        return cls(url, folder)
+
+    def fetch(self, path: Path, checksum: bytes) -> None:
+        """Copy a shard where that has not been done.
+
+        Args:
+            path: Where to; its name is the shard's.
+            checksum: SHA-256 of what follows the header.
+
+        Raises:
+            UserError: It cannot be had, or is another than the manifest says.
+        """
+        from lm.data import shards
+
+        if path.exists():
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            system, root = _system(self.url)
+            system.get_file(f"{root}/{path.name}", str(part))
+            if shards.read_header(part).checksum != checksum or shards.checksum(part) != checksum:
+                raise UserError(f"shard {self.url}/{path.name}: its checksum is wrong: upload it again")
+            part.replace(path)
+        except OSError as error:
+            raise UserError(f"shard {self.url}/{path.name}: could not be copied ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url.rstrip("/"))
+    except (ImportError, ValueError) as error:  # a package for the protocol is missing, or there is no such protocol
+        raise UserError(f"corpus {url}: {error}") from error
+
+
+def _read(url: str, name: str) -> bytes:
+    system, root = _system(url)
+    try:
+        return system.cat_file(f"{root}/{name}")
+    except OSError as error:
+        raise UserError(f"corpus {url}: no prepared corpus is there to be read ({error or name})") from error

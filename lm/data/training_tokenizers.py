@@ -1,0 +1,100 @@
+"""Training a byte-level byte-pair encoding on a corpus.
+
+The `tokenizers` library counts and merges; what it finds is written as a .tiktoken file, which tiktoken runs.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm.data import files, reading
+from lm.data.ranks import to_text
+from lm.data.tokenizers import BytePairTokenizer
+from lm.errors import UserError
+
+SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends where a word does, if one does
+SAMPLE = 32 << 20  # characters on which bytes per token are counted
+
+
+def train(source: list[str], vocab_size: int, output: Path, settings: reading.Settings) -> dict[str, float]:
+    """Train an encoding and write it.
+
+    Args:
+        source: Files, folders or globs.
+        vocab_size: Tokens, the 256 bytes among them; the end-of-text token comes on top.
+        output: The .tiktoken file.
+        settings: How text is read.
+
+    Returns:
+        vocab_size, and bytes_per_token over (the first 32 Mi characters of) the corpus.
+
+    Raises:
+        UserError: The source is too small for so many tokens or cannot be read, or the output cannot be written.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if vocab_size < 256:
+        raise UserError(f"--vocab_size {vocab_size}: the 256 single bytes are tokens too: say at least 256")
+    if output.suffix != ".tiktoken":
+        raise UserError(f"--output {output}: say a name that ends in .tiktoken")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}: make it")
+    paths = reading.find(source)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(batches(paths, settings), trainer)
+    table = byte_table()
+    ranks = {bytes(table[character] for character in token): rank for token, rank in tokenizer.get_vocab().items()}
+    if len(ranks) < vocab_size:
+        raise UserError(
+            f"--vocab_size {vocab_size}: the source has pairs for {len(ranks)} tokens: say fewer, or more text"
+        )
+    text = to_text(ranks)
+    bytes_per_token = measure(BytePairTokenizer(text), texts(paths, settings))
+    try:
+        files.write_whole(output, text.encode())
+    except OSError as error:
+        raise UserError(f"--output {output}: could not be written ({error.strerror})") from error
+    return {"vocab_size": len(ranks), "bytes_per_token": round(bytes_per_token, 4)}
+
+
+def texts(paths: list[Path], settings: reading.Settings) -> Iterator[str]:
+    """Yield all text of files, in documents, or pieces of long ones."""
+    for path in paths:
+        reader = reading.reader_of(path, settings)
+        with reading.opened(path) as (file, _):
+            if reader is not None:
+                yield from reader(file, str(path), settings)
+            else:
+                yield from reading.pieces(reading.text_blocks(file, str(path), settings))
+
+
+def batches(paths: list[Path], settings: reading.Settings) -> Iterator[list[str]]:
+    """Yield all text of files in lists of short pieces, which `tokenizers` counts in parallel."""
+    batch: list[str] = []
+    for text in texts(paths, settings):
+        for lines in SHORT.findall(text):
+            batch.append(lines)
+            if len(batch) == 1000:
+                yield batch
+                batch = []
+    yield batch
+
+
+def measure(tokenizer: BytePairTokenizer, corpus: Iterator[str]) -> float:
+    """Return how many bytes of UTF-8 a token stands for, over the beginning of a corpus."""
+    read = tokens = size = 0
+    for text in corpus:
+        read, tokens, size = read + len(text), tokens + len(tokenizer.encode(text)), size + len(text.encode())
+        if read >= SAMPLE:
+            break
+    return size / max(1, tokens)
+
+
+def byte_table() -> dict[str, int]:
+    """Return the byte of each character by which `tokenizers`, as GPT-2 did, writes bytes printably."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
