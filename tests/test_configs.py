@@ -1,5 +1,6 @@
 """Every recipe is parsed as it is, and trains for two steps at a size that a test can afford."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import yaml
 
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PREPARE = sorted((ROOT / "configs/prepare").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
 NET = "--model.init_args.net.init_args"
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
@@ -44,3 +46,41 @@ def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
     code, out, err = lm(*words)
     assert code == 0, err
     assert "step 2/2  val_loss" in out
+
+
+COLUMNS = {  # of the real data sets, with the types that they have
+    "openwebtext/plain_text": {"text": str},
+    "fineweb-edu/sample/10BT": {
+        **dict.fromkeys(("text", "id", "dump", "url", "file_path", "language"), str),
+        "language_score": float,
+        "token_count": int,
+        "score": float,
+        "int_score": int,
+    },
+}
+
+
+@pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
+def test_preparation(lm, workplace: Path, config: Path, reference: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for folder, columns in COLUMNS.items():
+        (workplace / folder).mkdir(parents=True)
+        for part in range(2):
+            texts = [f"Document {part} {i}: " + "word " * (i % 30) for i in range(2000)]
+            table = {
+                name: texts if name == "text" else [kind(i) for i in range(2000)] for name, kind in columns.items()
+            }
+            pyarrow.parquet.write_table(pyarrow.table(table), workplace / folder / f"{part:03}.parquet")
+    for name in ("texts/deep", "src/deep"):
+        (workplace / name).mkdir(parents=True)
+        for i in range(200):
+            (workplace / name / f"{i}.{'txt' if 'texts' in name else 'py'}").write_text(f"print({i})\n" * (i % 9 + 9))
+    code, out, err = lm("prepare", "--config", config, "--json")
+    assert code == 0, err
+    said, output = json.loads(out.splitlines()[-1]), yaml.safe_load(config.read_text())["output"]
+    assert said["documents"] == (4000 if "web" in config.stem else 200)
+    fit = ("--data.init_args.corpus", output, "--data.init_args.tokenizer", "gpt2", "--name", "run")
+    code, _, err = lm("fit", "--config", "tiny.yaml", "--data.init_args.block_size", 8, *fit)
+    assert code == 0, err

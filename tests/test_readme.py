@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+import pyarrow
+import pyarrow.parquet
+
+from tests.conftest import REFERENCE, ROOT
 
 README = (ROOT / "README.md").read_text()
 FEW = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
@@ -17,12 +20,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def lend_data(folder: Path) -> None:
+    """Make small files of what the recipes of preparation read."""
+    for name in ("data", "texts", "src", "openwebtext/plain_text", "fineweb-edu/sample/10BT"):
+        (folder / name).mkdir(parents=True)
+    if (REFERENCE / "gpt2.tiktoken").is_file():
+        os.symlink(REFERENCE / "gpt2.tiktoken", folder / "data/gpt2.tiktoken")
+    (folder / "texts/a.txt").write_text("some text")
+    (folder / "src/a.py").write_text("print()")
+    for name in ("openwebtext/plain_text", "fineweb-edu/sample/10BT"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / name / "0.parquet")
+
+
 def test_commands_and_code(tmp_path: Path) -> None:
     os.symlink(ROOT / "configs", tmp_path / "configs")
     for name in ("README.md", "LICENSE"):
         os.symlink(ROOT / name, tmp_path / name)
     for code in blocks("python"):
         (tmp_path / re.search(r"# file: (\S+)", code)[1]).write_text(code)
+    lend_data(tmp_path)
     program = shlex.quote(sys.executable) + " -m lm"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LM_DATA_HOME": str(tmp_path / "data")}
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -31,7 +47,9 @@ def test_commands_and_code(tmp_path: Path) -> None:
     for line in commands:
         few = " ".join(FEW) if " fit " in line else ""
         command = line.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")
-        script.append(re.sub(r"\blm (?=fit|validate|sample|gradients)", f"{program} ", command) + f" {few}")
+        if "configs/prepare/" in line and not (tmp_path / "data/gpt2.tiktoken").exists():
+            few = "--tokenizer byte"
+        script.append(re.sub(r"\blm (?=fit|validate|sample|gradients|prepare|tokenizer)", f"{program} ", command) + f" {few}")
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -79,7 +79,7 @@ TABLE = {
         "train split has 9 tokens, block_size 16 needs 17",
     ),
     "not UTF-8": ((*FIT, "--data.init_args.corpus", "latin.txt"), "latin.txt: not UTF-8: byte 0xe9 at offset 103"),
-    "unknown tokenizer": ((*FIT, "--data.init_args.tokenizer", "bpe"), "tokenizer bpe: neither char, gpt2"),
+    "unknown tokenizer": ((*FIT, "--data.init_args.tokenizer", "bpe"), "tokenizer bpe: neither char, byte, gpt2"),
     "run has checkpoints": (
         ("fit", "--config", "tiny.yaml"),
         "checkpoints/tiny has checkpoints already: say",
