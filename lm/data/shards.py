@@ -191,7 +191,7 @@ class Tokens:
                 pieces.append(here + (int(self.ends[k]) - header.tokens))
                 first = end
             k += 1
-        if last > self.documents:
+        if first <= self.documents < last:
             pieces.append(np.array([len(self)]))
         return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
 

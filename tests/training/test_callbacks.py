@@ -24,8 +24,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back at once")
 def test_kept_memory_is_not_asked_for_again() -> None:
-    faults = {
-        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("keep", "give")
-    }
-    assert faults["keep"] < 100 < 1000 < faults["give"]
+    def faults(how: str) -> int:
+        words = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+    assert all(faults("keep") < 100 for _ in range(3))
+    # where a small block happens to lie above the large ones, glibc cannot give them back
+    assert any(faults("give") > 1000 for _ in range(8))
