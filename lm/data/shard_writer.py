@@ -124,7 +124,7 @@ class Writer:
         for split in shards.SPLITS:
             k, place = divmod(self.tokens[split], self.shard_tokens)
             keep = set()
-            if place:
+            if place and not self._path(split, k).exists():  # it does where `finish` was broken off
                 before = sum(shards.read_header(self._path(split, i)).documents for i in range(k))
                 os.truncate(self._part(split, k), shards.HEADER + place * self.itemsize)
                 os.truncate(self._starts(split, k), (self.documents[split] - before) * 8)

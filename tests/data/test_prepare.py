@@ -192,6 +192,25 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
     assert shards.verify(workplace / "broken").manifest["replaced"] == 400_000
 
 
+def test_killed_while_finishing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(workplace / "docs")
+    prepare(Preparation(["docs"], "byte", workplace / "whole", workers=1))
+    name = Writer._name
+
+    def stop(writer: Writer, split: str, *more: int) -> None:
+        name(writer, split, *more)
+        if split == "val":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "_name", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
+    monkeypatch.setattr(Writer, "_name", name)
+    assert (workplace / "out" / "val-00000.tokens").exists()
+    prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
+    assert contents(workplace / "out") == contents(workplace / "whole")
+
+
 def test_a_finished_corpus_is_left_as_it_is(workplace: Path, lm: Run) -> None:
     command = ("prepare", "--source", "text.txt", "--tokenizer", "char", "--output", "out", "--json")
     first, before = lm(*command), contents(workplace / "out")
