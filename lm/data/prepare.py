@@ -155,6 +155,7 @@ class _Run:
     def result(self) -> dict[str, Any]:
         progress = self._progress()
         if progress is None:
+            self._clear("progress.json", self.spool.name)
             return summary(shards.open_corpus(self.folder).manifest)
         tokenizer = tokenizers.load(self.folder / "tokenizer.json")
         dtype = tokenizer.dtype if self.job.dtype == "auto" else np.dtype(self.job.dtype)
@@ -164,10 +165,10 @@ class _Run:
         writer.commit(progress)
         counts = self._encode_all(writer, progress)
         if not sum(writer.tokens.values()):
-            self._give_up()
+            self._clear("progress.json", "tokenizer.json", self.spool.name)
             raise UserError(f"--source {' '.join(self.job.source)}: it is empty")
         manifest = writer.finish({"plan": progress["plan"], **counts})
-        self.spool.unlink(missing_ok=True)
+        self._clear(self.spool.name)
         return summary(manifest)
 
     def _progress(self) -> dict[str, Any] | None:
@@ -325,8 +326,8 @@ class _Run:
         with self.spool.open("wb") as spool:  # it is read twice, and again by a run that goes on
             shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
 
-    def _give_up(self) -> None:
-        for name in ("progress.json", "tokenizer.json", self.spool.name):
+    def _clear(self, *names: str) -> None:
+        for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
 

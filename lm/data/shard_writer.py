@@ -159,15 +159,15 @@ class Writer:
         starts.unlink()
 
 
-def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer) -> None:
-    """Write token ids that are in memory, a document a split, as a corpus."""
+def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer, size: int) -> None:
+    """Write token ids that are in memory, a document a split, as a corpus of so many bytes of text."""
     folder.mkdir(parents=True)
     save_tokenizer(folder, tokenizer)
     writer = Writer(folder, tokenizer, shards.SHARD_TOKENS)
     for split, values in ids.items():
         writer.append(split, values.astype(tokenizer.dtype).tobytes(), np.zeros(1, np.int64))
     writer.commit({})
-    writer.finish({})
+    writer.finish({"documents": len(ids), "bytes": size, "replaced": 0})
 
 
 def save_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:

@@ -259,6 +259,9 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
     splits = manifest.get("splits")
     if not isinstance(manifest.get("tokenizer"), str) or not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise ValueError("its tokenizer or splits are missing")
+    for key in ("documents", "bytes", "replaced"):
+        if not isinstance(manifest.get(key), int) or manifest[key] < 0:
+            raise ValueError(f"its {key} are no number")
     for entry in (entry for split in SPLITS for entry in _entries(splits[split])):
         name = entry.get("name")
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:

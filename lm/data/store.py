@@ -87,7 +87,7 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
         shutil.rmtree(folder, ignore_errors=True)
     try:
         shutil.rmtree(part, ignore_errors=True)
-        write_corpus(part, ids, tokenizer)
+        write_corpus(part, ids, tokenizer, sum(len(text.encode()) for text in parts.values()))
         os.rename(part, folder)
     except OSError as error:
         if _open(folder) is None:  # else another process was first, with the same content

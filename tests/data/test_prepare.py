@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data import files, reading, shards, tokenizers
 from lm.data.prepare import Preparation, prepare
+from lm.data.reading import zstd
 from lm.data.shard_writer import Writer
+from lm.data.spans import Running
 from lm.errors import UserError
 from tests.conftest import start
 
@@ -184,6 +185,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
                 progress = json.loads((workplace / "broken" / "progress.json").read_text())
                 gone_on_from.add(progress.get("committed", {}).get("tokens", {}).get("train", 0))
         if (workplace / "broken" / "manifest.json").exists():  # it was done, so once more from the start
+            assert run("broken").wait(timeout=120) == 0  # and clears away what it was killed before doing
             assert contents(workplace / "whole") == contents(workplace / "broken")
             shutil.rmtree(workplace / "broken")
     assert run("broken").wait(timeout=120) == 0
@@ -399,6 +401,12 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+def resident() -> int:
+    """Bytes of this process in memory, mapped files among them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_ten_billion_tokens_open_at_once(tmp_path: Path) -> None:
     tokenizer = tokenizers.ByteTokenizer()
     writer = Writer(tmp_path, tokenizer, 10**9)
@@ -413,13 +421,29 @@ def test_ten_billion_tokens_open_at_once(tmp_path: Path) -> None:
             file.seek(header.size - 2)
             file.write(b"\x07\x00")
     writer.tokens["train"] = 10**10
-    writer.finish({})
+    writer.finish({"documents": 0, "bytes": 0, "replaced": 0})
     began = time.monotonic()
     tokens = shards.open_corpus(tmp_path).splits["train"]
     took = time.monotonic() - began
     assert len(tokens) == 10**10
+    running, before = Running(tokens, 64, "permutation", 1), resident()
+    for k in range(500):  # 20 GB are read all over
+        running(np.arange(k * 64, (k + 1) * 64))
+    assert resident() - before < 10 << 20
     assert tokens[10**10 - 1 :].tolist() == [7] and tokens[10**9 - 1 : 10**9 + 2].tolist() == [7, 0, 0]
     print(f"opened in {took:.4f} s")
+
+
+@pytest.mark.parametrize("key", ["documents", "bytes", "replaced", "splits", "tokenizer", "version"])
+@pytest.mark.parametrize("value", [None, -1, "x", [1], {"train": 1}])
+def test_a_wrong_manifest_is_one_line(workplace: Path, lm: Run, key: str, value: object) -> None:
+    prepare(Preparation(["text.txt"], "byte", workplace / "out", workers=1))
+    path = workplace / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {key: value}))
+    for command in (("prepare", "--verify", "out"), ("fit", "--config", "tiny.yaml", "--data.init_args.corpus", "out")):
+        code, _, error = lm(*command)
+        assert code == 2 and len(error.splitlines()) == 1 and ("manifest.json" in error or "tokenizer.json" in error)
 
 
 def test_preparing_needs_no_torch() -> None:

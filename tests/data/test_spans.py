@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,23 @@ def test_prepare_fit_validate_sample(corpus: Path, lm: Run) -> None:
     shutil.rmtree(corpus)  # a checkpoint has its tokenizer
     code, out, _ = lm("sample", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--prompt", "é", "--max_new_tokens", 5)
     assert code == 0 and out.startswith("é")
+
+
+def test_gpt2_on_shakespeare_with_the_network_cut(
+    reference: Path, lm: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError("the network is cut")
+
+    monkeypatch.setenv("LM_DATA_HOME", str(reference))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    source = reference / "tinyshakespeare.txt"
+    code, out, _ = lm("prepare", "--source", source, "--tokenizer", "gpt2", "--output", "out", "--workers", 1, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["tokens"] == 301_966 + 36_059
+    assert lm("fit", "--config", "tiny.yaml", "--data.init_args.corpus", "out", "--trainer.max_steps", 2)[0] == 0
+    code, out, _ = lm("sample", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--prompt", "hii there", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["text"][0].startswith("hii there")
 
 
 def test_a_shard_cut_while_it_is_read_is_an_error(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
