@@ -31,6 +31,7 @@ from lm.data.reading import Settings
 from lm.data.shard_writer import Writer, save_tokenizer
 from lm.errors import UserError
 
+LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
 COMMIT_SECONDS = 2.0  # work that a kill may undo
 BATCH_PIECES = 2048  # most documents that are encoded together
 
@@ -231,7 +232,8 @@ class _Run:
 
     def _encode_all(self, writer: Writer, progress: dict[str, Any]) -> dict[str, int]:
         """Encode and write all that is left; return the counts."""
-        counts, begun, committed_at = progress["counts"], time.monotonic(), time.monotonic()
+        counts, begun = progress["counts"], time.monotonic()
+        committed_at = said_at = begun
         job, had = self.job, sum(writer.tokens.values())
         encode = _Encode(str(self.folder), str(writer.dtype), job.val_fraction, job.test_fraction)
         file = progress["place"][0]
@@ -249,6 +251,9 @@ class _Run:
                 speed = (sum(writer.tokens.values()) - had) / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                 bar.update(batch.position - bar.n)
+                if not sys.stderr.isatty() and time.monotonic() - said_at > LINE_SECONDS:
+                    print(bar, file=sys.stderr, flush=True)
+                    said_at = time.monotonic()
                 if time.monotonic() - committed_at > COMMIT_SECONDS:
                     writer.commit(progress)
                     committed_at = time.monotonic()
@@ -339,7 +344,9 @@ def _texts(path: Path, settings: reading.Settings) -> Iterator[str]:
 
 
 def _bar() -> dict[str, Any]:
-    return {"unit": "B", "unit_scale": True, "disable": not sys.stderr.isatty(), "mininterval": 0.5}
+    """Return the settings of progress bars: bytes, speed, time left; off a terminal they are only shown on request."""
+    never = {} if sys.stderr.isatty() else {"delay": float("inf")}
+    return {"unit": "B", "unit_scale": True, "mininterval": 0.5, **never}
 
 
 def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:

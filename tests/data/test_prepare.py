@@ -236,6 +236,19 @@ def test_a_full_disk_is_one_line_and_goes_on_after(workplace: Path, lm: Run, mon
     assert contents(workplace / "out") == contents(workplace / "whole")
 
 
+def test_progress_is_lines_where_there_is_no_terminal(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_documents(workplace / "docs", 3000)
+    prepare(Preparation(["docs"], "byte", workplace / "quiet", workers=1))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("lm.data.prepare.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("lm.data.prepare.BATCH_PIECES", 100)
+    prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5 and all(re.search(r"preparing: .*k/601k.*<.*B/s, .* tokens/s", line) for line in lines)
+
+
 def test_two_at_once_are_refused(workplace: Path) -> None:
     import fcntl
 
