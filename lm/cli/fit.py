@@ -1,6 +1,7 @@
 """`lm fit`: train a network."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
+from lm.data import files
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import ManualLanguageModel, checkpoint, loggers
@@ -129,11 +131,14 @@ class Fit(parsing.Recipes):
         if self.config.init_from is not None and self.ckpt_path is None:
             module.init_from = self.config.init_from
         self._inherit_tokenizer()
+        lock: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
             checkpoint.probe(self.checkpoints)
             checkpoint.probe(self.logs)
+            refusal = f"{self.checkpoints}: another lm fit is at work in it: wait for it, or say another --name"
+            lock = files.alone(self.checkpoints / ".lock", refusal)
         began = time.monotonic()
-        with checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
+        with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step

@@ -1,9 +1,12 @@
 """Where data files live, and how one that is missing is had: once, with a timeout, under a pinned hash."""
 
+import fcntl
 import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO
@@ -58,6 +61,32 @@ def write_whole(path: Path, data: bytes) -> None:
     flush(part)
     part.replace(path)
     flush(path.parent)
+
+
+@contextmanager
+def alone(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock that no other process can have meanwhile; a process that dies, however, leaves none behind.
+
+    Args:
+        path: A folder, or a file that is made where it is missing: NFS locks files only.
+        refusal: What is said where another process holds it.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(refusal) from error
+    except OSError:  # a file system without locks: nothing to hold
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def fetch(name: str, url: str, digest: str) -> Path:

@@ -4,29 +4,22 @@ One process reads and writes, others encode. What they hand back is written in t
 their number nor an interruption changes a byte.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from lm.data import files, reading, shards, tokenizers
+from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
 from lm.data.shard_writer import Writer, save_tokenizer
 from lm.errors import UserError
@@ -76,36 +69,6 @@ class Preparation:
                 raise UserError(f"--{name} {value}: it must be at least 1")
 
 
-class Piece(NamedTuple):
-    """A document, or a part of a long one."""
-
-    text: str
-    split: str | None
-    """None where the document is whole, and a hash of it says."""
-    starts: bool
-    ends: bool
-
-
-class Batch(NamedTuple):
-    """Pieces that are encoded together."""
-
-    pieces: list[Piece]
-    place: tuple[int, int, int]
-    """Where reading goes on: the file, how many pieces of it are done, replaced characters in the files before it."""
-    position: int
-    """Bytes of all files read so far, as they lie on the disk."""
-    replaced: int
-
-
-class Encoded(NamedTuple):
-    """A batch, encoded."""
-
-    ids: dict[str, bytes]
-    starts: dict[str, np.ndarray]
-    documents: int
-    bytes: int
-
-
 def prepare(job: Preparation) -> dict[str, Any]:
     """Prepare a corpus; go on where it was begun, do nothing where it is whole.
 
@@ -118,25 +81,13 @@ def prepare(job: Preparation) -> dict[str, Any]:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         job.output.mkdir(exist_ok=True)
-        with _alone(job.output):
+        with files.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"):
             return _Run(job).result()
     except OSError as error:  # a source's are told apart before
         raise UserError(
             f"--output {job.output}: could not be written ({error.strerror or error}): mend that and give the same "
             "command again, it goes on from there"
         ) from error
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"--output {folder}: another lm prepare is at work in it") from error
-    finally:
-        os.close(descriptor)
 
 
 class _Run:
@@ -235,10 +186,10 @@ class _Run:
         counts, begun = progress["counts"], time.monotonic()
         committed_at = said_at = begun
         job, had = self.job, sum(writer.tokens.values())
-        encode = _Encode(str(self.folder), str(writer.dtype), job.val_fraction, job.test_fraction)
+        encode = Encode(str(self.folder), str(writer.dtype), job.val_fraction, job.test_fraction)
         file = progress["place"][0]
         with (
-            _ordered(encode, self._batches(*progress["place"]), job.workers or os.cpu_count() or 1) as results,
+            ordered(encode, self._batches(*progress["place"]), job.workers or os.cpu_count() or 1) as results,
             tqdm(total=sum(self.sizes), initial=sum(self.sizes[:file]), desc="preparing", **_bar()) as bar,
         ):
             for batch, done in results:
@@ -347,94 +298,6 @@ def _bar() -> dict[str, Any]:
     """Return the settings of progress bars: bytes, speed, time left; off a terminal they are only shown on request."""
     never = {} if sys.stderr.isatty() else {"delay": float("inf")}
     return {"unit": "B", "unit_scale": True, "mininterval": 0.5, **never}
-
-
-def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
-    """Return the split of a document from a hash of its content: equal documents are on one side, in any order."""
-    share = int.from_bytes(digest) / 2 ** (8 * len(digest))
-    if share < test_fraction:
-        return "test"
-    return "val" if share < test_fraction + val_fraction else "train"
-
-
-@dataclass(frozen=True)
-class _Encode:
-    """What a worker does with a batch."""
-
-    folder: str
-    dtype: str
-    val_fraction: float
-    test_fraction: float
-
-    def __call__(self, batch: Batch) -> Encoded:
-        tokenizer = _tokenizer(self.folder)
-        ids: dict[str, list[np.ndarray]] = {}
-        starts: dict[str, list[int]] = {}
-        lengths = dict.fromkeys(shards.SPLITS, 0)
-        size = 0
-        for text, split, begins, ends in batch.pieces:
-            data = text.encode()
-            size += len(data)
-            if split is None:
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                split = split_of(digest, self.val_fraction, self.test_fraction)
-            if begins:
-                starts.setdefault(split, []).append(lengths[split])
-            made = tokenizer.encode(text).astype(self.dtype)
-            if ends and tokenizer.eot is not None:
-                made = np.append(made, np.array(tokenizer.eot, self.dtype))
-            ids.setdefault(split, []).append(made)
-            lengths[split] += len(made)
-        return Encoded(
-            {split: np.concatenate(parts).tobytes() for split, parts in ids.items()},
-            {split: np.array(starts.get(split, []), np.int64) for split in ids},
-            sum(piece.starts for piece in batch.pieces),
-            size,
-        )
-
-
-@lru_cache(1)
-def _tokenizer(folder: str) -> tokenizers.Tokenizer:
-    return tokenizers.load(Path(folder) / "tokenizer.json")
-
-
-@contextmanager
-def _ordered(
-    encode: Callable[[Batch], Encoded], batches: Iterable[Batch], workers: int
-) -> Iterator[Iterator[tuple[Batch, Encoded]]]:
-    """Yield an iterator of batches with what is made of them, in order, few of them ahead."""
-    if workers == 1:
-        yield ((batch, encode(batch)) for batch in batches)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
-
-    def results() -> Iterator[tuple[Batch, Encoded]]:
-        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
-        for batch in batches:
-            waiting.append((batch, pool.submit(encode, batch)))
-            if len(waiting) > 2 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-
-    try:
-        yield results()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """Leave signals to the parent, and end with it, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def end_with_it() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:

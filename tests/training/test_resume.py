@@ -221,3 +221,19 @@ def test_a_signal_before_training_starts(workplace: Path, delay: float, signum: 
     assert process.returncode == 128 + signum
     assert err.startswith("stopped by SIG")
     assert "Traceback" not in out + err
+
+
+def test_two_jobs_on_one_run_are_refused_and_a_dead_one_leaves_no_lock(lm, workplace: Path) -> None:
+    words = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 10**6, "--ckpt_path", "auto")
+    first = start(*words, cwd=workplace)
+    try:
+        while not (workplace / "checkpoints/tiny/last.ckpt").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        code, _, error = lm(*words)
+        assert code == 2 and "checkpoints/tiny: another lm fit is at work in it" in error
+        assert len(error.splitlines()) == 1
+    finally:
+        first.kill()
+        first.communicate()
+    assert lm(*words[:4], 1, *words[5:])[0] == 0

@@ -1,0 +1,145 @@
+"""Encoding in parallel: batches of documents to tokens, handed back in the order they came."""
+
+import hashlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.data import shards, tokenizers
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    split: str | None
+    """None where the document is whole, and a hash of it says."""
+    starts: bool
+    ends: bool
+
+
+class Batch(NamedTuple):
+    """Pieces that are encoded together."""
+
+    pieces: list[Piece]
+    place: tuple[int, int, int]
+    """Where reading goes on: the file, how many pieces of it are done, replaced characters in the files before it."""
+    position: int
+    """Bytes of all files read so far, as they lie on the disk."""
+    replaced: int
+
+
+class Encoded(NamedTuple):
+    """A batch, encoded."""
+
+    ids: dict[str, bytes]
+    starts: dict[str, np.ndarray]
+    documents: int
+    bytes: int
+
+
+def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
+    """Return the split of a document from a hash of its content: equal documents are on one side, in any order."""
+    share = int.from_bytes(digest) / 2 ** (8 * len(digest))
+    if share < test_fraction:
+        return "test"
+    return "val" if share < test_fraction + val_fraction else "train"
+
+
+@dataclass(frozen=True)
+class Encode:
+    """What a worker does with a batch.
+
+    Args:
+        folder: Where tokenizer.json is.
+        dtype: What ids are stored as.
+        val_fraction: Share that validates.
+        test_fraction: Share that tests.
+    """
+
+    folder: str
+    dtype: str
+    val_fraction: float
+    test_fraction: float
+
+    def __call__(self, batch: Batch) -> Encoded:
+        """Return the tokens of a batch, each document's under its split."""
+        tokenizer = _tokenizer(self.folder)
+        ids: dict[str, list[np.ndarray]] = {}
+        starts: dict[str, list[int]] = {}
+        lengths = dict.fromkeys(shards.SPLITS, 0)
+        size = 0
+        for text, split, begins, ends in batch.pieces:
+            data = text.encode()
+            size += len(data)
+            if split is None:
+                digest = hashlib.blake2b(data, digest_size=8).digest()
+                split = split_of(digest, self.val_fraction, self.test_fraction)
+            if begins:
+                starts.setdefault(split, []).append(lengths[split])
+            made = tokenizer.encode(text).astype(self.dtype)
+            if ends and tokenizer.eot is not None:
+                made = np.append(made, np.array(tokenizer.eot, self.dtype))
+            ids.setdefault(split, []).append(made)
+            lengths[split] += len(made)
+        return Encoded(
+            {split: np.concatenate(parts).tobytes() for split, parts in ids.items()},
+            {split: np.array(starts.get(split, []), np.int64) for split in ids},
+            sum(piece.starts for piece in batch.pieces),
+            size,
+        )
+
+
+@lru_cache(1)
+def _tokenizer(folder: str) -> tokenizers.Tokenizer:
+    return tokenizers.load(Path(folder) / "tokenizer.json")
+
+
+@contextmanager
+def ordered(
+    encode: Callable[[Batch], Encoded], batches: Iterable[Batch], workers: int
+) -> Iterator[Iterator[tuple[Batch, Encoded]]]:
+    """Yield an iterator of batches with what is made of them, in order, few of them ahead."""
+    if workers == 1:
+        yield ((batch, encode(batch)) for batch in batches)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+
+    def results() -> Iterator[tuple[Batch, Encoded]]:
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) > 2 * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Leave signals to the parent, and end with it, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
