@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO
@@ -85,8 +85,9 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            os.close(descriptor)
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def fetch(name: str, url: str, digest: str) -> Path:
