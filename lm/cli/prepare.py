@@ -1,7 +1,9 @@
 """`lm prepare`: text to shards of tokens."""
 
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -10,7 +12,7 @@ from lm.cli import common
 from lm.data import shards
 from lm.data.prepare import Preparation, prepare, summary
 from lm.data.reading import Settings
-from lm.errors import UserError
+from lm.errors import Stopped, UserError
 
 
 def make_parser() -> ArgumentParser:
@@ -64,6 +66,8 @@ def prepare_command(arguments: list[str]) -> None:
             **chosen,
         )
         folder = job.output
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, _stop)
         done, said = prepare(job), "prepared"
     seconds = time.monotonic() - began
     out = common.output(options.json)
@@ -76,6 +80,13 @@ def prepare_command(arguments: list[str]) -> None:
         print(f"{done['replaced']:,} wrong bytes became U+FFFD", file=out)
     if options.json:
         common.print_json(done | {"seconds": round(seconds, 3)})
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    # once: what is under way ends the worker processes, and is not to be stopped itself
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(signum)
 
 
 def _needed(name: str, value: Any) -> Any:

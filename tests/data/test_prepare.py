@@ -194,6 +194,24 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
     assert shards.verify(workplace / "broken").manifest["replaced"] == 400_000
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, signum: int, code: int) -> None:
+    write_documents(workplace / "docs", 30_000)
+    command = ("prepare", "--source", "docs", "--tokenizer", "byte", "--output", "out", "--workers", 2)
+    process = start(*command, cwd=workplace)
+    while not (workplace / "out" / "progress.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (code, f"stopped by {signal.Signals(signum).name}\n")
+    process = start(*command, cwd=workplace)
+    process.communicate(timeout=60)
+    prepare(Preparation(["docs"], "byte", workplace / "whole"))
+    assert contents(workplace / "out") == contents(workplace / "whole")
+
+
 def test_killed_while_finishing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(workplace / "docs")
     prepare(Preparation(["docs"], "byte", workplace / "whole", workers=1))
