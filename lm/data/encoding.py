@@ -63,19 +63,21 @@ class Encode:
 
     Args:
         folder: Where tokenizer.json is.
+        identity: Its hash.
         dtype: What ids are stored as.
         val_fraction: Share that validates.
         test_fraction: Share that tests.
     """
 
     folder: str
+    identity: str
     dtype: str
     val_fraction: float
     test_fraction: float
 
     def __call__(self, batch: Batch) -> Encoded:
         """Return the tokens of a batch, each document's under its split."""
-        tokenizer = _tokenizer(self.folder)
+        tokenizer = _tokenizer(self.folder, self.identity)
         ids: dict[str, list[np.ndarray]] = {}
         starts: dict[str, list[int]] = {}
         lengths = dict.fromkeys(shards.SPLITS, 0)
@@ -102,7 +104,8 @@ class Encode:
 
 
 @lru_cache(1)
-def _tokenizer(folder: str) -> tokenizers.Tokenizer:
+def _tokenizer(folder: str, identity: str) -> tokenizers.Tokenizer:
+    # the hash is part of the key: one process may prepare a folder twice, with different tokenizers
     return tokenizers.load(Path(folder) / "tokenizer.json")
 
 

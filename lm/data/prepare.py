@@ -105,6 +105,7 @@ class _Run:
         self.sizes = [path.stat().st_size for path in self.files]
 
     def result(self) -> dict[str, Any]:
+        """Do what is left to do, and return the summary."""
         progress = self._progress()
         if progress is None:
             self._clear("progress.json", self.spool.name)
@@ -186,7 +187,7 @@ class _Run:
         counts, begun = progress["counts"], time.monotonic()
         committed_at = said_at = begun
         job, had = self.job, sum(writer.tokens.values())
-        encode = Encode(str(self.folder), str(writer.dtype), job.val_fraction, job.test_fraction)
+        encode = Encode(str(self.folder), writer.identity, str(writer.dtype), job.val_fraction, job.test_fraction)
         file = progress["place"][0]
         with (
             ordered(encode, self._batches(*progress["place"]), job.workers or os.cpu_count() or 1) as results,
@@ -214,9 +215,9 @@ class _Run:
     def _batches(self, first_file: int, skip: int, replaced: int) -> Iterator[Batch]:
         """Yield what is left of the source in batches, from a `Batch.place` on."""
         batch: list[Piece] = []
-        size = 0
+        size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):
-            settings, before, number = replace(self.job.reading), sum(self.sizes[:k]), 0
+            settings, number = replace(self.job.reading), 0
             for number, (piece, position) in enumerate(self._pieces(self.files[k], settings), 1):
                 if k == first_file and number <= skip:
                     continue
@@ -228,6 +229,7 @@ class _Run:
             if batch and k == len(self.files) - 1:
                 yield Batch(batch, (k, number, replaced), before + self.sizes[k], replaced + settings.replaced)
             replaced += settings.replaced
+            before += self.sizes[k]
 
     def _pieces(self, path: Path, settings: reading.Settings) -> Iterator[tuple[Piece, int]]:
         """Yield a file's pieces, and how many bytes of it were read."""

@@ -90,6 +90,15 @@ def test_workers_and_file_order_change_nothing(workplace: Path) -> None:
     assert set(texts(workplace / "backwards", "val")) == set(texts(workplace / "out1", "val"))
 
 
+def test_one_process_prepares_a_folder_twice_with_different_tokenizers(workplace: Path) -> None:
+    for tokenizer in ("byte", "char"):
+        shutil.rmtree(workplace / "out", ignore_errors=True)
+        prepare(Preparation(["text.txt"], tokenizer, workplace / "out", workers=1))
+        corpus = shards.open_corpus(workplace / "out")
+        found = corpus.tokenizer.decode(np.append(corpus.splits["train"][:], corpus.splits["val"][:]))
+        assert found == (workplace / "text.txt").read_text()
+
+
 def test_a_special_tokens_name_in_a_text_is_text(workplace: Path, reference: Path) -> None:
     (workplace / "a.jsonl").write_text(json.dumps({"text": "one <|endoftext|> two"}))
     prepare(Preparation([str(workplace / "a.jsonl")], "gpt2", workplace / "out", val_fraction=0))
