@@ -7,6 +7,8 @@ class CommandError(Exception):
     """A command cannot go on; its text is the one line that is printed."""
 
     exit_code = 1
+    at_boundary = False
+    """Whether training stands between two steps, so that its state can be saved."""
 
 
 class UserError(CommandError):

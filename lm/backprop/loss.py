@@ -13,7 +13,7 @@ CHUNK = 1 << 22  # logits that are computed at a time: 16 MiB in float32
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, scale: float = 1.0
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, scale: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of the predictions whose target counts, and its gradient by the logits.
 
@@ -31,7 +31,7 @@ def cross_entropy(
         The loss, and the gradient (…, V) of scale times it.
     """
     rows, flat = precise(rows_of(logits)), targets.flatten()  # (N, V), (N,)
-    count = (flat != ignore_index).sum().to(rows.dtype)  # not the default float32
+    count = (flat != ignore_index).sum().clamp(min=1).to(rows.dtype)  # not the default float32
     total, drows = _summed(rows, flat, scale / count, ignore_index)
     return total / count, drows.view(logits.shape)
 
@@ -55,7 +55,7 @@ def head_and_loss(
     *,
     soft_cap: float | None = None,
     ignore_index: int = -100,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Go through the output head and the mean cross-entropy, there and back, a chunk of predictions at a time.
 
@@ -75,7 +75,7 @@ def head_and_loss(
         The loss, and the gradient of scale times it by x: dz W.
     """
     rows, flat = rows_of(x), targets.flatten()  # (N, C), (N,)
-    count = (flat != ignore_index).sum().to(precise(x[:0]).dtype)  # not the default float32
+    count = (flat != ignore_index).sum().clamp(min=1).to(precise(x[:0]).dtype)  # not the default float32
     size = max(1, CHUNK // head.out_features)
     total = torch.zeros_like(count)
     drows, kept = [], []

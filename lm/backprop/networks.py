@@ -29,7 +29,7 @@ def loss_and_gradients(
     targets: Tensor,
     *,
     ignore_index: int = -100,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """Go through a network and the cross-entropy, there and back, without autograd.
 

@@ -46,7 +46,8 @@ class Evaluate(parsing.Recipes):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer without what the recipe says of checkpoints and samples."""
-        return self._instantiate_trainer({**self.config_init.trainer, **kwargs}, [])
+        settings = {**self.config_init.trainer, **kwargs}
+        return self._instantiate_trainer(settings | {"plugins": [checkpoint.AtomicCheckpointIO()]}, [])
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""

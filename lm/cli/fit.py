@@ -8,14 +8,20 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lm.cli import common, parsing
 from lm.data import files
+from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import Stopped, UserError
 from lm.training import ManualLanguageModel, checkpoint, loggers
-from lm.training.callbacks import Checkpoints, Console, FrozenHeap, KeptMemory, RandomState, StopSignals
+from lm.training.callbacks import Console, FrozenHeap, KeptMemory, RandomState
+from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
+from lm.training.sharded import Sharded
+from lm.training.signals import StopSignals
+from lm.training.watch import Launcher, is_lost_contact
 
 
 class Fit(parsing.Recipes):
@@ -67,6 +73,10 @@ class Fit(parsing.Recipes):
         self._hand_over(settings)
         if settings["logger"] in (None, True):
             settings["logger"] = [loggers.Events(self.logs, self.first_step), loggers.MetricsCSV(self.logs)]
+        if settings["strategy"] == "fsdp2":
+            settings["strategy"] = Sharded()
+        elif str(settings["strategy"]).startswith("fsdp"):
+            raise UserError(f"trainer.strategy {settings['strategy']}: sharding is by FSDP2 here: use fsdp2")
         settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
@@ -78,13 +88,22 @@ class Fit(parsing.Recipes):
             Console(self.stream),
             self.config_init.samples,
             self.config_init.figures,
+            self.config_init.watch,
             StopSignals(),
             FrozenHeap(),
             KeptMemory(),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
-        return self._instantiate_trainer(settings, callbacks)
+        trainer = self._instantiate_trainer(settings, callbacks)
+        if trainer.strategy.root_device.type == "cpu" and str(settings["precision"]) in ("16-mixed", "16", "16-true"):
+            raise UserError(  # Lightning would take bf16-mixed instead, without a word
+                f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"
+            )
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+            trainer.strategy._launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes)
+        return trainer
 
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
         """Turn val_check_interval from the recipe's steps into Lightning's batches.
@@ -131,6 +150,9 @@ class Fit(parsing.Recipes):
         if self.config.init_from is not None and self.ckpt_path is None:
             module.init_from = self.config.init_from
         self._inherit_tokenizer()
+        if isinstance(self.datamodule, TokenData):  # known before other processes are started: said once
+            accumulate = max(getattr(module, "accumulate", 1), self.trainer.accumulate_grad_batches)
+            self.datamodule.divided(self.trainer.world_size, accumulate)
         lock: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
             checkpoint.probe(self.checkpoints)
@@ -139,7 +161,7 @@ class Fit(parsing.Recipes):
             lock = files.alone(self.checkpoints / ".lock", refusal)
         began = time.monotonic()
         with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
-            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+            self._fit(module)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
         tokens = (step - self.first_step) * metrics.get("tokens", 0) // max(1, metrics.get("step", 1))
@@ -152,6 +174,19 @@ class Fit(parsing.Recipes):
             "tokens_per_second": round(tokens / seconds, 1),
             "ckpt_path": str(self.checkpoints / "last.ckpt"),
         }
+
+    def _fit(self, module: LightningModule) -> None:
+        launcher = self.trainer.strategy.launcher
+        self.config_init.watch.meet(self.trainer)
+        try:
+            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+        except RuntimeError as error:
+            if self.trainer.world_size == 1 or not is_lost_contact(error):
+                raise
+            raise self.config_init.watch.name_the_lost(error) from error
+        finally:
+            if isinstance(launcher, Launcher):
+                launcher.end(patience=10)
 
     def _inherit_tokenizer(self) -> None:
         """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""

@@ -19,8 +19,9 @@ from lm.cli import common
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.training import LanguageModel
-from lm.training.callbacks import Checkpoints
+from lm.training.checkpoints import Checkpoints
 from lm.training.figures import Figures
+from lm.training.watch import Watch
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run's length is said in steps
@@ -42,6 +43,7 @@ def quiet() -> None:
         ".*treespec.*",
         ".*_pytree.*",
         ".*`isinstance\\(treespec.*",
+        ".*It is recommended to use .self.log.*sync_dist.*",  # our metric has summed over the ranks already
         ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -93,6 +95,7 @@ class Recipes(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
         parser.add_lightning_class_args(Figures, "figures")
+        parser.add_lightning_class_args(Watch, "watch")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def resolved(self) -> dict[str, Any]:
@@ -137,6 +140,8 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
         if str(error).startswith("BatchNorm in training mode"):
             raise UserError(f"data.batch_size: {error}") from error
+        if str(error).startswith("You set `"):  # SLURM's variables say otherwise
+            raise UserError(f"trainer.devices or trainer.num_nodes: {error}") from error
         if ckpt_path is None or "loaded state dict" not in str(error):
             raise
         raise UserError(f"checkpoint {ckpt_path}: its optimizer is another one than the recipe's: {error}") from error

@@ -103,6 +103,15 @@ class From(Sampler[int]):
             k += 1
 
 
+def nothing(batch: Batch) -> Batch:
+    """Return a batch like another, in which nothing is predicted: for a rank that has one fewer than the others.
+
+    Where a network is sharded, all ranks must compute when one does.
+    """
+    tokens, targets = batch
+    return tokens, torch.full_like(targets, IGNORED)
+
+
 class Sliced(Protocol):
     """Token ids that are read in slices: an array, or shards on the disk."""
 
@@ -137,6 +146,9 @@ class EvalChunks(Dataset[Batch]):
         if whole < last:
             spans.append((whole, last))
         self.spans = spans[rank::world_size]
+        self.short = len(self.spans) < -(-len(spans) // world_size)
+        if self.short:  # this rank has one batch fewer than the first
+            self.spans.append(spans[0])
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -146,4 +158,5 @@ class EvalChunks(Dataset[Batch]):
         start, stop = self.spans[k]
         chunk = torch.from_numpy(self.ids[start : stop + 1].astype(np.int64))
         T = min(self.block_size, stop - start)  # noqa: N806
-        return chunk[:-1].view(-1, T), chunk[1:].view(-1, T)  # (B, T), (B, T)
+        batch = chunk[:-1].view(-1, T), chunk[1:].view(-1, T)  # (B, T), (B, T)
+        return nothing(batch) if self.short and k == len(self) - 1 else batch

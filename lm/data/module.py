@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lm.data.chunks import IGNORED as IGNORED
-from lm.data.chunks import Batch, From, Stream
+from lm.data.chunks import Batch, From, Stream, nothing
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
@@ -72,7 +72,10 @@ class TokenData(LightningDataModule, ABC):
             UserError: The global batch does not divide.
         """
         trainer = self.trainer
-        world_size, accumulate = (trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)
+        return self.divided(*(trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1))
+
+    def divided(self, world_size: int, accumulate: int) -> int:
+        """Return the sequences of a micro-batch; raises UserError where the global batch does not divide."""
         micro, rest = divmod(self.batch_size, world_size * accumulate)
         if rest or not micro:
             raise UserError(
@@ -156,7 +159,10 @@ class Rows(Dataset[Batch]):
         if len(tokens) < world_size:
             raise UserError(f"a split of {len(tokens)} examples does not do for {world_size} processes: use fewer")
         size = max(1, min(batch_size, len(tokens) // world_size))  # rounded down: no rank gets no batch
-        self.batches = list(zip(tokens.split(size), targets.split(size), strict=True))[rank::world_size]
+        batches = list(zip(tokens.split(size), targets.split(size), strict=True))
+        self.batches = batches[rank::world_size]
+        if len(self.batches) < -(-len(batches) // world_size):
+            self.batches.append(nothing(self.batches[0]))
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+from lm.training.sharded import is_sharded
 
 
 class SampleText(Callback):
@@ -31,11 +31,12 @@ class SampleText(Callback):
         module: Any = pl_module
         start_tokens(module.tokenizer, self.prompt, option="--samples.prompt")
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and write."""
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards or not self.max_new_tokens or trainer.sanity_checking or trainer.state.fn != "fit":
+        if not self.max_new_tokens or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if not is_sharded(trainer) and not (trainer.is_global_zero and boards):  # sharded, all ranks must compute
             return
         module: Any = pl_module
         prompt = torch.tensor([start_tokens(module.tokenizer, self.prompt)], device=module.device)  # (1, T)
@@ -47,6 +48,6 @@ class SampleText(Callback):
                 text += stream.add(int(next(tokens)))
                 if stream.done:
                     break
-        for board in boards:  # indented by four: Markdown shows it as it is
+        for board in boards if trainer.is_global_zero else []:  # indented by four: Markdown shows it as it is
             lines = (text + stream.finish()).splitlines()
             board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)

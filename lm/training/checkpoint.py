@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from lm.errors import UserError
+from lm.training import folders
+from lm.training.writer import Writer
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -29,11 +32,17 @@ class AtomicCheckpointIO(CheckpointIO):
     all were well (Lightning issues 19970, 21253, 21800; the latter still so in 2.6.6).
     """
 
+    def __init__(self) -> None:
+        self.writer = Writer()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as file:
-            torch.save(checkpoint, file)
+        """Copy a checkpoint's state, and write it in the background, whole or not at all.
+
+        Raises:
+            UserError: The disk refused the one before; of this one, `writer.check` and `writer.wait` raise it.
+        """
+        self.writer.wait()
+        self.writer.submit(partial(write, self.writer.snapshot(checkpoint), Path(path)))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -43,7 +52,22 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -87,7 +111,13 @@ def remedy(folder: Path) -> str:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, whole or not at all. A copy, not a link: damage to one must not be damage to both."""
+    """Copy a checkpoint, whole or not at all. A copy, not a link: damage to one must not be damage to both.
+
+    Of a folder, whose size may be that of many disks' worth, the files are linked where that is possible.
+    """
+    if source.is_dir():
+        folders.copy(source, target)
+        return
     with replacing(target) as file, source.open("rb") as original:
         shutil.copyfileobj(original, file, 1 << 24)
 
@@ -127,7 +157,7 @@ def probe(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob(".*.part"):
-            part.unlink()
+            remove(part)
     except OSError as error:
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         raise UserError(
@@ -145,6 +175,8 @@ def damage(path: Path) -> str | None:
 
     Reads all of it: a bit flipped anywhere in the records is found by their checksums.
     """
+    if path.is_dir():
+        return folders.damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # torch writes none of these; a flipped bit there makes it read a record as something else
@@ -167,20 +199,24 @@ def peek(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself, with its "step" and "start"; the tensors stay on the disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of foreign files
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = (
+            folders.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
     meta = checkpoint["lm"]
-    _ = meta["config"]["model"]["init_args"]["net"]["class_path"], checkpoint["state_dict"]
+    _ = meta["config"]["model"]["init_args"]["net"]["class_path"], path.is_dir() or checkpoint["state_dict"]
     _ = meta["tokenizer"]["kind"], meta["vocab_size"], meta["block_size"]
     return meta | {"step": int(checkpoint["global_step"]), "start": checkpoint.get("start", 0)}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return a whole checkpoint on the CPU.
+    """Return a whole checkpoint on the CPU; of a sharded one, what a single file would have held.
 
     Raises:
         UserError: It is missing, damaged or not one of ours.
     """
     verify(path)
+    if path.is_dir():
+        return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -225,6 +261,7 @@ def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> P
     Raises:
         UserError: The run has checkpoints and nothing was requested, or what was requested is not to be had.
     """
+    folders.recover(folder)
     found = sorted(folder.glob("*.ckpt"))
     if request not in (None, "last", "auto"):
         return verify(Path(request).expanduser())

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lm.backprop import Gradients
 from lm.errors import UserError
+from lm.training.sharded import is_sharded
 
 SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
 MOST_ROWS = 1000  # of an embedding table in the projector
@@ -63,10 +64,12 @@ class Figures(Callback):
         self._before: dict[str, Tensor] = {}  # matrices before the update
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find where to write: on the first process alone, and nowhere without TensorBoard."""
+        """Find where to write: on the first process alone, which has no figures of a sharded network to show."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._boards = (
-            [logger.experiment for logger in loggers] if trainer.is_global_zero and self.every_n_steps else []
+            [logger.experiment for logger in loggers]
+            if trainer.is_global_zero and self.every_n_steps and not is_sharded(trainer)
+            else []
         )
 
     def due(self, step: int) -> bool:

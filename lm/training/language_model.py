@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -20,19 +20,22 @@ from torchmetrics.classification import MulticlassExactMatch
 
 from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer
-from lm.errors import CheckError, UserError
+from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.training import compatibility, progress
+from lm.training.compute import compiler_missing, recompute_blocks
+from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
-from lm.training.metrics import TokenLoss
+from lm.training.guard import Guard, clip, global_norm, local, share_loss
 from lm.training.optimizers import parameter_groups
 from lm.training.schedules import Constant, Schedule
+from lm.training.sharded import is_sharded, shard
 
 SMALL = 1 << 20  # parameters
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(Evaluated):
     """Fits any network of `lm.models` by autograd.
 
     The network is built in `configure_model`, where the data has said its vocabulary and block size.
@@ -47,6 +50,13 @@ class LanguageModel(LightningModule):
             more than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and
             stops by a signal come at its multiples. For one process, in full precision, without accumulation.
         calibrate: Whether BatchNorm's running statistics are taken from the whole training split after the last step.
+        on_nonfinite: What is done where the loss or the gradient is not finite: "stop" ends the run, saved, before the
+            update; "skip" leaves the batch out, counts it, and stops after 20 in a row. All ranks do the same.
+        spike: A loss above this many times its running mean over about 100 steps is treated the same; null for none.
+        compile: Whether torch.compile makes faster code of the network, in a minute; without a compiler, a line says
+            so and the run goes on without. Checkpoints are the same either way.
+        activation_checkpointing: Whether blocks compute their activations again in the backward pass rather than
+            keep them: less memory, a third more computation.
     """
 
     def __init__(
@@ -57,8 +67,14 @@ class LanguageModel(LightningModule):
         clip_norm: float | None = 1.0,
         steps_per_call: int = 1,
         calibrate: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        spike: float | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.guard = Guard(on_nonfinite, spike)
+        self.compiled, self.activation_checkpointing = compile, activation_checkpointing
         if steps_per_call < 1:
             raise UserError(f"model.steps_per_call is {steps_per_call}: it must be at least 1")
         self.steps_per_call, self.calibrate = steps_per_call, calibrate
@@ -70,7 +86,6 @@ class LanguageModel(LightningModule):
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.net: nn.Module | None = None
-        self.token_lengths: Tensor  # bytes of each id (V,)
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None
         """The resolved configuration, kept in checkpoints; set by the command line."""
@@ -78,20 +93,18 @@ class LanguageModel(LightningModule):
         """The checkpoint whose weights a new run begins with; set by the command line."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
-        self.validation: dict[str, float] = {}
-        """The newest validation metrics, "step" among them."""
-        self.train_loss = TokenLoss()
-        self.eval_loss = TokenLoss()
-        self.exact_match: MulticlassExactMatch | None = None
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
         self._step_targets: list[Tensor] = []
+        self._step_loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
         self._grad_norm = torch.zeros(())
+        self._divided = False  # whether a step has more than one micro-batch, here or on other ranks
+        self.notice: str | None = None
+        """What the console should say of the step just finished."""
         self._fitted: list[nn.Parameter] = []  # walking the module for them would cost a tenth of a small step
         self._small = False
         self._settings: list[dict[str, Any]] = []  # each parameter group's, as configured
         self._watchers: list[Figures] = []
         self._watching: list[Figures] = []  # those to whom the step in progress is due
-        self._clock = (0.0, 0)  # time and step at which the throughput measurement began
 
     # -- what is fitted
 
@@ -129,10 +142,23 @@ class LanguageModel(LightningModule):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
             take_weights(self.net, data.text_tokenizer, self.init_from)
+        if self.activation_checkpointing:
+            recompute_blocks(self.net)
+        self._compile()
+        if is_sharded(self.trainer):
+            shard(self.net, self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]
         if getattr(data, "exact_match", False):
             self.exact_match = MulticlassExactMatch(data.vocab_size, ignore_index=IGNORED)
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
         self.register_buffer("token_lengths", lengths, persistent=False)
+
+    def _compile(self) -> None:
+        assert self.net is not None
+        device = self.trainer.strategy.root_device
+        if self.compiled and (missing := compiler_missing(device)):
+            rank_zero_warn(f"model.compile: {missing} is missing here: going on without", stacklevel=2)
+        elif self.compiled:
+            self.net.compile()  # in place: no key of the state changes
 
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
@@ -163,6 +189,7 @@ class LanguageModel(LightningModule):
         # asking the Trainer for these at every step would cost a tenth of a small one
         self._groups, self._max_steps = self.trainer.optimizers[0].param_groups, self.trainer.max_steps
         self._scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self._divided = self.trainer.world_size * self.trainer.accumulate_grad_batches > 1
         self._log_every: int = self.trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
         for group, settings in zip(self._groups, self._settings, strict=True):
             group.update(settings)
@@ -182,13 +209,14 @@ class LanguageModel(LightningModule):
         """Set the learning rate of the step that follows `step` finished ones, and see who looks at it."""
         self._step_losses.clear()
         self._step_targets.clear()
+        self.notice = None
         self._watching = [watcher for watcher in self._watchers if watcher.due(step + 1)]
         factor = self.schedule(step, self._max_steps)
         for group, settings in zip(self._groups, self._settings, strict=True):
             group["lr"] = settings["lr"] * factor
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the mean cross-entropy of a micro-batch; or take several whole steps, and return nothing.
+        """Return the cross-entropy of a micro-batch, see `share_loss`; or take several whole steps, and return nothing.
 
         Args:
             batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
@@ -206,12 +234,16 @@ class LanguageModel(LightningModule):
                 f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
                 f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
             )
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)  # (B T, V), (B T,) -> ()
+        flat, wanted = logits.flatten(0, -2), targets.flatten()  # (B T, V), (B T,)
+        if self._divided:
+            loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum") / wanted.numel()  # ()
+        else:
+            loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED)  # ()
         self._note(loss, targets)
         return loss
 
     def _note(self, loss: Tensor, targets: Tensor) -> None:
-        """Keep the loss of a micro-batch for the log."""
+        """Keep what there is to say of a micro-batch."""
         self._step_losses.append(loss.detach())
         self._step_targets.append(targets)
 
@@ -247,30 +279,33 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the gradient, stop where it is not finite, and clip its norm, all before the weights are touched.
+        """Share the loss, measure the gradient, see that both are finite, and clip, before the weights are touched.
 
         Raises:
-            CheckError: The loss or the gradient is not finite. A loss scaler expects that of gradients now and then,
-                and skips the step itself; then only the loss counts.
+            CheckError: They are not, and the run is to stop there.
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
         gradients = [p.grad for p in self._fitted if p.grad is not None]
+        loss: Tensor | float = self._step_losses[0]
+        if self._divided:
+            loss, factor = share_loss(self._step_losses, self._step_targets, self.trainer.world_size)
+            if factor != 1:
+                torch._foreach_mul_(local(gradients), factor)
         if self._small and self.clip_norm is None and gradient_clip_val is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
-            norm = torch.nn.utils.get_total_norm(gradients)
-        losses = self._step_losses
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        if not math.isfinite(loss if self._scaled else loss + norm):
-            raise CheckError(
-                f"step {self.global_step + 1}: loss {float(loss):g} and gradient norm {float(norm):g} are not finite: "
-                "nothing was updated; continue with --ckpt_path last and a lower learning rate or longer warm-up"
-            )
+            norm = global_norm(gradients)
+        self._step_loss, self._grad_norm, guard = loss, norm, self.guard
+        if guard.spike is not None or guard.in_a_row or not math.isfinite(loss if self._scaled else loss + norm):
+            self.notice = guard.verdict(self.global_step + 1, float(loss), float(norm), scaled=self._scaled)
+            if self.notice is not None:
+                for parameter in self._fitted:  # without a gradient, an optimizer leaves a parameter alone
+                    parameter.grad = None
+                return
         clip_norm = self.clip_norm if gradient_clip_val is None else gradient_clip_val
         if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._fitted, clip_norm, norm)
-        self._grad_norm = norm
+            clip(gradients, clip_norm, norm)
         for watcher in self._watching:
             watcher.before_update(self.net)
 
@@ -287,6 +322,8 @@ class LanguageModel(LightningModule):
 
     def _finish_step(self, step: int) -> None:
         """Do what follows the update: figures, metrics, and after the last step the calibration."""
+        if self.notice is not None:
+            self.write({"train/skipped": self.guard.skipped}, step)
         for watcher in self._watching:
             watcher.after_step(self.net, step)
         if step % self._log_every == 0 or step in (1, self._max_steps):
@@ -302,68 +339,18 @@ class LanguageModel(LightningModule):
         calibrate(self.net, batches)
 
     def _log_step(self, step: int) -> None:
-        for loss, targets in zip(self._step_losses, self._step_targets, strict=True):
-            predicted = (targets != IGNORED).sum()
-            self.train_loss.update(loss * predicted, predicted)
-        values = self.train_loss.compute()
-        self.train_loss.reset()
         tokens_per_step = sum(targets.numel() for targets in self._step_targets) * self.trainer.world_size
         began, first = self._clock
         self._clock = (time.monotonic(), step)
         self.metrics = {
             "step": step,
-            "loss": float(values["loss"]),
+            "loss": float(self._step_loss),
             "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
             "gradient_norm": float(self._grad_norm),
             "tokens": step * tokens_per_step,
             "tokens_per_second": (step - first) * tokens_per_step / max(1e-9, self._clock[0] - began),
         }
-        self._write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, step)
-
-    # -- evaluation
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
-        tokens, targets = batch
-        logits = self(tokens)  # (B, T, V), or (B, V)
-        precise = logits.float() if logits.dtype.itemsize < 4 else logits  # sums in 16 bits lose digits
-        flat = precise.flatten(0, -2)  # (B T, V)
-        nats = F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
-        predicted = targets[targets != IGNORED]
-        self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())
-        if self.exact_match is not None:  # all right, given the right ones before: so would greedy generation be
-            self.exact_match.update(logits.argmax(-1), targets)
-
-    def on_validation_epoch_end(self) -> None:
-        """Publish the evaluation: `val_loss` for callbacks, all of it for the loggers."""
-        values = self.eval_loss.compute()
-        self.eval_loss.reset()
-        self.log("val_loss", values["loss"], logger=False)  # the metric has summed over the ranks
-        self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
-        self.validation["tokens"] = int(values["tokens"])
-        if self.exact_match is not None:
-            self.validation["exact_match"] = float(self.exact_match.compute())
-            self.exact_match.reset()
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            chosen = {k: v for k, v in self.validation.items() if k not in ("step", "tokens")}
-            self._write({f"val/{key}": value for key, value in chosen.items()}, self.global_step)
-
-    def on_validation_end(self) -> None:
-        """Keep the time of the evaluation out of tokens_per_second."""
-        self._clock = (time.monotonic(), self.global_step)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to the evaluation's sums."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Publish the evaluation."""
-        self.on_validation_epoch_end()
-
-    def _write(self, values: dict[str, float], step: int) -> None:
-        """Give values to the loggers, under the number of finished steps."""
-        for logger in self.trainer.loggers:
-            logger.log_metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)
+        self.write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, step)
 
     # -- checkpoints
 
@@ -376,9 +363,16 @@ class LanguageModel(LightningModule):
             "vocab_size": self.net.vocab_size,
             "block_size": self.net.block_size,
             "versions": compatibility.versions(),
+            "guard": self.guard.state_dict(),
             "train": self.metrics,
             "validation": self.validation,
         }
+
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint is of this network, vocabulary and optimizer; raises UserError where it is not."""
+        assert self.tokenizer is not None
+        path, fits = self.trainer.ckpt_path, self.trainer.state.fn == "fit"
+        compatibility.check(path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this network and vocabulary, and take over its step.
@@ -386,13 +380,11 @@ class LanguageModel(LightningModule):
         Raises:
             UserError: It is of another one.
         """
-        assert self.tokenizer is not None
         fits = self.trainer.state.fn == "fit"
-        compatibility.check(
-            self.trainer.ckpt_path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits
-        )
+        self.check(checkpoint)
         self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
         if fits:
+            self.guard.load_state_dict(checkpoint["lm"].get("guard", {}))  # older checkpoints have none
             progress.restore(self.trainer, checkpoint)
 
 

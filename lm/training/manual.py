@@ -55,6 +55,10 @@ class ManualLanguageModel(LanguageModel):
         """
         super().setup(stage)
         trainer = self.trainer
+        if self.activation_checkpointing:
+            raise UserError(
+                "model.activation_checkpointing with ManualLanguageModel: rules keep what they need: set it to false"
+            )
         if stage != "fit":
             return
         check_precision(trainer.precision)
@@ -106,18 +110,24 @@ class ManualLanguageModel(LanguageModel):
         for watcher in self._watching:
             watcher.before_backward(self._grads)
         try:
-            loss = self._pass(tokens, targets)
+            loss = self._pass(tokens, targets, self._scale(targets))
         except ValueError as error:
             if "predictions" not in str(error):
                 raise
             raise UserError(f"model.net: {error}: see data.targets, and LinesData for fixed contexts") from error
-        self._note(loss, targets)
+        self._note(loss * self._scale(targets) * self.accumulate if self._divided else loss, targets)
         if last:
             self._grads.finish()
 
-    def _pass(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _scale(self, targets: Tensor) -> float | Tensor:
+        """Return the weight of a micro-batch's mean loss in the step's, see `share_loss`."""
+        if not self._divided:
+            return 1.0
+        return (targets != IGNORED).sum().to(self._fitted[0].dtype) / (targets.numel() * self.accumulate)
+
+    def _pass(self, tokens: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
+        """Add scale times the gradient of the mean loss, and return that."""
         assert self.net is not None
-        scale = 1 / self.accumulate
         if self._compiled is None or self._watching:  # what is looked at is not in a compiled graph
             return loss_and_gradients(self.net, self._grads, tokens, targets, ignore_index=IGNORED, scale=scale)
         loss, found = self._compiled(self.net, self._fitted, tokens, targets, scale)
@@ -137,7 +147,7 @@ class ManualLanguageModel(LanguageModel):
         dtype = torch.bfloat16 if low else next(self.net.parameters()).dtype
         table = against_autograd(self.net, tokens, targets, dtype)
         worst = max(table, key=lambda row: row.relative)
-        self._write({"audit/relative": worst.relative}, step)
+        self.write({"audit/relative": worst.relative}, step)
         wrong = torch.tensor(float(not all(row.approximate for row in table)), device=tokens.device)
         if self.trainer.strategy.reduce(wrong, reduce_op="sum"):
             raise CheckError(
@@ -164,7 +174,7 @@ class ManualLanguageModel(LanguageModel):
 
 
 def _functional(
-    net: nn.Module, parameters: list[nn.Parameter], tokens: Tensor, targets: Tensor, scale: float
+    net: nn.Module, parameters: list[nn.Parameter], tokens: Tensor, targets: Tensor, scale: float | Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the loss and the gradients; torch.compile prefers results to what is changed in passing."""
     grads = Collected()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,63 @@ class SameStatistics(Callback):
         if len(self.found) == 1:
             self.look(trainer, pl_module)
             Path(f"statistics-{trainer.global_rank}").write_text(", then ".join(self.found))
+
+
+class Poison(Callback):
+    """Spoils the weights of one rank during one step, so that its loss and gradient are not finite, or large.
+
+    Args:
+        steps: The steps, counted from 1.
+        factor: On the weights.
+        rank: The rank; 0 by default.
+    """
+
+    def __init__(self, steps: list[int], factor: float, rank: int = 0) -> None:
+        self.steps, self.factor, self.rank = steps, factor, rank
+        self.kept: torch.Tensor | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 in self.steps and trainer.global_rank == self.rank and self.kept is None:
+            weight = pl_module.net.wte.weight.data
+            self.kept = weight.clone()
+            weight *= self.factor
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.kept is not None and trainer.global_step in self.steps:
+            pl_module.net.wte.weight.data.copy_(self.kept)
+            self.kept = None
+
+
+class Drift(Callback):
+    """Changes one bit of rank 1's weights after a step.
+
+    Args:
+        step: The step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            bits = pl_module.net.h[0].ln_1.weight.data.view(torch.int32)
+            bits[3] ^= 1
+
+
+class Hang(Callback):
+    """Lets rank 1 wait for ever at the start of a step, its threads alive.
+
+    Args:
+        step: The step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 == self.step and trainer.global_rank == 1:
+            time.sleep(1000)

@@ -9,7 +9,6 @@ import torch
 
 from lm.errors import UserError
 from lm.training import checkpoint
-from lm.training.checkpoint import AtomicCheckpointIO
 
 CONTENTS = {
     "global_step": 5,
@@ -25,7 +24,7 @@ CONTENTS = {
 
 
 def write(path: Path, **changed: object) -> Path:
-    AtomicCheckpointIO().save_checkpoint({**CONTENTS, **changed}, path)
+    checkpoint.write({**CONTENTS, **changed}, path)
     return path
 
 

@@ -1,0 +1,137 @@
+"""When checkpoints are written, under which names, and which are kept."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lm.errors import UserError
+from lm.training import checkpoint as files
+from lm.training import progress
+from lm.training.writer import Writer
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt, best.ckpt and step=NNNNNNN.ckpt into the run's folder.
+
+    Where a step is both to be evaluated and saved, it is saved after the evaluation, so that a checkpoint never owes
+    one. Lightning's ModelCheckpoint is not used: it ties last.ckpt to its best ones and may leave it stale (Lightning
+    issues 20245, 19189), and it does not save at a stop.
+
+    Args:
+        every_n_steps: Optimizer steps between periodic checkpoints.
+        keep_last: How many periodic checkpoints to keep; null keeps all.
+        keep_every: Periodic checkpoints of steps that this divides are kept whatever keep_last says; null for none.
+    """
+
+    def __init__(
+        self, *, every_n_steps: int = 1000, keep_last: int | None = None, keep_every: int | None = None
+    ) -> None:
+        numbers = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_every": keep_every}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise UserError(f"checkpoint.{name} is {number}: it must be at least 1")
+        self.every_n_steps, self.keep_last, self.keep_every = every_n_steps, keep_last, keep_every
+        self.folder = Path("checkpoints")  # the command line sets both
+        self.start = 0
+        self.best: float = math.inf
+        self.saved_step = self.validated_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best validation loss and the step that was last evaluated."""
+        return {"best": self.best, "validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take these over."""
+        self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Number the start that writes this checkpoint: one that went back to an earlier step is still the newer."""
+        checkpoint["start"] = self.start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget another run's best loss: best.ckpt is this run's own. Make up for an evaluation that was cut short."""
+        origin = Path(trainer.ckpt_path or self.folder / "none").resolve()
+        if origin.parent != self.folder.resolve() or not (self.folder / "best.ckpt").exists():
+            self.best = math.inf
+        if trainer.global_step and progress.validation_due(trainer) and self.validated_step != trainer.global_step:
+            progress.validate(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save a periodic checkpoint, unless an evaluation comes first; learn of one that could not be written."""
+        if not progress.step_finished(trainer, batch_idx):
+            return
+        _writer(trainer).check()
+        if not progress.validation_due(trainer):
+            self._save(trainer, self._due(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best checkpoint where this is it, and the periodic one where it is due."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
+        best = []
+        if loss < self.best:
+            self.best = loss
+            best = [self.folder / "best.ckpt"]
+        self._save(trainer, best + self._due(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate and save the last step, whatever the intervals; wait until all is written."""
+        if progress.validates(trainer) and self.validated_step != trainer.global_step:
+            progress.validate(trainer)
+        if self.saved_step != trainer.global_step:
+            self._save(trainer, [self.last])
+        _writer(trainer).wait()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where training stopped between two steps: by a signal, or before the update of one not to be trusted."""
+        if getattr(exception, "at_boundary", False) and self.saved_step != trainer.global_step:
+            self._save(trainer, [self.last])
+        _writer(trainer).wait()
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint's path."""
+        return self.folder / "last.ckpt"
+
+    def _due(self, trainer: Trainer) -> list[Path]:
+        """Return the periodic checkpoint's paths, where it is due."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 and step != self.saved_step
+        return [self.folder / f"step={step:07d}.ckpt", self.last] if due else []
+
+    def _save(self, trainer: Trainer, targets: list[Path]) -> None:
+        """Save the state once, and under further names by copying the file."""
+        if not targets:
+            return
+        for logger in trainer.loggers:  # what was logged up to a checkpoint is on the disk before it
+            logger.save()
+        first, *others = targets
+        trainer.save_checkpoint(first)
+        if trainer.is_global_zero:
+            for other in others:
+                _writer(trainer).submit(partial(files.copy, first, other))
+            if self.keep_last is not None:
+                _writer(trainer).submit(self._retain)
+        if self.last in targets:
+            self.saved_step = trainer.global_step
+
+    def _retain(self) -> None:
+        """Delete the periodic checkpoints that are not to be kept."""
+        periodic = [path for path in files.newest_first(self.folder) if path.name.startswith("step=")]
+        for old in periodic[self.keep_last :]:
+            step = int(old.stem.removeprefix("step="))
+            if self.keep_every is None or step % self.keep_every:
+                files.remove(old)
+
+
+def _writer(trainer: Trainer) -> Writer:
+    io: Any = trainer.strategy.checkpoint_io
+    return io.writer

@@ -1,0 +1,75 @@
+"""How any network is evaluated: sums over a whole split, divided at the end.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+import math
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassExactMatch
+
+from lm.data.module import IGNORED
+from lm.training.metrics import TokenLoss
+
+
+class Evaluated(LightningModule):
+    """The half of `LanguageModel` that evaluates; the other half fits."""
+
+    net: nn.Module | None
+    token_lengths: Tensor  # bytes of each id (V,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validation: dict[str, float] = {}
+        """The newest validation metrics, "step" among them."""
+        self.eval_loss = TokenLoss()
+        self.exact_match: MulticlassExactMatch | None = None
+        self._clock = (0.0, 0)  # time and step at which the throughput measurement began
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
+        tokens, targets = batch
+        logits = self(tokens)  # (B, T, V), or (B, V)
+        precise = logits.float() if logits.dtype.itemsize < 4 else logits  # sums in 16 bits lose digits
+        flat = precise.flatten(0, -2)  # (B T, V)
+        nats = F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+        predicted = targets[targets != IGNORED]
+        self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())
+        # all right, given the right ones before: so would greedy generation be
+        if self.exact_match is not None and predicted.numel():
+            self.exact_match.update(logits.argmax(-1), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the evaluation: `val_loss` for callbacks, all of it for the loggers."""
+        values = self.eval_loss.compute()
+        self.eval_loss.reset()
+        self.log("val_loss", values["loss"], logger=False)  # the metric has summed over the ranks
+        self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
+        self.validation["tokens"] = int(values["tokens"])
+        if self.exact_match is not None:
+            self.validation["exact_match"] = float(self.exact_match.compute())
+            self.exact_match.reset()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            chosen = {k: v for k, v in self.validation.items() if k not in ("step", "tokens")}
+            self.write({f"val/{key}": value for key, value in chosen.items()}, self.global_step)
+
+    def on_validation_end(self) -> None:
+        """Keep the time of the evaluation out of tokens_per_second."""
+        self._clock = (time.monotonic(), self.global_step)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to the evaluation's sums."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Publish the evaluation."""
+        self.on_validation_epoch_end()
+
+    def write(self, values: dict[str, Any], step: int) -> None:
+        """Give values to the loggers, under the number of finished steps."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)

@@ -1,0 +1,187 @@
+"""Sharded checkpoints on the disk: a folder that is written whole or not at all, and read without running code."""
+
+import json
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lm.errors import UserError
+
+META, SUMS = "lm.pt", "checksums.json"
+_METADATA = (
+    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+INDEX = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}
+"""Of what torch makes the index of a checkpoint."""
+
+
+@contextmanager
+def replacing(path: Path, rank: int, barrier: Callable[[], Any]) -> Iterator[Path]:
+    """Give all ranks a new folder beside path to write in; whole and flushed, it takes path's place.
+
+    Raises:
+        UserError: The disk of a rank refuses; path is as it was.
+    """
+    part, old = (path.with_name(f".{path.name}.{kind}.part") for kind in ("new", "old"))
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    barrier()
+    problem = None
+    try:
+        yield part
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last holds each rank's own
+        problem = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
+    problems: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(problems, problem)
+    if found := next((one for one in problems if one), None):
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{path} could not be written ({found}): make room or make it writable; earlier ones are whole")
+    if rank == 0:
+        _seal(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():  # a folder cannot be replaced in one go; the periodic checkpoints are whole meanwhile
+            path.rename(old)
+        part.rename(path)
+        _flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def _seal(folder: Path) -> None:
+    sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    with (folder / SUMS).open("w") as stream:
+        json.dump(sums, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _flush(folder)
+
+
+def recover(folder: Path) -> None:
+    """Finish what a process that was killed between two renames began."""
+    for part in folder.glob(".*.ckpt.new.part"):
+        path = folder / part.name.removeprefix(".").removesuffix(".new.part")
+        if not path.exists() and damage(part) is None:
+            part.rename(path)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a sharded checkpoint by linking its files, which nobody changes."""
+    part = target.with_name(f".{target.name}.copy.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(source, part, copy_function=os.link)
+    except OSError:  # a file system without links
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+    old = target.with_name(f".{target.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def checksum(file: Path) -> int:
+    """Return the CRC-32 of a file."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a sharded checkpoint, or None where it is whole. Reads all of it."""
+    try:
+        sums = json.loads((path / SUMS).read_text())
+        wrong = next((name for name, value in sums.items() if checksum(path / name) != value), None)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it is not whole or no checkpoint ({error})"
+    if wrong or not {META, ".metadata"} <= sums.keys():
+        return f"its file {wrong or META} does not match its checksum"
+    return None
+
+
+def meta(path: Path) -> dict[str, Any]:
+    """Return all of a sharded checkpoint but its tensors."""
+    return torch.load(path / META, map_location="cpu", weights_only=True)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader, but for its index, which it unpickles: here only with the classes that an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        with (Path(self.path) / ".metadata").open("rb") as stream:
+            index = _Index(stream).load()
+        if getattr(index, "storage_meta", None) is None:
+            index.storage_meta = dcp.metadata.StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name != "Size" and not isinstance(getattr(torch, name, None), torch.dtype):
+            raise pickle.UnpicklingError(f"the index of a checkpoint has no {module}.{name}")
+        if module != "torch" and (module, name) not in INDEX:
+            raise pickle.UnpicklingError(f"the index of a checkpoint has no {module}.{name}")
+        return super().find_class(module, name)
+
+
+def shapes(reader: dcp.FileSystemReader) -> dict[str, Tensor]:
+    """Return the network's state without values, as tensors on the meta device."""
+    found = {}
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        if key.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata):
+            dtype = stored.properties.dtype
+            found[key.removeprefix("state_dict.")] = torch.empty(stored.size, dtype=dtype, device="meta")
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a sharded checkpoint as if it had been a single file: whole tensors, optimizer states by number."""
+    reader = Reader(path)
+    flat: dict[str, Any] = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    dcp.load(flat, storage_reader=Reader(path), no_dist=True)
+    checkpoint = meta(path)
+    groups = checkpoint.pop("param_groups")
+    names = [name for group in groups for name in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for number, name in enumerate(names):
+        prefix = f"optimizer.{name}."
+        states[number] = {key.removeprefix(prefix): flat[key] for key in flat if key.startswith(prefix)}
+    count = iter(range(len(names)))
+    numbered = [{**group, "params": [next(count) for _ in group["params"]]} for group in groups]
+    weights = {k.removeprefix("state_dict."): v for k, v in flat.items() if k.startswith("state_dict.")}
+    return checkpoint | {"state_dict": weights, "optimizer_states": [{"state": states, "param_groups": numbered}]}

@@ -1,0 +1,132 @@
+"""Networks that do not fit on one device: each rank keeps a share of every parameter, FSDP2's way.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020). A sharded checkpoint
+is a folder: the tensors as torch.distributed.checkpoint writes them, a share by each rank; lm.pt, all else that a
+checkpoint has; checksums.json.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from lm.training import checkpoint as files
+from lm.training import folders
+from lm.training.compute import blocks
+
+
+def shard(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave each rank its share of every parameter; a block's are gathered when it computes, and given up after it."""
+    for block in blocks(net):
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether the trainer's ranks have shares of the parameters, so that all must compute when one does."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+class Sharded(ModelParallelStrategy):
+    """`trainer.strategy fsdp2`: shards the network, and writes and reads checkpoints of either kind.
+
+    Lightning's own writes straight into the target folder, so that a crash tears it, has no checksums, and lets pickle
+    read what it finds. Works on CPU processes as on GPUs; FSDPStrategy, the first FSDP, refuses CPUs and clipping.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
+
+    def setup_environment(self) -> None:
+        """Shard over all ranks, on one node or several."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the optimizer's state by parameter name: this rank's shares."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        assert self.model is not None
+        return dict(get_optimizer_state_dict(self.model, inner))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder, whole or not at all; every rank its share.
+
+        Raises:
+            UserError: A disk refuses.
+        """
+        path = Path(self.broadcast(filepath))
+        (optimizer,) = checkpoint.pop("optimizer_states")
+        tensors = {"state_dict": checkpoint.pop("state_dict"), "optimizer": optimizer["state"]}
+        checkpoint["param_groups"] = optimizer["param_groups"]
+        with folders.replacing(path, self.global_rank, self.barrier) as part:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
+            if self.global_rank == 0:
+                files.write(checkpoint, part / folders.META)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a folder, written by however many ranks, or a single file; return all but the tensors' values.
+
+        Raises:
+            UserError: It is missing, damaged, or of another network.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        module: Any = self.lightning_module
+        assert self.model is not None
+        (optimizer,) = self.optimizers or (None,)
+        if not path.is_dir():
+            saved = files.load(path)
+            module.check(saved)
+            whole = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.model, saved["state_dict"], options=whole)
+            if optimizer is not None:
+                state = by_name(saved["optimizer_states"][0], optimizer, self.model)
+                set_optimizer_state_dict(self.model, optimizer, state, options=whole)
+            return saved
+        if self.global_rank == 0:
+            files.verify(path)
+        self.barrier("verified")
+        saved = folders.meta(path)
+        reader = folders.Reader(path)
+        saved["state_dict"] = folders.shapes(reader)
+        module.check(saved)
+        tensors: dict[str, Any] = {"state_dict": self.model.state_dict()}
+        state = get_optimizer_state_dict(self.model, optimizer) if optimizer is not None else {}
+        if optimizer is not None:
+            tensors["optimizer"] = state["state"]
+        dcp.load(tensors, storage_reader=reader)
+        set_model_state_dict(self.model, tensors["state_dict"])
+        if optimizer is not None:
+            set_optimizer_state_dict(self.model, optimizer, state)
+        return saved
+
+
+def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's state_dict with parameters' names for numbers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    named = dict(zip(numbers, (name for group in groups for name in group), strict=True))
+    return {
+        "state": {named[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": params} for group, params in zip(state["param_groups"], groups, strict=True)
+        ],
+    }
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; all ranks must ask."""
+    return tensor.full_tensor() if isinstance(tensor, distributed.tensor.DTensor) else tensor

@@ -1,0 +1,315 @@
+"""A watchful run: ranks that die, hang, lose their network or drift apart end it, in time and by name."""
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lm.errors import CheckError, UserError
+from lm.training import progress
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other ranks of this machine, and leaves watching them to `Watch`.
+
+    Lightning's own observer kills this process, without a word and within five seconds, when another rank ends: also
+    when that one has stopped as it should, while this one still writes the checkpoint.
+    """
+
+    children: list[Any] = []  # noqa: RUF012  replaced, never changed
+
+    def _call_children_scripts(self) -> None:
+        super()._call_children_scripts()
+        self.children, self.procs = self.procs, []  # the observer sees none
+
+    def end(self, patience: float) -> None:
+        """Wait for the other ranks, and kill those that do not end."""
+        deadline = time.monotonic() + patience
+        for child in self.children:
+            try:
+                child.wait(max(0, deadline - time.monotonic()))
+            except Exception:  # it does not end
+                child.kill()
+
+
+class Watch(Callback):
+    """Ends the run where a rank is lost, within a time of your choice rather than after NCCL's half hour.
+
+    Each rank says once in a while that it lives, and how far it is, by way of the store where the ranks have met. Rank
+    0 watches all others, and they watch it.
+
+    Args:
+        timeout: Seconds without a sign of life after which a rank counts as lost: dead, stopped, or without a network.
+        step_timeout: Seconds without any finished batch, in training or evaluation, after which the run counts as hung.
+            Compilation and the preparation of data must fit in.
+        meet_timeout: Seconds in which all processes must have started and found each other.
+        drift_every_n_steps: Steps between comparisons of all weights' checksums over the ranks; 0 for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 60,
+        step_timeout: float = 1800,
+        meet_timeout: float = 600,
+        drift_every_n_steps: int = 1000,
+    ) -> None:
+        limits = {"timeout": timeout, "step_timeout": step_timeout, "meet_timeout": meet_timeout}
+        for name, seconds in limits.items():
+            if not seconds > 0:
+                raise UserError(f"watch.{name} is {seconds}: it must be above 0 seconds")
+        if drift_every_n_steps < 0:
+            raise UserError(f"watch.drift_every_n_steps is {drift_every_n_steps}: it must be at least 0")
+        self.timeout, self.step_timeout, self.meet_timeout = timeout, step_timeout, meet_timeout
+        self.drift_every_n_steps = drift_every_n_steps
+        self.batches = 0
+        self.children: list[Any] = []
+        self._lives: Lives | None = None
+        self._waiting: threading.Timer | None = None
+
+    def meet(self, trainer: Trainer) -> None:
+        """See, before torch waits for half an hour, that the place where the processes meet can be reached.
+
+        Raises:
+            UserError: It cannot; the first process, which the others did not reach, ends with the same exit code.
+        """
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size == 1 or environment is None:
+            return
+        place = f"{environment.main_address}:{environment.main_port}"
+        if trainer.is_global_zero:
+            line = f"error: the other processes did not come to {place} in {self.meet_timeout:g} s: start them too"
+            self._waiting = threading.Timer(self.meet_timeout, lambda: (os.write(2, f"{line}\n".encode()), os._exit(2)))
+            self._waiting.daemon = True
+            self._waiting.start()
+            return
+        deadline, reason = time.monotonic() + self.meet_timeout, ""
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((environment.main_address, environment.main_port), timeout=5).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+                time.sleep(min(1, self.meet_timeout / 10))
+        raise UserError(
+            f"rank {trainer.global_rank}: {place}, where the processes meet, was not reached in "
+            f"{self.meet_timeout:g} s ({reason}): see MASTER_ADDR, MASTER_PORT, and whether the first process runs"
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to watch, once the ranks have met."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+        if trainer.world_size == 1 or self._lives is not None:
+            return
+        if isinstance(trainer.strategy.launcher, Launcher):
+            self.children = trainer.strategy.launcher.children
+        self._lives = Lives(trainer.global_rank, trainer.world_size, self)
+        self._lives.say()
+        trainer.strategy.barrier("watch")
+        self._lives.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count a batch that has come from the loader."""
+        self.batches += 1
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count a batch that has come from the loader."""
+        self.batches += 1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare the weights, where that is due."""
+        every = self.drift_every_n_steps
+        due = every and trainer.world_size > 1 and trainer.global_step % every == 0
+        if due and progress.step_finished(trainer, batch_idx):
+            module: Any = pl_module
+            check_drift(module.net, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Watch no longer where this rank ends by itself; where it lost another one, `name_the_lost` goes on."""
+        if not is_lost_contact(exception):
+            self.stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch no longer."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._lives is not None:
+            self._lives.ended.set()
+
+    def name_the_lost(self, error: BaseException) -> CheckError:
+        """Wait until it is known which rank was lost, and end; return an error where all seem to live."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda number, frame: os._exit(128 + number))
+        if self._lives is not None:
+            time.sleep(self.timeout + 3 * self._lives.interval)  # meanwhile the watching threads end the process
+        return CheckError(f"contact with another rank was lost: {str(error).splitlines()[0]}: --ckpt_path auto goes on")
+
+
+class Lives:
+    """What this rank knows of the others' lives.
+
+    Times are of a clock that cannot be set, so that a jump of the wall clock ends no run.
+    Two threads: one talks to the store, which may block for ever where a network is cut, the other looks at the time.
+
+    Args:
+        rank: This one.
+        world_size: Number of ranks.
+        watch: The settings.
+    """
+
+    def __init__(self, rank: int, world_size: int, watch: Watch) -> None:
+        self.rank, self.world_size, self.watch = rank, world_size, watch
+        self.interval = min(1.0, watch.timeout / 5)
+        self.others = list(range(1, world_size)) if rank == 0 else [0]
+        self.heard: dict[int, tuple[str, float]] = {}  # the newest sign of life of a rank, and when it was new
+        self.batches: dict[int, tuple[int, float]] = {}  # the same of its number of batches
+        store: Any = _get_default_store()
+        self.store = store.clone()  # a connection of its own: another thread's wait must not hold it up
+        self.beats = 0
+        self.ended = threading.Event()
+
+    def say(self) -> None:
+        """Say that this rank lives, where it is and how far."""
+        self.beats += 1
+        sign = f"{self.beats} {self.watch.batches} {socket.gethostname()} {os.getpid()}"
+        self.store.set(f"lm/lives/{self.rank}", sign)
+
+    def start(self) -> None:
+        """Begin."""
+        now = time.monotonic()
+        self.heard = dict.fromkeys(self.others, ("", now))
+        self.batches = dict.fromkeys(range(self.world_size), (0, now))
+        for target in (self._talk, self._look):
+            threading.Thread(target=target, daemon=True, name="watch").start()
+
+    def _talk(self) -> None:
+        self.store.set_timeout(timedelta(seconds=self.watch.timeout))
+        try:
+            while not self.ended.wait(self.interval):
+                self.say()
+                signs = self.store.multi_get([f"lm/lives/{rank}" for rank in self.others])
+                now = time.monotonic()
+                for rank, sign in zip(self.others, (sign.decode() for sign in signs), strict=True):
+                    if sign != self.heard[rank][0]:
+                        self.heard[rank] = sign, now
+                        self._count(rank, int(sign.split()[1]), now)
+                self._count(self.rank, self.watch.batches, now)
+        except Exception:  # the store is gone, and with it rank 0: the other thread notices
+            return
+
+    def _count(self, rank: int, batches: int, now: float) -> None:
+        if batches != self.batches[rank][0]:
+            self.batches[rank] = batches, now
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(self.interval):
+            now = time.monotonic()
+            if now - before > 3 * self.interval + 1:  # this process was itself stopped; nobody is late yet
+                self.heard = {rank: (sign, now) for rank, (sign, _) in self.heard.items()}
+                self.batches = {rank: (count, now) for rank, (count, _) in self.batches.items()}
+            before = now
+            self._see_children()
+            self._see_the_others(now)
+
+    def _see_children(self) -> None:
+        for rank, child in enumerate(self.watch.children, start=1):
+            code = child.poll()
+            if code and not self.ended.wait(self.interval):
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                self._end(f"rank {rank} (process {child.pid}) {how}", max(1, code))
+
+    def _see_the_others(self, now: float) -> None:
+        lost = {rank: sign for rank, (sign, when) in self.heard.items() if now - when > self.watch.timeout}
+        for rank, sign in lost.items():
+            _, _, host, pid = sign.split() if sign else ("", "", "unknown host", "0")
+            if int(pid) == os.getppid():  # rank 0, which started this one: stopped, it would hold its device for ever
+                os.kill(int(pid), signal.SIGKILL)
+            self._end(
+                f"rank {rank} of {self.world_size} ({host}, process {pid}) gave no sign of life for "
+                f"{self.watch.timeout:g} s: it died, was stopped, or lost its network"
+            )
+        if self.rank == 0 and all(now - when > self.watch.step_timeout for _, when in self.batches.values()):
+            fewest = min(count for count, _ in self.batches.values())
+            behind = [str(rank) for rank, (count, _) in self.batches.items() if count == fewest]
+            faulthandler.dump_traceback(sys.stderr)
+            self._end(
+                f"no rank finished a batch for {self.watch.step_timeout:g} s; behind the others, in batch {fewest}: "
+                + ("all of them" if len(behind) == self.world_size else f"rank {', '.join(behind)}")
+            )
+
+    def _end(self, what: str, code: int = 1) -> None:
+        if self.ended.is_set():
+            return
+        line = f"error: rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with --ckpt_path auto"
+        os.write(2, f"{line}\n".encode())
+        for child in self.watch.children:
+            child.kill()
+        os._exit(code)  # the main thread may wait for the lost rank in C++, where no exception reaches it
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe", "gloo")
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Return whether an error is a collective's that lost another rank."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+
+
+def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list[Tensor]] | None = None) -> None:
+    """Compare checksums of all parameters over the ranks.
+
+    Args:
+        net: The network; parameters sharded over the ranks are not compared.
+        step: Number of finished steps, for the message.
+        gather: Returns all ranks' tensors; torch.distributed's by default.
+
+    Raises:
+        CheckError: They differ; says on which ranks, and at which parameter first.
+    """
+    whole = {n: p for n, p in net.named_parameters() if not isinstance(p, distributed.tensor.DTensor)}
+    if not whole:
+        return
+    sums = torch.stack([checksum(parameter.detach()) for parameter in whole.values()])  # (parameters,)
+    rows = torch.stack((gather or _gather)(sums))  # (ranks, parameters)
+    usual = rows.mode(dim=0).values  # (parameters,)
+    if (rows == usual).all():
+        return
+    ranks = [str(rank) for rank, row in enumerate(rows) if not torch.equal(row, usual)]
+    first = list(whole)[int((rows != usual).any(dim=0).nonzero()[0])]
+    raise CheckError(
+        f"step {step}: the weights of rank {', '.join(ranks)} differ from the other ranks', first at {first}: nothing "
+        "was saved since; look for a broken device, and continue with --ckpt_path auto"
+    )
+
+
+def checksum(values: Tensor) -> Tensor:
+    """Return a number, int64 (), that changes with any bit of values and with their order."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = values.contiguous().flatten().view(kinds[values.element_size()]).long()  # (n,)
+    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()  # odd factors lose no bit; wraps
+
+
+def _gather(sums: Tensor) -> list[Tensor]:
+    rows = [torch.empty_like(sums) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(rows, sums)
+    return rows

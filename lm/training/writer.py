@@ -1,0 +1,68 @@
+"""Writing in the background, from copies in host memory, so that training waits for the copy alone."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Writer:
+    """One thread that does what it is given, one after the other, so that no file is ever written twice at a time.
+
+    Lightning's AsyncCheckpointIO is not used: an error comes up only when the run ends, and nothing can be done after
+    a file is whole, such as copying it or removing an older one.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+        self._copies: dict[int, Tensor] = {}
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Do a job after those before it."""
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending.append(self._pool.submit(job))
+
+    def check(self) -> None:
+        """Raise the error of a job that has failed, if there is one."""
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
+
+    def wait(self) -> None:
+        """Wait for all jobs; raise the error of the first that has failed."""
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def snapshot(self, values: Any) -> Any:
+        """Return a copy of nested values whose tensors are in host memory; those that share storage still do.
+
+        The copies' memory is kept for the next snapshot: fresh pages would cost as much as the copying. So call it
+        only when what was made of the last one is written.
+        """
+        seen: dict[Any, Tensor] = {}
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: copied(one) for key, one in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(copied(one) for one in value)
+            if not isinstance(value, Tensor):
+                return value
+            key = (value.device, value.data_ptr(), value.shape, value.stride()) if value.numel() else id(value)
+            if key not in seen:
+                seen[key] = self._copy(len(seen), value.detach())
+            return seen[key]
+
+        result = copied(values)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies from its memory went on beside this
+        return result
+
+    def _copy(self, number: int, value: Tensor) -> Tensor:
+        copy = self._copies.get(number)
+        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._copies[number] = copy
+        return copy.copy_(value, non_blocking=True)

@@ -1,0 +1,74 @@
+"""Sharded over ranks: the same numbers, checkpoints whole or not at all, which any number of ranks can read."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.errors import UserError
+from lm.training import checkpoint, folders
+from tests.training.test_ranks import finish, numbers, run, write_recipe
+from tests.training.test_resume import assert_equal, state
+
+SHARDED = ("--trainer.strategy", "fsdp2")
+
+
+def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -> None:
+    write_recipe()  # Lightning refuses 64-true there
+    exact = ("--model.init_args.net.init_args.dropout", 0)
+    finish(run("whole", 2, *exact, cwd=workplace))
+    finish(run("shards", 2, *exact, *SHARDED, cwd=workplace))
+    assert numbers("shards") == pytest.approx(numbers("whole"), rel=2e-5)
+    folder = Path("checkpoints/shards/step=0000005.ckpt")
+    assert folder.is_dir() and checkpoint.damage(folder) is None and len(list(folder.glob("*.distcp"))) == 2
+    finish(run("again", 2, *exact, *SHARDED, "--ckpt_path", folder, cwd=workplace))
+    last = Path("checkpoints/shards/last.ckpt")
+    assert_equal(state(last), state(Path("checkpoints/again/last.ckpt")))  # to the last bit
+
+    # one rank, unsharded, from the folder; and two ranks, sharded, from a single file
+    assert lm("fit", "--config", "tiny.yaml", "--name", "one", *exact, "--ckpt_path", folder)[0] == 0
+    assert numbers("one")[-1] == pytest.approx(numbers("whole")[-1], rel=2e-5)
+    single = ("--ckpt_path", "checkpoints/whole/step=0000005.ckpt")
+    finish(run("from-file", 2, *exact, *SHARDED, *single, cwd=workplace))
+    assert numbers("from-file")[-1] == pytest.approx(numbers("whole")[-1], rel=2e-5)
+    whole = state(Path("checkpoints/whole/last.ckpt"))
+    for name, tensor in state(last)["state_dict"].items():
+        torch.testing.assert_close(tensor, whole["state_dict"][name], rtol=1e-3, atol=1e-6)
+    code, out, _ = lm("validate", "--ckpt_path", last, "--config", "tiny.yaml", "--trainer.strategy", "auto")
+    assert code == 0 and "val at step 12" in out
+    assert lm("sample", "--ckpt_path", last, "--max_new_tokens", 5)[0] == 0
+
+    damaged(last)
+
+
+def damaged(folder: Path) -> None:
+    """Damage to any file is seen, the index runs no code, and a rename that was cut short is finished."""
+    part = folder.with_name(f".{folder.name}.new.part")
+    folder.rename(part)
+    folders.recover(folder.parent)
+    assert folder.is_dir() and not part.exists()
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert checkpoint.damage(folder), file.name
+        with pytest.raises(UserError, match=r"last\.ckpt"):
+            checkpoint.load(folder)
+        file.write_bytes(whole)
+    assert checkpoint.damage(folder) is None
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError, match="no posix.system"):
+        folders.Reader(folder).read_metadata()
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("true",)
+
+
+def test_gradients_by_hand_are_not_sharded(workplace: Path) -> None:
+    process = run("by-hand", 1, "--model", "lm.training.ManualLanguageModel", *SHARDED, cwd=workplace)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "use ddp" in err and len(err.splitlines()) == 1

@@ -1,0 +1,135 @@
+"""Ranks that die, stop, hang or drift end the run in time and by name."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.errors import CheckError
+from lm.training import checkpoint
+from lm.training.watch import check_drift, checksum
+from tests.conftest import ROOT
+from tests.training.test_guard import SCHEDULE
+from tests.training.test_ranks import children, finish, run, write_recipe
+from tests.training.test_resume import assert_equal, state
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize(("signum", "why"), [("SIGKILL", "was killed by SIGKILL"), ("SIGSTOP", "gave no sign of life")])
+def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, signum: str, why: str) -> None:
+    write_recipe(max_steps=3000, val_check_interval=1500, log_every_n_steps=500)
+    words = ("--checkpoint.every_n_steps", 50, "--watch.timeout", 3, "--ckpt_path", "auto", *SCHEDULE)
+    process = run("lost", 2, *words, cwd=workplace)
+    while not Path("checkpoints/lost/last.ckpt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    lost = children(process.pid)[0]
+    os.kill(lost, getattr(signal, signum))
+    _, error = process.communicate(timeout=60)
+    line = next(line for line in error.splitlines() if line.startswith("error: "))
+    assert process.returncode == 1 and "rank 1" in line and why in line and f"process {lost}" in line
+    step = checkpoint.peek(Path("checkpoints/lost/last.ckpt"))["step"]
+    finish(run("lost", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
+    finish(run("whole", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
+    assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/lost/last.ckpt")))
+
+
+def callback(name: str, step: int) -> list[str]:
+    return ["--trainer.callbacks+", f"tests.training.stop.{name}", f"--trainer.callbacks.step={step}"]
+
+
+def test_a_rank_that_hangs_is_named(workplace: Path) -> None:
+    write_recipe()
+    process = run("hung", 2, *callback("Hang", 7), "--watch.step_timeout", 4, cwd=workplace)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "no rank finished a batch for 4 s" in error and "Thread" in error  # and where each thread was
+
+
+def test_a_rank_that_drifts_is_named(workplace: Path) -> None:
+    write_recipe()
+    process = run("drifting", 2, *callback("Drift", 7), "--watch.drift_every_n_steps", 2, cwd=workplace)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "error: step 8: the weights of rank" in error and "h.0.ln_1.weight" in error
+    assert checkpoint.peek(Path("checkpoints/drifting/last.ckpt"))["step"] == 5  # nothing was saved since
+
+
+def test_a_meeting_place_that_cannot_be_reached_is_named(
+    lm, workplace: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int
+) -> None:
+    place = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 1}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port, "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    code, _, err = lm("fit", "--config", "tiny.yaml", "--trainer.num_nodes", 2, "--watch.meet_timeout", 2)
+    assert code == 2 and err.count("error: ") == 1
+    assert f"error: rank 1: 127.0.0.1:{unused_port}" in err and "not reached in 2 s (Connection refused)" in err
+
+
+def test_a_first_process_that_stays_alone_says_so(workplace: Path, unused_port: int) -> None:
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port, "TORCHELASTIC_RUN_ID": "x"}
+    words = [sys.executable, "-m", "lm", "fit", "--config", "tiny.yaml", "--trainer.num_nodes", "2"]
+    done = subprocess.run(
+        [*words, "--watch.meet_timeout", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{key: str(value) for key, value in place.items()}},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"did not come to 127.0.0.1:{unused_port} in 2 s" in done.stderr
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}
+SLURM |= {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "expected"),
+    [
+        (("--trainer.devices", 2), SLURM, "--ntasks-per-node=4"),
+        (("--trainer.devices", 3), {}, "data.batch_size 4 is not divisible by 3 processes x 1 accumulated batches = 3"),
+        (("--trainer.strategy", "fsdp"), {}, "use fsdp2"),
+        (("--watch.timeout", 0), {}, "watch.timeout is 0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    lm, workplace: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, environment: dict[str, str], expected: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = lm("fit", "--config", "tiny.yaml", *words)
+    assert code == 2 and expected in err and len(err.splitlines()) == 1
+
+
+def test_the_rank_that_differs_from_most_is_named() -> None:
+    net, step = torch.nn.Linear(3, 2), 10
+    with pytest.raises(CheckError, match=r"rank 2 differ from the other ranks', first at weight"):
+        check_drift(net, step, lambda sums: [sums, sums, sums + torch.tensor([1, 0]), sums])
+    check_drift(net, step, lambda sums: [sums, sums])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_checksum_changes_with_every_bit_and_with_the_order(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    seen = {int(checksum(values)), int(checksum(values.flip(0)))}
+    for bit in range(8 * dtype.itemsize):
+        other = values.clone()
+        other.view(kind)[2, 3] ^= torch.tensor(1, dtype=kind) << bit
+        seen.add(int(checksum(other)))
+    assert len(seen) == 2 + 8 * dtype.itemsize
