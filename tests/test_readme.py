@@ -50,7 +50,7 @@ def test_commands_and_code(tmp_path: Path) -> None:
         if "configs/prepare/" in line and not (tmp_path / "data/gpt2.tiktoken").exists():
             few = "--tokenizer byte"
         script.append(
-            re.sub(r"\blm (?=fit|validate|sample|gradients|prepare|tokenizer)", f"{program} ", command) + f" {few}"
+            re.sub(r"\blm (?=fit|validate|sample|gradients|prepare|tokenizer|plan)", f"{program} ", command) + f" {few}"
         )
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
