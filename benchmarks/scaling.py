@@ -1,0 +1,97 @@
+"""What several processes, saving and resuming cost, side by side.
+
+    python benchmarks/scaling.py             two ranks x one thread / one rank x two threads, tokens per second
+    python benchmarks/scaling.py --saving    the longest step around a save / the median step, GPT-2 small's state;
+                                             seconds from the start of a resumed process to the end of its first step
+
+Both sides of a ratio are measured in turn, in one run; medians over rounds. Needs tiny Shakespeare, and for --saving
+GPT-2's ranks, in LM_DATA_HOME.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class StepTimes(Callback):
+    """Writes the time from each step's end to the next one's, and the moment of the first."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the moment down."""
+        self.ends.append(time.time())
+        Path("steps.txt").write_text(" ".join(map(str, self.ends)))
+
+
+def fit(folder: str, config: str, threads: int, *words: object) -> None:
+    command = [sys.executable, "-m", "lm", "fit", "--config", str(ROOT / "configs" / config), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def throughput(module: str, ranks: int, threads: int) -> float:
+    """Return the median tokens per second of shakespeare-cpu's shape, without evaluations, samples and figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ("--trainer.limit_val_batches", 0, "--samples.max_new_tokens", 0, "--figures.every_n_steps", 0)
+        steps = ("--trainer.max_steps", 600, "--checkpoint.every_n_steps", 10_000, "--name", "run")
+        fit(folder, "shakespeare-cpu.yaml", threads, "--model", module, "--trainer.devices", ranks, *quiet, *steps)
+        with (Path(folder) / "logs/run/metrics.csv").open() as stream:
+            rows = [float(row["train/tokens_per_second"]) for row in csv.DictReader(stream)]
+        return statistics.median(rows[2:])
+
+
+def scaling(rounds: int) -> None:
+    for module in ("lm.training.LanguageModel", "lm.training.ManualLanguageModel"):
+        ratios = [throughput(module, 2, 1) / throughput(module, 1, 2) for _ in range(rounds)]
+        print(f"{module}: 2 ranks x 1 thread / 1 rank x 2 threads: {statistics.median(ratios):.3f}", end=" ")
+        print(f"(rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)})", flush=True)
+
+
+def saving() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        small = ("--data.init_args.batch_size", 1, "--trainer.accumulate_grad_batches", 1, "--name", "run")
+        cheap = ("--trainer.precision", "32-true", "--trainer.limit_val_batches", 0, "--figures.every_n_steps", 0)
+        words = (*small, *cheap, "--trainer.callbacks+", "benchmarks.scaling.StepTimes", "--samples.max_new_tokens", 0)
+        fit(folder, "gpt2-124m.yaml", 2, *words, "--trainer.max_steps", 19, "--checkpoint.every_n_steps", 5)
+        ends = [float(one) for one in (Path(folder) / "steps.txt").read_text().split()]
+        took = [after - before for before, after in itertools.pairwise(ends)]  # took[k]: step k + 2
+        median, longest = statistics.median(took), max(took[4:])  # the first save takes its memory, too
+        print(f"median step {median:.2f} s, longest after step 5 {longest:.2f} s: {longest / median:.2f}", end="; ")
+        print("steps " + " ".join(f"{one:.2f}" for one in took))
+        began = time.time()
+        fit(folder, "gpt2-124m.yaml", 2, *words, "--trainer.max_steps", 20, "--ckpt_path", "last")
+        first = float((Path(folder) / "steps.txt").read_text().split()[0])
+        print(f"resumed: first step ended {first - began:.1f} s after the start of the process", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saving", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if home := os.environ.get("LM_DATA_HOME"):
+        os.environ["LM_DATA_HOME"] = str(Path(home).resolve())
+    if options.saving:
+        saving()
+    else:
+        scaling(options.rounds)
+
+
+if __name__ == "__main__":
+    main()
