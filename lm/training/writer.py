@@ -1,5 +1,7 @@
 """Writing in the background, from copies in host memory, so that training waits for the copy alone."""
 
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,7 +24,7 @@ class Writer:
 
     def submit(self, job: Callable[[], None]) -> None:
         """Do a job after those before it."""
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pool = self._pool or ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
         self._pending.append(self._pool.submit(job))
 
     def check(self) -> None:
@@ -66,3 +68,9 @@ class Writer:
             copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._copies[number] = copy
         return copy.copy_(value, non_blocking=True)
+
+
+def _step_back() -> None:
+    """Let the thread that calls this run where a core has nothing else to do: on a CPU, training needs them all."""
+    if hasattr(os, "setpriority"):  # Linux has priorities of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
