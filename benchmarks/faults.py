@@ -1,23 +1,29 @@
-"""Do to a training what happens to it in the world, let it go on, compare its last checkpoint with an undisturbed one.
+"""Do to a training what happens to it in the world, let it go on, compare it with an undisturbed one.
 
     python benchmarks/faults.py --times 50
 
 Every trial is a run of real processes, two ranks over gloo, that is hit at a random moment and started again with
-`--ckpt_path auto` until it ends. It has survived where weights, optimizer, random state and metrics are equal to the
-last bit. Prints a line for each kind of fault: how many trials, how many survived, the longest time until a fault ended
-the run.
+`--ckpt_path auto` until it ends. It has survived where it ended as it should, without leaving a process behind, and the
+finished run's weights, optimizer, random state and metrics are those of the undisturbed one, to the last bit. Prints a
+table: trials, survivors, and the longest time from a fault to the end of the last process.
+
+Full and read-only disks need root, to mount a small file system; jumps of the clock need Debian's package faketime.
 """
 
 import argparse
 import contextlib
+import csv
+import glob
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,82 +42,199 @@ RECIPE = {
     "samples": {"max_new_tokens": 0},
     "watch": {"timeout": 5},
 }
-IGNORED = ("start", "loops")
+WORDS = ("fit", "--config", "faults.yaml", "--ckpt_path", "auto", "--trainer.devices", "2")
 
 
-def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "lm", "fit", "--config", "faults.yaml", "--name", name, "--ckpt_path", "auto"]
-    return subprocess.Popen(
-        [*words, "--trainer.devices", "2"], cwd=folder, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL, stderr=(folder / f"{name}.err").open("ab"),
-    )  # fmt: skip
+class Job:
+    """A run and its newest process, the first rank."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.checkpoints = folder / "checkpoints" / name
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or let it go on."""
+        self.process = self.launch()
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start a process for it."""
+        words = [sys.executable, "-m", "lm", *WORDS, "--name", self.name]
+        return subprocess.Popen(
+            words, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL, stderr=(self.folder / f"{self.name}.err").open("ab"), start_new_session=True,
+        )  # fmt: skip
+
+    def ranks(self) -> list[int]:
+        """Return the processes of the ranks; the second is there a few seconds after the first."""
+        pid = self.process.pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children")
+        return [pid, *(int(child) for child in listed.read_text().split())] if listed.exists() else []
+
+    def signal_a_rank(self, *signals: signal.Signals) -> None:
+        """Send one of them to one of the ranks."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(random.choice(self.ranks()), random.choice(signals))
+
+    def kill(self) -> None:
+        """Send SIGKILL to all of its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self, seconds: float) -> bool:
+        """Wait for all processes to end; return whether they did, and end them if not."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process.poll() is not None and not alive(self.process.pid):
+                return True
+            time.sleep(0.02)
+        self.kill()
+        self.process.wait()
+        return False
 
 
-def ranks(process: subprocess.Popen[bytes]) -> list[int]:
-    """Return the processes of the ranks; the second is there a few seconds after the first."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [process.pid, *(int(pid) for pid in listed.read_text().split())] if listed.exists() else []
+def alive(group: int) -> list[str]:
+    """Return the processes of a group that live, or are stopped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number, *_ = path.read_text().rpartition(")")[2].split()
+            if int(number) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
 
 
-def kill_a_rank(process: subprocess.Popen[bytes]) -> None:
-    os.kill(random.choice(ranks(process)), signal.SIGKILL)
+Fault = Callable[[Job], Iterator[None]]
+"""Does harm, and then yields; mends what is to be mended when it goes on."""
 
 
-def kill_the_job(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+def kill_a_rank(job: Job) -> Iterator[None]:
+    job.signal_a_rank(signal.SIGKILL)
+    yield
 
 
-def stop_a_rank(process: subprocess.Popen[bytes]) -> None:
-    os.kill(random.choice(ranks(process)), signal.SIGSTOP)
+def kill_the_job(job: Job) -> Iterator[None]:
+    job.kill()
+    yield
 
 
-def terminate_a_rank(process: subprocess.Popen[bytes]) -> None:
-    os.kill(random.choice(ranks(process)), random.choice([signal.SIGTERM, signal.SIGUSR1]))
+def kill_the_job_in_a_save(job: Job) -> Iterator[None]:
+    while job.process.poll() is None and not glob.glob(f"{job.checkpoints}/.*.part"):
+        pass
+    time.sleep(random.uniform(0, 0.003))  # writing takes a few milliseconds
+    job.kill()
+    yield
 
 
-FAULTS: dict[str, Callable[[subprocess.Popen[bytes]], None]] = {
-    "SIGKILL of a rank": kill_a_rank,
-    "SIGKILL of the whole job": kill_the_job,
-    "SIGSTOP of a rank": stop_a_rank,
-    "SIGTERM or SIGUSR1 to a rank": terminate_a_rank,
+def stop_a_rank(job: Job) -> Iterator[None]:
+    job.signal_a_rank(signal.SIGSTOP)
+    yield
+
+
+def terminate_a_rank(job: Job) -> Iterator[None]:
+    job.signal_a_rank(signal.SIGTERM, signal.SIGUSR1)
+    yield
+
+
+def fill_the_disk(job: Job) -> Iterator[None]:
+    filler = job.checkpoints.parent / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    yield
+    filler.unlink()
+
+
+def remount(folder: Path, how: str) -> bool:
+    return not subprocess.run(["mount", "-o", f"remount,{how}", folder], capture_output=True).returncode
+
+
+def forbid_writing(job: Job) -> Iterator[None]:
+    while job.process.poll() is None and not remount(job.checkpoints.parent, "ro"):
+        time.sleep(0.001)  # busy while a file is being written
+    yield
+    remount(job.checkpoints.parent, "rw")
+
+
+def truncate(job: Job) -> Iterator[None]:
+    job.kill()
+    yield
+    last = job.checkpoints / "last.ckpt"
+    if last.exists():
+        os.truncate(last, random.randrange(last.stat().st_size))
+
+
+def flip_a_bit(job: Job) -> Iterator[None]:
+    job.kill()
+    yield
+    last = job.checkpoints / "last.ckpt"
+    if last.exists():
+        with last.open("r+b") as file:
+            file.seek(random.randrange(last.stat().st_size))
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1 << random.randrange(8)]))
+
+
+def jump_in_time(job: Job) -> Iterator[None]:
+    (job.folder / "clock").write_text(random.choice(("+40d", "-40d", "+2h", "-2h")))
+    yield
+    (job.folder / "clock").write_text("+0")
+
+
+def start_another(job: Job) -> Iterator[None]:
+    second = job.launch()
+    if job.process.poll() is None and second.wait() != 2:  # the first may have ended before the second looked
+        job.end(60)
+        assert job.process.returncode == 0, "two jobs at work on one run"
+    second.wait()
+    yield
+
+
+FAULTS: dict[str, tuple[Fault, set[int] | None]] = {  # and the exit codes that are right; None for any
+    "SIGKILL of a rank": (kill_a_rank, None),
+    "SIGKILL of the whole job": (kill_the_job, None),
+    "SIGKILL of the whole job while it saves": (kill_the_job_in_a_save, None),
+    "SIGTERM or SIGUSR1 to a rank": (terminate_a_rank, {143}),
+    "SIGSTOP of a rank": (stop_a_rank, None),
+    "disk full": (fill_the_disk, {2}),
+    "checkpoints read-only, then back": (forbid_writing, {2}),
+    "last checkpoint truncated": (truncate, None),
+    "a bit of the last checkpoint flipped": (flip_a_bit, None),
+    "the clock jumps": (jump_in_time, {0}),
+    "a second job on the same run": (start_another, {0}),
 }
 
 
-def end(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait for a job to end; return whether it did, and end it if not."""
-    try:
-        process.wait(seconds)
-        return True
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        time.sleep(0.5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what a dead rank 0 left, as a cluster's scheduler would
-
-
-def trial(folder: Path, name: str, fault: Callable[[subprocess.Popen[bytes]], None], length: float) -> float:
-    """Do a fault at a random moment of a run, then finish it; return the seconds until the fault ended it."""
-    process = start(folder, name)
+def trial(folder: Path, name: str, fault: Fault, codes: set[int] | None, length: float) -> tuple[str | None, float]:
+    """Do a fault at a random moment of a run, then finish it; return what went wrong, and how long it took to end."""
+    job = Job(folder, name)
     time.sleep(random.uniform(0.3, length))
-    took = 0.0
-    if process.poll() is None:
+    took, problem = 0.0, None
+    if job.process.poll() is None:
         began = time.monotonic()
-        fault(process)
-        if not end(process, 60):
-            raise SystemExit(f"{name}: still there a minute after its fault")
-        took = time.monotonic() - began - 0.5
-    for _ in range(3):
-        process = start(folder, name)
-        if end(process, 120) and process.returncode == 0:
-            return took
-    raise SystemExit(f"{name}: does not go on: see {folder / (name + '.err')}")
+        harm = fault(job)
+        next(harm)
+        if not job.end(90):
+            problem = "still there after 90 s"
+        took = time.monotonic() - began
+        code = job.process.returncode
+        if codes and code not in {0, *codes}:
+            problem = f"exit code {code}"
+        next(harm, None)
+    for _ in range(2):
+        job.start()
+        if job.end(120) and job.process.returncode == 0:
+            return problem, took
+    return f"does not go on: {(folder / (name + '.err')).read_text()[-500:]}", took
 
 
-def last(folder: Path, name: str) -> dict:
+def outcome(folder: Path, name: str) -> tuple[dict, list]:
+    """Return all that must be equal of a finished run."""
     saved = torch.load(folder / "checkpoints" / name / "last.ckpt", weights_only=True)
-    return {key: value for key, value in saved.items() if key not in (*IGNORED, "lm")}
+    with (folder / "logs" / name / "metrics.csv").open() as stream:
+        rows = [{key: row[key] for key in row if "tokens_per_second" not in key} for row in csv.DictReader(stream)]
+    return {key: value for key, value in saved.items() if key not in ("start", "loops", "lm")}, rows
 
 
 def equal(a: object, b: object) -> bool:
@@ -124,31 +247,70 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
+def possible(fault: Fault, folder: Path) -> str | None:
+    """Return what a fault lacks here."""
+    if fault in (fill_the_disk, forbid_writing) and not os.path.ismount(folder / "checkpoints"):
+        return "needs root"
+    if fault is jump_in_time and not LIBRARY:
+        return "needs Debian's package faketime"
+    return None
+
+
+LIBRARY = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=50, help="Trials of each fault.")
-    parser.add_argument("--only", help="A fault whose name contains this.")
+    parser.add_argument("--only", help="Faults whose name matches this regular expression.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        (folder / "checkpoints").mkdir()
         (folder / "text.txt").write_text(TEXT)
         (folder / "faults.yaml").write_text(yaml.safe_dump(RECIPE))
-        began = time.monotonic()
-        assert end(start(folder, "whole"), 300)
-        length, wanted = time.monotonic() - began - 0.5, last(folder, "whole")
-        for what, fault in FAULTS.items():
-            if options.only and options.only not in what:
-                continue
-            survived, longest = 0, 0.0
-            for number in range(options.times):
-                name = f"{what.replace(' ', '-')}-{number}"
-                longest = max(longest, trial(folder, name, fault, length))
-                survived += equal(wanted, last(folder, name))
-            print(
-                f"{what}: {options.times} times, survived {survived}, ended after at most {longest:.1f} s", flush=True
-            )
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder / "checkpoints"]
+        mounted = os.getuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
+        try:
+            run(folder, options.times, options.only or "")
+        finally:
+            if mounted:
+                subprocess.run(["umount", folder / "checkpoints"], check=True)
+
+
+def run(folder: Path, times: int, only: str) -> None:
+    began = time.monotonic()
+    if not (whole := Job(folder, "whole")).end(300) or whole.process.returncode:
+        raise SystemExit((folder / "whole.err").read_text())
+    length, wanted = time.monotonic() - began, outcome(folder, "whole")
+    print("| fault | times | survived | ended after at most |\n| --- | --- | --- | --- |", flush=True)
+    for what, (fault, codes) in FAULTS.items():
+        if not re.search(only, what):
+            continue
+        if lack := possible(fault, folder):
+            print(f"| {what} | 0 | {lack} | |", flush=True)
+            continue
+        survived, longest = 0, 0.0
+        if fault is jump_in_time:
+            (folder / "clock").write_text("+0")
+            os.environ |= {
+                "LD_PRELOAD": LIBRARY[0], "FAKETIME_TIMESTAMP_FILE": str(folder / "clock"),
+                "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }  # fmt: skip
+        for number in range(times):
+            name = f"{what.replace(' ', '-').replace(',', '')}-{number}"
+            problem, took = trial(folder, name, fault, codes, length)
+            longest = max(longest, took)
+            if problem is None and not equal(wanted, outcome(folder, name)):
+                problem = "goes on, to other numbers"
+            if problem:
+                print(f"{name}: {problem}", file=sys.stderr, flush=True)
+            survived += problem is None
+            shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
+        os.environ.pop("LD_PRELOAD", None)
+        print(f"| {what} | {times} | {survived} | {longest:.1f} s |", flush=True)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Fit(parsing.Recipes):
             raise self.config_init.watch.name_the_lost(error) from error
         finally:
             if isinstance(launcher, Launcher):
-                launcher.end(patience=10)
+                launcher.end(patience=min(10, self.config_init.watch.timeout / 2))  # before they take this one for lost
 
     def _inherit_tokenizer(self) -> None:
         """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""

@@ -37,7 +37,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    option = {"gradients": "--config", "prepare": "--source", "tokenizer": "--source"}.get(command, "--ckpt_path")
+    others = {"gradients": "--config", "plan": "--config", "prepare": "--source", "tokenizer": "--source"}
+    option = others.get(command, "--ckpt_path")
     assert option in capsys.readouterr().out
 
 
