@@ -74,14 +74,18 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(refusal) from error
-    except OSError:  # a file system without locks: nothing to hold
-        pass
+    while True:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(refusal) from error
+        except OSError:  # a file system without locks: nothing to hold
+            break
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            break
+        os.close(descriptor)  # the file went with its last holder between the two calls: that lock keeps nobody out
     try:
         yield
     finally:

@@ -20,6 +20,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lm.errors import CheckError, UserError
 from lm.training import progress
 
+STARTER = "LM_STARTED_BY"
+"""Of the environment: the process that started this rank."""
+
 
 class Launcher(_SubprocessScriptLauncher):
     """Starts the other ranks of this machine, and leaves watching them to `Watch`.
@@ -28,14 +31,26 @@ class Launcher(_SubprocessScriptLauncher):
     when that one has stopped as it should, while this one still writes the checkpoint.
     """
 
-    children: list[Any] = []  # noqa: RUF012  replaced, never changed
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.children: list[Any] = []
+        self.met = threading.Event()
 
     def _call_children_scripts(self) -> None:
+        os.environ[STARTER] = str(os.getpid())
         super()._call_children_scripts()
         self.children, self.procs = self.procs, []  # the observer sees none
+        threading.Thread(target=self._see_them_meet, daemon=True, name="meeting").start()
+
+    def _see_them_meet(self) -> None:
+        while not self.met.wait(0.5):
+            lost = lost_child(self.children)
+            if lost and not self.met.wait(5):  # what ended it may end this process too, with a line of its own
+                end(f"{lost[0]} before the processes had met", self.children, lost[1])
 
     def end(self, patience: float) -> None:
         """Wait for the other ranks, and kill those that do not end."""
+        self.met.set()
         deadline = time.monotonic() + patience
         for child in self.children:
             try:
@@ -84,6 +99,7 @@ class Watch(Callback):
 
         Raises:
             UserError: It cannot; the first process, which the others did not reach, ends with the same exit code.
+            CheckError: The process that started this one, and which it was to meet, has died.
         """
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.world_size == 1 or environment is None:
@@ -102,6 +118,8 @@ class Watch(Callback):
                 return
             except OSError as error:
                 reason = error.strerror or str(error)
+                if os.environ.get(STARTER, str(os.getppid())) != str(os.getppid()):
+                    raise CheckError(f"rank {trainer.global_rank}: rank 0, which started it, is gone") from error
                 time.sleep(min(1, self.meet_timeout / 10))
         raise UserError(
             f"rank {trainer.global_rank}: {place}, where the processes meet, was not reached in "
@@ -116,6 +134,7 @@ class Watch(Callback):
             return
         if isinstance(trainer.strategy.launcher, Launcher):
             self.children = trainer.strategy.launcher.children
+            trainer.strategy.launcher.met.set()
         self._lives = Lives(trainer.global_rank, trainer.world_size, self)
         self._lives.say()
         trainer.strategy.barrier("watch")
@@ -232,11 +251,9 @@ class Lives:
             self._see_the_others(now)
 
     def _see_children(self) -> None:
-        for rank, child in enumerate(self.watch.children, start=1):
-            code = child.poll()
-            if code and not self.ended.wait(self.interval):
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                self._end(f"rank {rank} (process {child.pid}) {how}", max(1, code))
+        lost = lost_child(self.watch.children)
+        if lost and not self.ended.wait(self.interval):
+            self._end(*lost)
 
     def _see_the_others(self, now: float) -> None:
         lost = {rank: sign for rank, (sign, when) in self.heard.items() if now - when > self.watch.timeout}
@@ -260,11 +277,25 @@ class Lives:
     def _end(self, what: str, code: int = 1) -> None:
         if self.ended.is_set():
             return
-        line = f"error: rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with --ckpt_path auto"
-        os.write(2, f"{line}\n".encode())
-        for child in self.watch.children:
-            child.kill()
-        os._exit(code)  # the main thread may wait for the lost rank in C++, where no exception reaches it
+        line = f"rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with --ckpt_path auto"
+        end(line, self.watch.children, code)
+
+
+def lost_child(children: list[Any]) -> tuple[str, int] | None:
+    """Return which of the ranks that this one started has failed and how, and an exit code; None where none has."""
+    for rank, child in enumerate(children, start=1):
+        if code := child.poll():
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return f"rank {rank} (process {child.pid}) {how}", max(1, code)
+    return None
+
+
+def end(what: str, children: list[Any], code: int) -> None:
+    """End this process, and those it has started, with a line that says why."""
+    os.write(2, f"error: {what}\n".encode())
+    for child in children:
+        child.kill()
+    os._exit(code)  # the main thread may wait for the lost rank in C++, where no exception reaches it
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe", "gloo")

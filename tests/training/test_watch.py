@@ -133,3 +133,18 @@ def test_a_checksum_changes_with_every_bit_and_with_the_order(dtype: torch.dtype
         other.view(kind)[2, 3] ^= torch.tensor(1, dtype=kind) << bit
         seen.add(int(checksum(other)))
     assert len(seen) == 2 + 8 * dtype.itemsize
+
+
+@linux
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_dies_before_the_ranks_have_met_ends_the_other(workplace: Path, lost: int) -> None:
+    process = run("early", 2, cwd=workplace)
+    while not (started := children(process.pid)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill([process.pid, *started][lost], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)  # until both have closed it
+    if lost:
+        assert process.returncode == 1 and "was killed by SIGKILL before the processes had met" in error
+    else:
+        assert process.returncode == -signal.SIGKILL and "error: rank 1: rank 0, which started it, is gone" in error
