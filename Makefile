@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint tensorboard clean help
+.PHONY: train test test-slow test-container lint lock audit tensorboard clean help
 
 help:
 	@echo "make train        install, train configs/quickstart.yaml (continues if it was interrupted), print a sample"
 	@echo "make test         install with the test extra, run the tests"
 	@echo "make test-slow    run the tests that take minutes"
-	@echo "make lint         linter, formatter, type checker, import contracts"
+	@echo "make test-container  build the image and run it, without an engine: needs root, buildah and debootstrap"
+	@echo "make lint         linters, formatter, type checker, import contracts"
+	@echo "make lock         write requirements*.lock anew from constraints.txt"
+	@echo "make audit        ask whether a locked package has a known vulnerability"
 	@echo "make tensorboard  show logs/ at http://127.0.0.1:6006"
 	@echo "make clean        remove .venv"
 
@@ -20,16 +23,32 @@ train: .venv/installed
 
 test: .venv/installed-test
 	@echo "== running the tests (make test-slow runs the slow ones)"
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not container"
 
 test-slow: .venv/installed-test
 	$(BIN)/pytest -m slow
+
+test-container: .venv/installed-test
+	$(BIN)/pytest -m container
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+# torch's CPU wheels are in an index of their own: UV_INDEX or UV_FIND_LINKS says where, for the first lock alone
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --constraint constraints.txt --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --index-strategy unsafe-best-match \
+	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
+
+lock: .venv/installed-dev
+	sed -n 's/^torch==.*/&+cpu/p' constraints.txt | $(LOCK) pyproject.toml - --output-file requirements.lock
+	env -u UV_INDEX -u UV_FIND_LINKS $(LOCK) pyproject.toml --output-file requirements-cuda.lock
+
+audit: .venv/installed-dev
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.lock
 
 tensorboard: .venv/installed
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1

@@ -6,7 +6,8 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a cluster/torchrun.sh --config configs/gpt2-124m.yaml   # on the other
 #
 # A process that dies takes the others with it, and torchrun starts all again, MAX_RESTARTS times, from the last
-# checkpoint. checkpoints/ and logs/ are relative to the working directory: one that all nodes share.
+# checkpoint. checkpoints/ and logs/ are relative to the working directory: one that all nodes share. SIGTERM to this
+# script stops all after a step and a save. Exit codes are lm's: 0, 2 for bad input, 143 for stopped.
 set -euo pipefail
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
@@ -16,9 +17,20 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}
 PROCESSES=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)}  # of this node: one a GPU
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}  # of a step and a save; torchrun's own: 30 s
+LM_EXIT_CODE=$(mktemp)
+export LM_EXIT_CODE
 
-# exec: signals go to torchrun itself, which passes them on; lm saves and exits 143
-exec "$PYTHON" -m torch.distributed.run \
+stopped=0
+trap 'stopped=1; kill -TERM "$torchrun"' TERM INT USR1  # torchrun passes SIGTERM on
+"$PYTHON" -m torch.distributed.run \
   --nnodes="$NNODES" --node-rank="$NODE_RANK" --nproc-per-node="$PROCESSES" \
   --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts="$MAX_RESTARTS" \
-  --module lm fit "$@" --ckpt_path auto --trainer.num_nodes "$NNODES" --trainer.devices "$PROCESSES"
+  --module lm fit "$@" --ckpt_path auto --trainer.num_nodes "$NNODES" --trainer.devices "$PROCESSES" &
+torchrun=$!
+code=0
+wait "$torchrun" || code=$?
+[ "$stopped" -eq 0 ] || { code=0; wait "$torchrun" || code=$?; }  # the trap ended the first wait
+[ "$code" -eq 0 ] || code=$(cat "$LM_EXIT_CODE" | grep . || echo "$code")
+rm -f "$LM_EXIT_CODE"
+exit "$code"

@@ -9,6 +9,8 @@ class CommandError(Exception):
     exit_code = 1
     at_boundary = False
     """Whether training stands between two steps, so that its state can be saved."""
+    run: str | None = None
+    """The run's name, where there is one already."""
 
 
 class UserError(CommandError):

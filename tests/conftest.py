@@ -78,5 +78,6 @@ def start(*arguments: object, cwd: Path, **settings: object) -> subprocess.Popen
     """Start `lm` in a process of its own."""
     words = [sys.executable, "-m", "lm", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment |= settings.pop("environment", {})  # type: ignore[arg-type]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
     return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)  # type: ignore[call-overload]

@@ -3,22 +3,26 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lm.training import checkpoint
 from tests.conftest import ROOT
+from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import numbers, write_recipe
+from tests.training.test_resume import assert_equal, state
 
 CLUSTER = ROOT / "cluster"
 
 
-def launch(cwd: Path, name: str, **environment: object) -> subprocess.Popen[str]:
-    import sys
-
-    words = ["bash", str(CLUSTER / "torchrun.sh"), "--config", "tiny.yaml", "--name", name]
+def launch(cwd: Path, name: str, *options: object, **environment: object) -> subprocess.Popen[str]:
+    words = ["bash", str(CLUSTER / "torchrun.sh"), "--config", "tiny.yaml", "--name", name, *map(str, options)]
     settings = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": 1, **environment}
     both = {**os.environ, **{key: str(value) for key, value in settings.items()}}
     return subprocess.Popen(
@@ -40,6 +44,62 @@ def test_torchrun_trains_on_one_node_and_on_two_as_one_process_does(lm, workplac
     assert [node.returncode for node in nodes] == [0, 0], outs
     assert numbers("one-node") == pytest.approx(numbers("alone"), rel=1e-10)
     assert numbers("two-nodes") == pytest.approx(numbers("alone"), rel=1e-10)
+
+
+def rank_of(pid: str) -> str | None:
+    """The rank that a process is, as torchrun has told it; None where it is none, or not there any more."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((one.decode().removeprefix("RANK=") for one in environment if one.startswith(b"RANK=")), None)
+
+
+def the_rank(rank: str, name: str) -> int:
+    found = [path.name for path in Path("/proc").glob("[0-9]*") if rank_of(path.name) == rank]
+    return int(next(pid for pid in found if name in Path(f"/proc/{pid}/cmdline").read_text()))
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> None:
+    write_recipe(max_steps=1500, val_check_interval=1500, log_every_n_steps=500)
+    words = ("--checkpoint.every_n_steps", 50, *SCHEDULE)
+    name = f"lost-{rank}-{os.getpid()}"
+    job = launch(workplace, name, *words, PROCESSES=2, MAX_RESTARTS=1, MASTER_PORT=29613)
+    wait_for(Path(f"checkpoints/{name}/last.ckpt"), job)
+    os.kill(the_rank(rank, name), signal.SIGKILL)
+    out, _ = job.communicate(timeout=180)
+    assert job.returncode == 0, out
+    assert len(list(Path(f"logs/{name}").glob("config*.yaml"))) == 2
+    whole = launch(workplace, "whole", *words, PROCESSES=2, MASTER_PORT=29613)
+    out, _ = whole.communicate(timeout=180)
+    assert whole.returncode == 0, out
+    assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path(f"checkpoints/{name}/last.ckpt")))
+
+
+@linux
+def test_the_scripts_exit_code_is_lms(workplace: Path) -> None:
+    write_recipe(max_steps=100_000)
+    bad = launch(workplace, "bad", "--data.init_args.corpus", "none", PROCESSES=2, MAX_RESTARTS=0, MASTER_PORT=29614)
+    out, _ = bad.communicate(timeout=120)
+    assert bad.returncode == 2 and "corpus none: no such file" in out, out
+    job = launch(workplace, "stopped", "--checkpoint.every_n_steps", 50, PROCESSES=2, MASTER_PORT=29615)
+    wait_for(Path("checkpoints/stopped/last.ckpt"), job)
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 143, out
+    step = checkpoint.peek(Path("checkpoints/stopped/last.ckpt"))["step"]
+    assert f"after step {step}; checkpoints/stopped/last.ckpt has step {step}" in out
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(143, True), (0, False), (2, False)])
@@ -71,6 +131,8 @@ def test_kubernetes_runs_the_script_on_each_node() -> None:
     asked = set(re.findall(r"\$\{(\w+):-", (CLUSTER / "torchrun.sh").read_text()))
     assert environment.keys() <= asked
     assert (ROOT / container["command"][1]).is_file() and (ROOT / container["args"][1]).is_file()
+    grace = int(re.search(r"SHUTDOWN_TIMEOUT:-(\d+)", (CLUSTER / "torchrun.sh").read_text())[1])
+    assert grace < pod["terminationGracePeriodSeconds"]
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from lm.cli import COMMANDS
 from tests.conftest import REFERENCE, ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -49,9 +50,7 @@ def test_commands_and_code(tmp_path: Path) -> None:
         command = line.replace("PYTHONPATH=.", f"PYTHONPATH=.:{ROOT}")
         if "configs/prepare/" in line and not (tmp_path / "data/gpt2.tiktoken").exists():
             few = "--tokenizer byte"
-        script.append(
-            re.sub(r"\blm (?=fit|validate|sample|gradients|prepare|tokenizer|plan)", f"{program} ", command) + f" {few}"
-        )
+        script.append(re.sub(rf"\blm (?={'|'.join(COMMANDS)})", f"{program} ", command) + f" {few}")
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from lm import __version__
+from lm import __version__, log
 from lm.errors import CommandError, Stopped, UserError
 
 COMMANDS = {
@@ -20,6 +20,10 @@ COMMANDS = {
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
+    "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
+    "import": ("lm.cli.export:import_", "make a checkpoint of what was exported"),
+    "doctor": ("lm.cli.doctor:doctor", "say what of this machine matters to training, and what to change"),
+    "health": ("lm.cli.health:health", "say whether a container's server answers; for its health check"),
 }
 
 
@@ -61,18 +65,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
             raise
-        line = " ".join(str(error).split())
-        print(line if isinstance(error, Stopped) else f"error: {line}", file=sys.stderr)
+        level = "warning" if isinstance(error, Stopped) else "error"
+        print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
+        write_exit_code(error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone; say no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
+def write_exit_code(code: int) -> None:
+    """Leave the exit code in the empty file that LM_EXIT_CODE names: torchrun itself ends with 1, whatever it was.
+
+    The first process of a job to fail says why; what it is that makes the others end is its end.
+    """
+    path = os.environ.get("LM_EXIT_CODE")
+    if path and os.path.exists(path) and not os.path.getsize(path):
+        with open(path, "w") as file:
+            file.write(str(code))
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
     # an exception here would come up inside whatever is being imported, and be taken for that code's own
-    os.write(2, f"stopped by {signal.Signals(signum).name}\n".encode())
-    os._exit(128 + signum)
+    line = log.line(f"stopped by {signal.Signals(signum).name}", level="warning")
+    os.write(2, f"{line}\n".encode())
+    code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it ahead of SIGTERM
+    write_exit_code(code)
+    os._exit(code)
 
 
 def _run(words: list[str]) -> int:
@@ -84,7 +103,7 @@ def _run(words: list[str]) -> int:
         print(usage(), file=sys.stderr)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"unknown command {name}: {f'did you mean {near[0]}?' if near else 'see above'}")
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, _stop)
     module, function = COMMANDS[name][0].split(":")
     getattr(importlib.import_module(module), function)(rest)

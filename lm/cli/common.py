@@ -92,6 +92,8 @@ def explain(message: str, names: list[str]) -> str:
         return f"class_path {'.'.join(missing[0])}: no such class{suggestion(missing[0][1], names)}"
     if missing := re.findall(r"No module named '([\w.]+)'", text):
         return f"class_path: there is no module {missing[0]} to import"
+    if denied := re.findall(r"Importing '([\w.]+)' is not allowed", text):
+        return f"class_path {denied[0]}: it is not allowed here, as it could run any code: name a class of your own"
     if file := re.findall(r"File does not exist: '?([^']+)'?", text):
         return f"{file[-1]}: no such file"
     if empty := re.findall(r"(?:Problems parsing config|Unable to (?:load|parse)[^:]*): (.*)", text):

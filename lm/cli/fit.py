@@ -10,12 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from lm import log
 from lm.cli import common, parsing
 from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
-from lm.errors import Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, loggers
+from lm.errors import CommandError, Stopped, UserError
+from lm.training import ManualLanguageModel, checkpoint, folders, loggers
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -47,8 +48,9 @@ class Fit(parsing.Recipes):
         """Find the run's folders and the checkpoint to start from, before anything costs time."""
         config = self.config
         name = parsing.run_name(config)
-        self.checkpoints, self.logs = Path("checkpoints") / name, Path("logs") / name
+        self.checkpoints, self.logs, self.name = Path("checkpoints") / name, Path("logs") / name, name
         self.stream = common.output(config.json)
+        log.take_over(name)
         limits = config.trainer
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
@@ -59,12 +61,24 @@ class Fit(parsing.Recipes):
                 raise UserError(f"trainer.{key} is {limits[key]}: it must be above 0")
         if limits.limit_train_batches not in (None, 1.0):
             raise UserError("trainer.limit_train_batches: training has no epochs to limit, say trainer.max_steps")
+        if log.rank() == 0 and folders.unfinished(self.checkpoints):
+            with self.alone():
+                folders.recover(self.checkpoints)
         self.ckpt_path = checkpoint.resolve(
-            self.checkpoints, config.ckpt_path, note=lambda line: print(f"note: {line}", file=self.stream, flush=True)
+            self.checkpoints, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
         )
         self.first_step = checkpoint.peek(self.ckpt_path)["step"] if self.ckpt_path else 0
         if config.init_from is not None:
             checkpoint.verify(config.init_from)  # a missing or damaged one is found before anything costs time
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the run."""
+        refusal = f"{self.checkpoints}: another lm fit is at work in it: wait for it, or say another --name"
+        return files.alone(self.checkpoints / ".lock", refusal)
+
+    def say(self, text: str, **fields: Any) -> None:
+        """Print a line about the run."""
+        print(log.line(text, run=self.name, **fields), file=self.stream, flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
@@ -72,11 +86,16 @@ class Fit(parsing.Recipes):
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
-            settings["logger"] = [loggers.Events(self.logs, self.first_step), loggers.MetricsCSV(self.logs)]
+            kinds = (loggers.MetricsCSV, loggers.MetricsProm)
+            settings["logger"] = [loggers.Events(self.logs, self.first_step), *(kind(self.logs) for kind in kinds)]
         if settings["strategy"] == "fsdp2":
             settings["strategy"] = Sharded()
         elif str(settings["strategy"]).startswith("fsdp"):
             raise UserError(f"trainer.strategy {settings['strategy']}: sharding is by FSDP2 here: use fsdp2")
+        elif any(kind in str(settings["strategy"]) for kind in ("spawn", "fork", "notebook")):
+            raise UserError(f"trainer.strategy {settings['strategy']}: each rank is a program of its own here: use ddp")
+        if settings["sync_batchnorm"]:
+            raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
         settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
@@ -85,7 +104,7 @@ class Fit(parsing.Recipes):
         callbacks = [
             _Opening(self),
             RandomState(self.config_init.seed_everything),
-            Console(self.stream),
+            Console(self.stream, self.name),
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,
@@ -96,6 +115,8 @@ class Fit(parsing.Recipes):
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
+        # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if trainer.strategy.root_device.type == "cpu" and str(settings["precision"]) in ("16-mixed", "16", "16-true"):
             raise UserError(  # Lightning would take bf16-mixed instead, without a word
                 f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"
@@ -157,10 +178,11 @@ class Fit(parsing.Recipes):
         if self.trainer.is_global_zero:
             checkpoint.probe(self.checkpoints)
             checkpoint.probe(self.logs)
-            refusal = f"{self.checkpoints}: another lm fit is at work in it: wait for it, or say another --name"
-            lock = files.alone(self.checkpoints / ".lock", refusal)
+            lock = self.alone()
         began = time.monotonic()
         with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
+            if self.trainer.is_global_zero:
+                checkpoint.clear(self.checkpoints)
             self._fit(module)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
@@ -176,17 +198,20 @@ class Fit(parsing.Recipes):
         }
 
     def _fit(self, module: LightningModule) -> None:
-        launcher = self.trainer.strategy.launcher
-        self.config_init.watch.meet(self.trainer)
+        launcher, watch = self.trainer.strategy.launcher, self.config_init.watch
+        if isinstance(launcher, Launcher):
+            watch.children = launcher.children
+        watch.meet(self.trainer)
         try:
+            watch.meet_again(self.trainer)
             self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         except RuntimeError as error:
             if self.trainer.world_size == 1 or not is_lost_contact(error):
                 raise
-            raise self.config_init.watch.name_the_lost(error) from error
+            raise watch.name_the_lost(error) from error
         finally:
             if isinstance(launcher, Launcher):
-                launcher.end(patience=min(10, self.config_init.watch.timeout / 2))  # before they take this one for lost
+                launcher.end(patience=min(10, watch.timeout / 2))  # before they take this one for lost
 
     def _inherit_tokenizer(self) -> None:
         """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""
@@ -229,15 +254,22 @@ def fit(arguments: list[str]) -> None:
         result = cli.run()
     except Stopped as stop:
         raise _where_it_stopped(stop, cli) from None
+    except CommandError as error:
+        error.run = cli.name
+        raise
     if not cli.trainer.is_global_zero:
         return
     if cli.config.json:
         common.print_json(result)
     else:
-        print(f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}")
+        text = f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}"
+        cli.say(text, **result)
 
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
+    stop.run = cli.name
+    if not cli.trainer.is_global_zero:  # the first rank says it
+        return stop
     last = cli.checkpoints / "last.ckpt"
     saved = f"{last} has step {checkpoint.peek(last)['step']}" if last.exists() else "nothing was saved yet"
     stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}: continue with --ckpt_path auto",)

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lm.cli import common
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
+from lm.inference.loading import deny_what_runs_code
 from lm.training import LanguageModel
 from lm.training.checkpoints import Checkpoints
 from lm.training.figures import Figures
@@ -68,6 +69,7 @@ class Recipes(LightningCLI):
         if not any(word.split("=")[0] in ("--config", "-c") for word in arguments):
             # not parser defaults: those would leave their values behind where a recipe names another class
             arguments = [*self.classes, *arguments]
+        deny_what_runs_code()
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
             with trainer_errors(None), common.one_line_errors(lambda: self.parser, recipe_names):
@@ -136,6 +138,11 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
+        if absent := re.search(r"`(\w+)Accelerator` can not run on your system", str(error)):
+            raise UserError(
+                f"trainer.accelerator {absent[1].lower()}: there is none that torch can use: see lm doctor; say "
+                "--trainer.accelerator cpu, or let a container have it (docker run --gpus all)"
+            ) from error
         raise UserError(str(error)) from error
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
         if str(error).startswith("BatchNorm in training mode"):

@@ -1,5 +1,7 @@
 """TokenData: what all LightningDataModules here share: the global batch, its division, loaders that go on anywhere."""
 
+import atexit
+import multiprocessing
 import shutil
 import signal
 from abc import ABC, abstractmethod
@@ -122,6 +124,8 @@ class TokenData(LightningDataModule, ABC):
         if self.num_workers:
             self._check_shared_memory()
             settings |= {"persistent_workers": True, "worker_init_fn": _leave_signals_to_the_trainer}
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -132,7 +136,9 @@ class TokenData(LightningDataModule, ABC):
         )
 
     def _check_shared_memory(self) -> None:
-        needed = self.num_workers * 4 * self.micro_batch_size * self.steps_per_call * (self.block_size + 1) * 8
+        # tokens and targets, in whole pages, of the batches that each worker has ready, for training and for evaluation
+        tensor = self.micro_batch_size * self.steps_per_call * (self.block_size + 1) * 8 + 4096
+        needed = max(1 << 20, self.num_workers * 2 * 2 * 2 * tensor)
         try:
             free = shutil.disk_usage("/dev/shm").free
         except OSError:
@@ -170,6 +176,13 @@ class Rows(Dataset[Batch]):
     def __getitem__(self, k: int) -> Batch:
         """Return this rank's batch k; raises IndexError past the last."""
         return self.batches[k]
+
+
+def _end_workers() -> None:
+    """Kill the workers that are left when this process ends: they ignore the SIGTERM that it would wait for."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -8,11 +8,13 @@ network needs one file, NAME.tiktoken, in $LM_DATA_HOME.
 import base64
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from lm.data import files
+from lm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -122,3 +124,21 @@ def from_text(text: str) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{len(missing)} of the 256 single bytes have no rank")
     return ranks
+
+
+def main(name: str = "gpt2") -> None:
+    """Put an encoding's ranks into tiktoken's cache, $TIKTOKEN_CACHE_DIR, where an image's build can download them."""
+    encoding, folder = PUBLISHED[name], Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LM_DATA_HOME"] = home
+        try:
+            text = encoding.ranks()
+        except UserError as error:
+            print(f"note: the image is without {name}: {error}", file=sys.stderr)
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / hashlib.sha1(encoding.url.encode()).hexdigest()).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

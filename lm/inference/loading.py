@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from torch import nn
 
 from lm.data.tokenizers import Tokenizer, from_state
@@ -42,8 +42,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
     return Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
 
 
+def deny_what_runs_code() -> None:
+    """Let no class_path of a recipe or a checkpoint name what runs other code, os.system say; see jsonargparse."""
+    set_parsing_settings(import_path_denylist=["ctypes"])
+
+
 def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
     """Return a network from its class_path and init_args."""
+    deny_what_runs_code()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "net")
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
@@ -51,7 +57,8 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     try:
         return parser.instantiate(parser.parse_object({"net": config})).net
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+        denied = "is not allowed" in str(error)
+        advice = "it could run any code" if denied else "is its module to be imported here?"
         raise UserError(
-            f"the network {config['class_path']} cannot be made: is its module to be imported here? "
-            f"({str(error).splitlines()[-1].strip()[:200]})"
+            f"the network {config['class_path']} cannot be made: {advice} ({str(error).splitlines()[-1].strip()[:200]})"
         ) from error

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from lm import log
 from lm.training import progress
 
 
@@ -120,10 +121,11 @@ class Console(Callback):
 
     Args:
         stream: Where to; standard output by default, standard error where results are printed as JSON.
+        run: The run's name, said in lines that are JSON.
     """
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        self.stream = stream or sys.stdout
+    def __init__(self, stream: IO[str] | None = None, run: str | None = None) -> None:
+        self.stream, self.run = stream or sys.stdout, run
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,10 +137,12 @@ class Console(Callback):
         start = f"from step {trainer.global_step} " if trainer.global_step else ""
         name = type(net).__name__.removeprefix("FSDP")  # which sharding puts there
         self._line(
-            f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: "
-            f"training {start}to step {trainer.max_steps} on {trainer.world_size} x {trainer.strategy.root_device.type}"
+            f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: training "
+            f"{start}to step {trainer.max_steps} on {trainer.world_size} x {trainer.strategy.root_device.type}",
+            step=trainer.global_step,
+            parameters=count,
         )
-        if self.stream.isatty():
+        if self.stream.isatty() and not log.as_json():
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self.bar = tqdm(total=total, initial=trainer.global_step, file=self.stream, unit="step", dynamic_ncols=True)
 
@@ -150,7 +154,7 @@ class Console(Callback):
             return
         module: Any = pl_module
         if module.notice is not None:
-            self._line(f"note: {module.notice}")
+            self._line(f"note: {module.notice}", level="warning", step=trainer.global_step)
         metrics = module.metrics
         logged = metrics.get("step", 0) > trainer.global_step - progress.steps_per_call(trainer)
         if self.bar is not None:
@@ -161,7 +165,8 @@ class Console(Callback):
             self._line(
                 f"{self._step(trainer, metrics['step'])}  loss {metrics['loss']:.4f}  "
                 f"lr {metrics['learning_rate']:.2e}  "
-                f"norm {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+                f"norm {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s",
+                **metrics,
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,7 +176,9 @@ class Console(Callback):
             self._line(
                 f"{self._step(trainer, trainer.global_step)}  val_loss {values['loss']:.4f}  "
                 f"perplexity {values['perplexity']:.2f}  bits per byte {values['bits_per_byte']:.4f}"
-                + (f"  exact match {values['exact_match']:.4f}" if "exact_match" in values else "")
+                + (f"  exact match {values['exact_match']:.4f}" if "exact_match" in values else ""),
+                step=trainer.global_step,
+                **{f"val_{key}": value for key, value in values.items() if key != "step"},
             )
 
     def _step(self, trainer: Trainer, step: int) -> str:
@@ -183,8 +190,8 @@ class Console(Callback):
             self.bar.close()
             self.bar = None
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, **fields: Any) -> None:
         if self.bar is not None:
             self.bar.write(text, file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            print(log.line(text, run=self.run, **fields), file=self.stream, flush=True)

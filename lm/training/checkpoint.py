@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import distributed
 
 from lm.errors import UserError
 from lm.training import folders
@@ -47,7 +48,11 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint; raises UserError where it is missing, damaged or not one of ours."""
+        """Read a checkpoint, rank 0's choice; raises UserError where it is missing, damaged or not one of ours."""
+        if distributed.is_initialized():  # another rank may have seen other files, a moment before or after
+            choice = [str(path)]
+            distributed.broadcast_object_list(choice, src=0)
+            (path,) = choice
         return load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -149,25 +154,38 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
 
 
 def probe(folder: Path) -> None:
-    """Check, before any training, that checkpoints can be written to folder; clear what a killed process left.
+    """Check, before any training, that checkpoints can be written to folder.
 
     Raises:
         UserError: They cannot.
     """
+    target = folder / f".probe.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".*.part"):
-            remove(part)
+        target.touch()
     except OSError as error:
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        raise UserError(
-            f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user "
-            f"{existing.stat().st_uid}, this is user {os.getuid()}: make it writable or run elsewhere"
-        ) from error
-    target = folder / ".probe"
+        raise _refused(folder, error) from error
     with replacing(target) as file:
         file.write(b"\0" * 4096)
     target.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
+    for part in (*folder.glob(".*.part"), *folder.glob(".probe.*")):
+        remove(part)
+
+
+def _refused(folder: Path, error: OSError) -> UserError:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    owner, us = existing.stat().st_uid, os.getuid()
+    advice = f"chown -R {us} it, or run as its owner (docker run --user {owner})"
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        advice = "make it writable or run elsewhere"
+    return UserError(
+        f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user {owner}, "
+        f"this is user {us}: {advice}"
+    )
 
 
 def damage(path: Path) -> str | None:
@@ -177,6 +195,8 @@ def damage(path: Path) -> str | None:
     """
     if path.is_dir():
         return folders.damage(path)
+    if folders.holds(path):
+        return f"it is a part of the sharded checkpoint {path.parent}: say the folder"
     try:
         with zipfile.ZipFile(path) as archive:
             # torch writes none of these; a flipped bit there makes it read a record as something else
@@ -261,7 +281,6 @@ def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> P
     Raises:
         UserError: The run has checkpoints and nothing was requested, or what was requested is not to be had.
     """
-    folders.recover(folder)
     found = sorted(folder.glob("*.ckpt"))
     if request not in (None, "last", "auto"):
         return verify(Path(request).expanduser())

@@ -50,6 +50,8 @@ def check(
                 f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
                 "the configuration that it was trained with"
             )
+    if optimizer and checkpoint.get("optimizer_states") == []:
+        raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
     there, here = (one and _optimizer(one) for one in (checkpoint["lm"]["config"], config))
     if optimizer and there and here and there != here:
         raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")

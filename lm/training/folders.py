@@ -73,9 +73,14 @@ def _seal(folder: Path) -> None:
     _flush(folder)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Return what processes that were killed while they wrote have left; others may be at it still."""
+    return list(folder.glob(".*.ckpt.new.part"))
+
+
 def recover(folder: Path) -> None:
-    """Finish what a process that was killed between two renames began."""
-    for part in folder.glob(".*.ckpt.new.part"):
+    """Finish what a process that was killed between two renames began. No other may be at work in the folder."""
+    for part in unfinished(folder):
         path = folder / part.name.removeprefix(".").removesuffix(".new.part")
         if not path.exists() and damage(part) is None:
             part.rename(path)
@@ -114,6 +119,11 @@ def checksum(file: Path) -> int:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
+
+
+def holds(path: Path) -> bool:
+    """Return whether a file is a part of a sharded checkpoint."""
+    return path.is_file() and (path.parent / SUMS).is_file()
 
 
 def damage(path: Path) -> str | None:

@@ -158,7 +158,11 @@ class LanguageModel(Evaluated):
         if self.compiled and (missing := compiler_missing(device)):
             rank_zero_warn(f"model.compile: {missing} is missing here: going on without", stacklevel=2)
         elif self.compiled:
-            self.net.compile()  # in place: no key of the state changes
+            self._use_compiler()
+
+    def _use_compiler(self) -> None:
+        assert self.net is not None
+        self.net.compile()  # in place: no key of the state changes
 
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
@@ -286,6 +290,9 @@ class LanguageModel(Evaluated):
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
+        if self._scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # Lightning leaves the scale to an optimizer that is fused, and clips what is still scaled (issue 9694)
+            self.trainer.precision_plugin.scaler.unscale_(optimizer)  # type: ignore[attr-defined]
         gradients = [p.grad for p in self._fitted if p.grad is not None]
         loss: Tensor | float = self._step_losses[0]
         if self._divided:

@@ -1,7 +1,8 @@
-"""Where metrics go: TensorBoard events and metrics.csv, both without gaps or doubled steps across resumes."""
+"""Where metrics go: TensorBoard events and metrics.csv, without gaps or doubled steps across resumes; metrics.prom."""
 
 import csv
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,47 @@ class MetricsCSV(Logger):
     def _next(self) -> dict[str, Any]:
         self._offset = self.path.stat().st_size
         return {}
+
+
+class MetricsProm(Logger):
+    """The newest value of each metric, in metrics.prom, as Prometheus' node exporter reads it (its textfile collector).
+
+    Args:
+        folder: The run's log folder; its name is the label `run`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.prom"
+        self._values: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """Always the same."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write all that is known: train/loss as lm_train_loss, the number of finished steps as lm_step."""
+        self._values |= {"step": step or 0} | {name: float(value) for name, value in metrics.items()}
+        names = {name: "lm_" + re.sub(r"\W", "_", name) for name in self._values}
+        rows = [
+            f'# TYPE {names[name]} gauge\n{names[name]}{{run="{self.name}"}} {value!r}\n'
+            for name, value in self._values.items()
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(rows))
+        part.replace(self.path)  # a reader never sees half of it
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:

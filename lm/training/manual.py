@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, K steps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class ManualLanguageModel(LanguageModel):
     """
 
     def __init__(self, *, compile: bool = False, audit_every: int | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(compile=compile, **settings)
         if audit_every is not None and audit_every < 1:
             raise UserError(f"model.audit_every is {audit_every}: it must be at least 1, or null for none")
         self.automatic_optimization = False
@@ -45,7 +46,7 @@ class ManualLanguageModel(LanguageModel):
         """Micro-batches of a step. The Trainer's own number, which it refuses for manual optimization when it starts;
         the command line moves it here."""
         self._grads = Gradients()
-        self._compiled = torch.compile(_functional, dynamic=False, fullgraph=True) if compile else None
+        self._compiled: Callable[..., tuple[Tensor, list[Tensor | None]]] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse what the rules cannot do, and count micro-batches as `accumulate` says.
@@ -77,6 +78,9 @@ class ManualLanguageModel(LanguageModel):
             check(self.net)
         except NoRuleError as error:
             raise UserError(f"model.net: {error}") from error
+
+    def _use_compiler(self) -> None:
+        self._compiled = torch.compile(_functional, dynamic=False, fullgraph=True)
 
     def on_train_start(self) -> None:
         """Make what gathers the gradients, of several processes in buckets."""

@@ -23,13 +23,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lm.errors import UserError
+from lm.models.layers import BatchNorm
 from lm.training import checkpoint as files
 from lm.training import folders
 from lm.training.compute import blocks
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave each rank its share of every parameter; a block's are gathered when it computes, and given up after it."""
+    """Leave each rank its share of every parameter; a block's are gathered when it computes, and given up after it.
+
+    Raises:
+        UserError: It has BatchNorm: nobody would see to it that the ranks have the same running statistics.
+    """
+    if any(isinstance(module, BatchNorm) for module in net.modules()):
+        raise UserError(f"trainer.strategy fsdp2: {type(net).__name__} has BatchNorm, which is not sharded: use ddp")
     for block in blocks(net):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
@@ -67,6 +75,8 @@ class Sharded(ModelParallelStrategy):
         Raises:
             UserError: A disk refuses.
         """
+        io: Any = self.checkpoint_io
+        io.writer.wait()  # it may still copy the one before to where this one goes
         path = Path(self.broadcast(filepath))
         (optimizer,) = checkpoint.pop("optimizer_states")
         tensors = {"state_dict": checkpoint.pop("state_dict"), "optimizer": optimizer["state"]}

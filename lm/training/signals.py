@@ -19,6 +19,7 @@ class StopSignals(Callback):
 
     Lightning's own handler saves nothing, or saves inside the handler in the middle of a step, and exits 0 (Lightning
     issues 21406, 20542, 19916).
+    The command line keeps those out.
     """
 
     def __init__(self) -> None:
@@ -29,11 +30,6 @@ class StopSignals(Callback):
         """Take the signals over; one that comes before the first step stops after it."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self.before[signum] = signal.signal(signum, self._receive)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take them over once more: between the two, Lightning has put its own handler around ours."""
-        for signum in self.before:
-            signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received:

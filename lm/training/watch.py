@@ -16,7 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
+from lm import log
 from lm.errors import CheckError, UserError
 from lm.training import progress
 
@@ -39,7 +41,8 @@ class Launcher(_SubprocessScriptLauncher):
     def _call_children_scripts(self) -> None:
         os.environ[STARTER] = str(os.getpid())
         super()._call_children_scripts()
-        self.children, self.procs = self.procs, []  # the observer sees none
+        self.children += self.procs
+        self.procs = []  # the observer sees none
         threading.Thread(target=self._see_them_meet, daemon=True, name="meeting").start()
 
     def _see_them_meet(self) -> None:
@@ -89,8 +92,10 @@ class Watch(Callback):
             raise UserError(f"watch.drift_every_n_steps is {drift_every_n_steps}: it must be at least 0")
         self.timeout, self.step_timeout, self.meet_timeout = timeout, step_timeout, meet_timeout
         self.drift_every_n_steps = drift_every_n_steps
-        self.batches = 0
+        self.progress = 0
+        """What this rank has begun and finished, counted: batches, and the parts of a step between which ranks wait."""
         self.children: list[Any] = []
+        """The ranks that this one has started; set by the launcher's owner."""
         self._lives: Lives | None = None
         self._waiting: threading.Timer | None = None
 
@@ -106,8 +111,8 @@ class Watch(Callback):
             return
         place = f"{environment.main_address}:{environment.main_port}"
         if trainer.is_global_zero:
-            line = f"error: the other processes did not come to {place} in {self.meet_timeout:g} s: start them too"
-            self._waiting = threading.Timer(self.meet_timeout, lambda: (os.write(2, f"{line}\n".encode()), os._exit(2)))
+            what = f"the other processes did not come to {place} in {self.meet_timeout:g} s: start them too"
+            self._waiting = threading.Timer(self.meet_timeout, end, (what, [], 2))
             self._waiting.daemon = True
             self._waiting.start()
             return
@@ -126,6 +131,25 @@ class Watch(Callback):
             f"{self.meet_timeout:g} s ({reason}): see MASTER_ADDR, MASTER_PORT, and whether the first process runs"
         )
 
+    def meet_again(self, trainer: Trainer) -> None:
+        """Let processes that torchrun has started anew meet in a part of its store of their own.
+
+        Its static rendezvous keeps one store for all its restarts (torch 2.13), where they would find the addresses of
+        the processes that have died.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if trainer.world_size == 1 or attempt == "0":
+            return
+        strategy: Any = trainer.strategy
+        rank, world_size = trainer.global_rank, trainer.world_size
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=self.meet_timeout)))
+        distributed.init_process_group(
+            strategy._get_process_group_backend(),
+            store=distributed.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=world_size,
+        )
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch, once the ranks have met."""
         if self._waiting is not None:
@@ -133,7 +157,6 @@ class Watch(Callback):
         if trainer.world_size == 1 or self._lives is not None:
             return
         if isinstance(trainer.strategy.launcher, Launcher):
-            self.children = trainer.strategy.launcher.children
             trainer.strategy.launcher.met.set()
         self._lives = Lives(trainer.global_rank, trainer.world_size, self)
         self._lives.say()
@@ -142,13 +165,21 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count a batch that has come from the loader."""
-        self.batches += 1
+        self.progress += 1
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Count a forward pass."""
+        self.progress += 1
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count a backward pass."""
+        self.progress += 1
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count a batch that has come from the loader."""
-        self.batches += 1
+        self.progress += 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -180,6 +211,10 @@ class Watch(Callback):
             signal.signal(signum, lambda number, frame: os._exit(128 + number))
         if self._lives is not None:
             time.sleep(self.timeout + 3 * self._lives.interval)  # meanwhile the watching threads end the process
+        if lost := lost_child(self.children):  # before they could begin to watch
+            ended = CheckError(lost[0])
+            ended.exit_code = lost[1]
+            return ended
         return CheckError(f"contact with another rank was lost: {str(error).splitlines()[0]}: --ckpt_path auto goes on")
 
 
@@ -200,23 +235,24 @@ class Lives:
         self.interval = min(1.0, watch.timeout / 5)
         self.others = list(range(1, world_size)) if rank == 0 else [0]
         self.heard: dict[int, tuple[str, float]] = {}  # the newest sign of life of a rank, and when it was new
-        self.batches: dict[int, tuple[int, float]] = {}  # the same of its number of batches
+        self.counts: dict[int, tuple[int, float]] = {}  # the same of its progress
         store: Any = _get_default_store()
         self.store = store.clone()  # a connection of its own: another thread's wait must not hold it up
         self.beats = 0
+        self.shown = False
         self.ended = threading.Event()
 
     def say(self) -> None:
         """Say that this rank lives, where it is and how far."""
         self.beats += 1
-        sign = f"{self.beats} {self.watch.batches} {socket.gethostname()} {os.getpid()}"
+        sign = f"{self.beats} {self.watch.progress} {socket.gethostname()} {os.getpid()}"
         self.store.set(f"lm/lives/{self.rank}", sign)
 
     def start(self) -> None:
         """Begin."""
         now = time.monotonic()
         self.heard = dict.fromkeys(self.others, ("", now))
-        self.batches = dict.fromkeys(range(self.world_size), (0, now))
+        self.counts = dict.fromkeys(range(self.world_size), (0, now))
         for target in (self._talk, self._look):
             threading.Thread(target=target, daemon=True, name="watch").start()
 
@@ -231,13 +267,13 @@ class Lives:
                     if sign != self.heard[rank][0]:
                         self.heard[rank] = sign, now
                         self._count(rank, int(sign.split()[1]), now)
-                self._count(self.rank, self.watch.batches, now)
+                self._count(self.rank, self.watch.progress, now)
         except Exception:  # the store is gone, and with it rank 0: the other thread notices
             return
 
-    def _count(self, rank: int, batches: int, now: float) -> None:
-        if batches != self.batches[rank][0]:
-            self.batches[rank] = batches, now
+    def _count(self, rank: int, progress: int, now: float) -> None:
+        if progress != self.counts[rank][0]:
+            self.counts[rank] = progress, now
 
     def _look(self) -> None:
         before = time.monotonic()
@@ -245,10 +281,11 @@ class Lives:
             now = time.monotonic()
             if now - before > 3 * self.interval + 1:  # this process was itself stopped; nobody is late yet
                 self.heard = {rank: (sign, now) for rank, (sign, _) in self.heard.items()}
-                self.batches = {rank: (count, now) for rank, (count, _) in self.batches.items()}
+                self.counts = {rank: (count, now) for rank, (count, _) in self.counts.items()}
             before = now
             self._see_children()
             self._see_the_others(now)
+            self._see_progress(now)
 
     def _see_children(self) -> None:
         lost = lost_child(self.watch.children)
@@ -265,14 +302,19 @@ class Lives:
                 f"rank {rank} of {self.world_size} ({host}, process {pid}) gave no sign of life for "
                 f"{self.watch.timeout:g} s: it died, was stopped, or lost its network"
             )
-        if self.rank == 0 and all(now - when > self.watch.step_timeout for _, when in self.batches.values()):
-            fewest = min(count for count, _ in self.batches.values())
-            behind = [str(rank) for rank, (count, _) in self.batches.items() if count == fewest]
+
+    def _see_progress(self, now: float) -> None:
+        """End where all hang; each shows first where it does."""
+        limit = self.watch.step_timeout
+        if not self.shown and now - self.counts[self.rank][1] > limit:
+            self.shown = True
+            os.write(2, f"{log.line(f'rank {self.rank} hangs here:', level='warning')}\n".encode())
             faulthandler.dump_traceback(sys.stderr)
-            self._end(
-                f"no rank finished a batch for {self.watch.step_timeout:g} s; behind the others, in batch {fewest}: "
-                + ("all of them" if len(behind) == self.world_size else f"rank {', '.join(behind)}")
-            )
+        if self.rank == 0 and all(now - when > limit + 3 * self.interval for _, when in self.counts.values()):
+            fewest = min(count for count, _ in self.counts.values())
+            behind = [str(rank) for rank, (count, _) in self.counts.items() if count == fewest]
+            who = "all alike" if len(behind) == self.world_size else f"rank {', '.join(behind)} behind the others"
+            self._end(f"no rank has come any further for {limit:g} s, {who}: see where they hang, above")
 
     def _end(self, what: str, code: int = 1) -> None:
         if self.ended.is_set():
@@ -292,7 +334,7 @@ def lost_child(children: list[Any]) -> tuple[str, int] | None:
 
 def end(what: str, children: list[Any], code: int) -> None:
     """End this process, and those it has started, with a line that says why."""
-    os.write(2, f"error: {what}\n".encode())
+    os.write(2, f"{log.line(what, level='error')}\n".encode())
     for child in children:
         child.kill()
     os._exit(code)  # the main thread may wait for the lost rank in C++, where no exception reaches it

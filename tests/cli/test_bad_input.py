@@ -34,6 +34,11 @@ TABLE = {
         (*FIT, "--model.init_args.net", "lm.models.GTP"),
         "GTP: no such class: did you mean GPT?",
     ),
+    "class that runs code": ((*FIT, "--model.init_args.net", "os.system"), "class_path os.system: it is not allowed"),
+    "function that runs code": (
+        (*FIT, "--trainer.callbacks+", "subprocess.Popen"),
+        "class_path subprocess.Popen: it is",
+    ),
     "unknown module": ((*FIT, "--data", "nowhere.Data"), "there is no module nowhere"),
     "wrong type": ((*FIT, "--trainer.max_steps", "many"), "trainer.max_steps: found 'many', expected int"),
     "wrong type, deep": ((*FIT, f"{NET}.n_head", "two"), "n_head: found 'two', expected int"),
@@ -67,7 +72,7 @@ TABLE = {
         (*FIT, "--trainer.accumulate_grad_batches", 3),
         "data.batch_size 4 is not divisible by 1 processes x 3 accumulated batches = 3",
     ),
-    "no such accelerator": ((*FIT, "--trainer.accelerator", "cuda"), "can not run on your system"),
+    "no such accelerator": ((*FIT, "--trainer.accelerator", "cuda"), "trainer.accelerator cuda: there is none that"),
     "missing corpus": ((*FIT, "--data.init_args.corpus", "no.txt"), "corpus no.txt: no such file or folder"),
     "empty corpus": ((*FIT, "--data.init_args.corpus", "empty"), "corpus empty: it is empty"),
     "empty folder": (

@@ -9,20 +9,29 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm.data import TextData
+from lm.training import folders
+
 
 class StopAt(Callback):
-    """Sends it at the start of a step, so that training stops at its end.
+    """Sends it at the start of a step, so that training stops at its end; at step 0, just before the first.
 
     Args:
         step: The step after which training stops.
+        rank: The rank that gets it.
+        signum: Which signal.
     """
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, rank: int = 0, signum: int = 15) -> None:
+        self.step, self.rank, self.signum = step, rank, signum
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.step == 0 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.signum)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.signum)
             self.step = -1
 
 
@@ -31,13 +40,14 @@ class StopInValidation(Callback):
 
     Args:
         step: The step.
+        rank: The rank that gets it.
     """
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -153,3 +163,43 @@ class Hang(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step and trainer.global_rank == 1:
             time.sleep(1000)
+
+
+class HangInForward(Callback):
+    """Lets rank 1 wait for ever in the forward pass of a step.
+
+    Args:
+        step: The step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def wait(net: Any, inputs: Any) -> None:
+            if trainer.global_step + 1 == self.step and trainer.global_rank == 1 and net.training:
+                time.sleep(1000)
+
+        pl_module.net.register_forward_pre_hook(wait)
+
+
+class SlowData(TextData):
+    """A corpus whose preparation takes a while, and says when it has begun."""
+
+    def prepare_data(self) -> None:
+        Path("preparing").write_text("")
+        time.sleep(5)
+        super().prepare_data()
+
+
+class SlowCopies(Callback):
+    """Lets the copying of sharded checkpoints take three seconds, as on a slow disk."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        copy = folders.copy
+
+        def slow(source: Path, target: Path) -> None:
+            time.sleep(3)
+            copy(source, target)
+
+        folders.copy = slow

@@ -170,9 +170,12 @@ def test_a_full_disk_is_seen_before_training(small_disk: Path) -> None:
         checkpoint.probe(small_disk)
 
 
-def test_the_probe_clears_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
+    (tmp_path / ".probe.123").touch()
     checkpoint.probe(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # another process may be at it
+    checkpoint.clear(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm.training import checkpoint
-from tests.training.test_ranks import numbers
+from tests.training.test_ranks import MODULES, numbers
 from tests.training.test_resume import assert_equal, state
 
 EXACT = ("--trainer.precision", "64-true")
@@ -55,10 +55,16 @@ def test_compiled_and_plain_runs_share_checkpoints(lm, workplace: Path) -> None:
     assert numbers("mixed")[-1] == pytest.approx(numbers("plain")[-1], rel=1e-10)
 
 
-def test_without_a_compiler_the_run_goes_on(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lm.training.language_model.compiler_missing", lambda device: "a C++ compiler (g++)")
-    with pytest.warns(UserWarning, match=r"model.compile: a C\+\+ compiler \(g\+\+\) is missing here"):
-        assert lm("fit", "--config", "tiny.yaml", "--model.init_args.compile", "true")[0] == 0
+@pytest.mark.parametrize("module", MODULES)
+def test_without_a_compiler_the_run_goes_on(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    from torch._inductor import config
+
+    monkeypatch.delenv("CXX", raising=False)
+    words = ("--model", f"lm.training.{module}", "--model.init_args.compile", "true")
+    missing = r"model.compile: .*no-such-compiler.* is missing here: going on"
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.warns(UserWarning, match=missing) as found:
+        assert lm("fit", "--config", "tiny.yaml", *words)[0] == 0
+    assert sum("model.compile" in str(one.message) for one in found) == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -86,6 +92,30 @@ def test_the_loss_scaler_resumes_to_the_last_bit(lm, workplace: Path) -> None:
     whole, parts = (state(Path(f"checkpoints/{name}/last.ckpt")) for name in ("whole", "parts"))
     assert whole["MixedPrecision"]["scale"] == 1024.0 * 2**6
     assert_equal(whole, parts)
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_clipping_is_of_gradients_without_the_scale(lm, workplace: Path, fused: str) -> None:
+    """Lightning leaves the scale to fused optimizers, and would clip what is still scaled."""
+    optimizer = ("--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.lr", 0.1)
+    words = (*optimizer, "--model.init_args.optimizer.fused", fused, "--model.init_args.clip_norm", 0.05)
+    words += ("--model.init_args.net.init_args.dropout", 0)
+    for scale in ("1.0", "1024.0"):
+        scaled = (SCALED[0], SCALED[1].replace("1024.0", scale).replace("growth_interval: 2", "growth_interval: 1000"))
+        assert lm("fit", "--config", "tiny.yaml", "--name", scale, *words, *scaled)[0] == 0
+    assert numbers("1024.0") == pytest.approx(numbers("1.0"), rel=2e-2)  # of 16-bit activations
+
+
+def test_an_overflow_is_the_scalers_to_skip(lm, workplace: Path) -> None:
+    scaled = (SCALED[0], SCALED[1].replace("1024.0", "1.0e+12").replace("growth_interval: 2", "growth_interval: 1000"))
+    assert lm("fit", "--config", "tiny.yaml", "--name", "whole", *scaled, "--trainer.max_steps", 40)[0] == 0
+    whole = checkpoint.load(Path("checkpoints/whole/last.ckpt"))
+    assert whole["MixedPrecision"]["scale"] < 1e12 and whole["lm"]["guard"]["skipped"] == 0
+    taken = whole["optimizer_states"][0]["state"][0]["step"]
+    assert 0 < taken < 40  # steps that overflowed left the weights alone
+    middle = ("--ckpt_path", "checkpoints/whole/step=0000005.ckpt", "--trainer.max_steps", 40)
+    assert lm("fit", "--config", "tiny.yaml", "--name", "parts", *scaled, *middle)[0] == 0
+    assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
 
 
 def test_half_precision_on_a_cpu_is_refused(lm, workplace: Path) -> None:

@@ -209,14 +209,16 @@ def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path) -> None:
-    """Ranks see other batches, so their running statistics differ, until they are averaged."""
+@pytest.mark.parametrize("module", ["LanguageModel", "ManualLanguageModel"])
+def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path, module: str) -> None:
+    """Ranks see other batches, so their running statistics differ, until they are shared."""
     recipe("MLP")
     ranks(
         "fit",
         "--config",
         "net.yaml",
-        *MANUAL,
+        "--model",
+        f"lm.training.{module}",
         "--trainer.callbacks+",
         "tests.training.stop.SameStatistics",
         "--name",
@@ -224,6 +226,8 @@ def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path) ->
         cwd=workplace,
     )
     assert sorted(path.read_text() for path in workplace.glob("statistics-*")) == ["differ, then same"] * 2
+    code, _, err = lm("fit", "--config", "net.yaml", "--name", "sharded", "--trainer.strategy", "fsdp2")
+    assert code == 2 and err == "error: trainer.strategy fsdp2: MLP has BatchNorm, which is not sharded: use ddp\n"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Stopped and continued equals uninterrupted, to the last bit."""
 
+import fcntl
 import os
 import random
 import signal
@@ -12,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from lm.data import files
+from lm.errors import UserError
 from lm.training import checkpoint
 from lm.training.loggers import read_csv
 from tests.conftest import start
@@ -211,14 +214,14 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Pat
     assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"] == 5  # the periodic one
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("delay", [0.3, 1.0, 2.5])
 def test_a_signal_before_training_starts(workplace: Path, delay: float, signum: int) -> None:
     process = start("fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, cwd=workplace)
     time.sleep(delay)  # it is importing torch, or parsing
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+    assert process.returncode == (143 if signum == signal.SIGUSR1 else 128 + signum)
     assert err.startswith("stopped by SIG")
     assert "Traceback" not in out + err
 
@@ -237,3 +240,37 @@ def test_two_jobs_on_one_run_are_refused_and_a_dead_one_leaves_no_lock(lm, workp
         first.kill()
         first.communicate()
     assert lm(*words[:4], 1, *words[5:])[0] == 0
+
+
+def test_a_second_job_leaves_alone_what_the_first_is_writing(lm, workplace: Path) -> None:
+    run = workplace / "checkpoints/tiny"
+    run.mkdir(parents=True)
+    with files.alone(run / ".lock", "busy"), checkpoint.replacing(run / "last.ckpt") as part:
+        part.write(b"the first half")
+        code, _, error = lm("fit", "--config", "tiny.yaml", "--ckpt_path", "auto")
+        assert code == 2 and "another lm fit is at work in it" in error
+        part.write(b" and the second")
+    assert (run / "last.ckpt").read_bytes() == b"the first half and the second"
+
+
+def test_a_lock_that_went_with_its_holder_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is removed between the opening and the locking of it: such a lock would keep nobody out."""
+    lock, flock, gone = tmp_path / ".lock", fcntl.flock, []
+
+    def slow(descriptor: int, how: int) -> None:
+        if not gone:
+            gone.append(lock)
+            lock.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with files.alone(lock, "busy"), pytest.raises(UserError, match="busy"), files.alone(lock, "busy"):
+        pass
+    assert gone
+
+
+def test_a_run_with_workers_ends_when_a_step_fails(workplace: Path) -> None:
+    words = ("fit", "--config", "tiny.yaml", "--data.init_args.num_workers", 1, *stop_with("PoisonAt", 3))
+    process = start(*words, cwd=workplace)
+    _, error = process.communicate(timeout=60)  # the workers, who hold the pipe too, have ended
+    assert process.returncode == 1 and "not finite" in error

@@ -1,6 +1,8 @@
 """Sharded over ranks: the same numbers, checkpoints whole or not at all, which any number of ranks can read."""
 
+import os
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from lm.errors import UserError
 from lm.training import checkpoint, folders
-from tests.training.test_ranks import finish, numbers, run, write_recipe
+from tests.training.test_ranks import finish, numbers, run, stop_at, write_recipe
 from tests.training.test_resume import assert_equal, state
 
 SHARDED = ("--trainer.strategy", "fsdp2")
@@ -17,6 +19,8 @@ SHARDED = ("--trainer.strategy", "fsdp2")
 def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -> None:
     write_recipe()  # Lightning refuses 64-true there
     exact = ("--model.init_args.net.init_args.dropout", 0)
+    clipped = ("--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.lr", 0.5)
+    exact += (*clipped, "--model.init_args.optimizer.momentum", 0.9, "--model.init_args.clip_norm", 0.05)
     finish(run("whole", 2, *exact, cwd=workplace))
     finish(run("shards", 2, *exact, *SHARDED, cwd=workplace))
     assert numbers("shards") == pytest.approx(numbers("whole"), rel=2e-5)
@@ -25,6 +29,12 @@ def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -
     finish(run("again", 2, *exact, *SHARDED, "--ckpt_path", folder, cwd=workplace))
     last = Path("checkpoints/shards/last.ckpt")
     assert_equal(state(last), state(Path("checkpoints/again/last.ckpt")))  # to the last bit
+
+    # four sharded ranks and one, from what two have written; activations computed again
+    for ranks in (1, 4):
+        again = ("--model.init_args.activation_checkpointing", "true", "--ckpt_path", folder)
+        finish(run(f"on-{ranks}", ranks, *exact, *SHARDED, *again, cwd=workplace))
+        assert numbers(f"on-{ranks}")[-1] == pytest.approx(numbers("whole")[-1], rel=2e-5)
 
     # one rank, unsharded, from the folder; and two ranks, sharded, from a single file
     assert lm("fit", "--config", "tiny.yaml", "--name", "one", *exact, "--ckpt_path", folder)[0] == 0
@@ -39,6 +49,9 @@ def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -
     assert code == 0 and "val at step 12" in out
     assert lm("sample", "--ckpt_path", last, "--max_new_tokens", 5)[0] == 0
 
+    for inside in ("lm.pt", "__0_0.distcp", ".metadata"):
+        code, _, err = lm("sample", "--ckpt_path", last / inside)
+        assert code == 2 and len(err.splitlines()) == 1 and f"is a part of the sharded checkpoint {last}" in err
     damaged(last)
 
 
@@ -56,6 +69,11 @@ def damaged(folder: Path) -> None:
             checkpoint.load(folder)
         file.write_bytes(whole)
     assert checkpoint.damage(folder) is None
+    (folder / "lm.pt").rename(folder / "lm.pt.away")
+    notes: list[str] = []
+    assert checkpoint.resolve(folder.parent, "auto", notes.append) == folder.parent / "best.ckpt"
+    assert "last.ckpt is damaged" in notes[0]
+    (folder / "lm.pt.away").rename(folder / "lm.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(pickle.UnpicklingError, match="no posix.system"):
         folders.Reader(folder).read_metadata()
@@ -72,3 +90,31 @@ def test_gradients_by_hand_are_not_sharded(workplace: Path) -> None:
     process = run("by-hand", 1, "--model", "lm.training.ManualLanguageModel", *SHARDED, cwd=workplace)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "use ddp" in err and len(err.splitlines()) == 1
+
+
+def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) -> None:
+    """Its last.ckpt must not be replaced by the copy, still under way, of an older one."""
+    write_recipe()
+    words = ("--trainer.callbacks+", "tests.training.stop.SlowCopies", *stop_at(7, 0))
+    process = run("slow", 1, *SHARDED, *words, cwd=workplace)
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == 143, error
+    assert checkpoint.peek(Path("checkpoints/slow/last.ckpt"))["step"] == 7
+    assert checkpoint.peek(Path("checkpoints/slow/step=0000005.ckpt"))["step"] == 5
+
+
+def test_a_disk_that_refuses_a_sharded_save_harms_no_earlier_one(workplace: Path) -> None:
+    write_recipe(max_steps=60)
+    folder = workplace / "checkpoints"
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        process = run("full", 2, *SHARDED, cwd=workplace)
+        _, error = process.communicate(timeout=90)
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2 and "could not be written" in lines[0], error
+        kept = [path for path in (folder / "full").iterdir() if path.suffix == ".ckpt"]
+        assert kept and [checkpoint.damage(path) for path in kept] == [None] * len(kept)
+    finally:
+        subprocess.run(["umount", folder], check=True)

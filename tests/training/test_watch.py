@@ -23,19 +23,26 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /
 
 
 @linux
-@pytest.mark.parametrize(("signum", "why"), [("SIGKILL", "was killed by SIGKILL"), ("SIGSTOP", "gave no sign of life")])
-def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, signum: str, why: str) -> None:
+@pytest.mark.parametrize(
+    ("rank", "signum", "why"),
+    [(1, "SIGKILL", "was killed by SIGKILL"), (1, "SIGSTOP", "no sign of life"), (0, "SIGKILL", "no sign of life")],
+)
+def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, rank: int, signum: str, why: str) -> None:
     write_recipe(max_steps=3000, val_check_interval=1500, log_every_n_steps=500)
     words = ("--checkpoint.every_n_steps", 50, "--watch.timeout", 3, "--ckpt_path", "auto", *SCHEDULE)
     process = run("lost", 2, *words, cwd=workplace)
     while not Path("checkpoints/lost/last.ckpt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    lost = children(process.pid)[0]
+    lost = [process.pid, *children(process.pid)][rank]
+    began = time.monotonic()
     os.kill(lost, getattr(signal, signum))
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)  # until the other has gone too
+    took = time.monotonic() - began
     line = next(line for line in error.splitlines() if line.startswith("error: "))
-    assert process.returncode == 1 and "rank 1" in line and why in line and f"process {lost}" in line
+    assert process.returncode == (1 if rank else -signal.SIGKILL)
+    assert f"rank {rank} " in line.split(" ends: ")[-1] and why in line and f"process {lost}" in line
+    assert took < 3 + 10  # --watch.timeout, and time for a busy machine
     step = checkpoint.peek(Path("checkpoints/lost/last.ckpt"))["step"]
     finish(run("lost", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
     finish(run("whole", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
@@ -46,12 +53,14 @@ def callback(name: str, step: int) -> list[str]:
     return ["--trainer.callbacks+", f"tests.training.stop.{name}", f"--trainer.callbacks.step={step}"]
 
 
-def test_a_rank_that_hangs_is_named(workplace: Path) -> None:
+@pytest.mark.parametrize("where", ["Hang", "HangInForward"])
+def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     write_recipe()
-    process = run("hung", 2, *callback("Hang", 7), "--watch.step_timeout", 4, cwd=workplace)
+    process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 4, cwd=workplace)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "no rank finished a batch for 4 s" in error and "Thread" in error  # and where each thread was
+    assert "no rank has come any further for 4 s, rank 1 behind the others" in error
+    assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/training/stop.py" in error
 
 
 def test_a_rank_that_drifts_is_named(workplace: Path) -> None:
@@ -103,7 +112,10 @@ SLURM |= {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM
     [
         (("--trainer.devices", 2), SLURM, "--ntasks-per-node=4"),
         (("--trainer.devices", 3), {}, "data.batch_size 4 is not divisible by 3 processes x 1 accumulated batches = 3"),
+        (("--trainer.num_nodes", 2, "--trainer.devices", 4), SLURM, "--nodes=1"),
         (("--trainer.strategy", "fsdp"), {}, "use fsdp2"),
+        (("--trainer.strategy", "ddp_spawn"), {}, "each rank is a program of its own here: use ddp"),
+        (("--trainer.sync_batchnorm", "true"), {}, "trainer.sync_batchnorm"),
         (("--watch.timeout", 0), {}, "watch.timeout is 0"),
     ],
 )

@@ -1,0 +1,56 @@
+"""Lines that lm prints while it works: for people, or with LM_LOG=json as JSON, one object a line, for machines."""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+
+def as_json() -> bool:
+    """Return whether lines are to be JSON."""
+    return os.environ.get("LM_LOG", "") == "json"
+
+
+def rank() -> int:
+    """Return this process's number in the job, as whoever launched it says: torchrun, SLURM, or lm itself."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def line(text: str, *, level: str = "info", run: str | None = None, **fields: Any) -> str:
+    """Return a line, without its end.
+
+    Args:
+        text: What it says to people.
+        level: info, warning or error; people see it of an error alone.
+        run: Name of the run.
+        fields: What a machine would otherwise have to find in the text, step and metrics say. None and numbers that are
+            not finite, which JSON lacks, become null.
+    """
+    text = " ".join(text.split()) if level == "error" else text
+    if not as_json():
+        return f"error: {text}" if level == "error" else text
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    known = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
+    return json.dumps({"time": stamp, "level": level, "run": run, "rank": rank(), **known, "message": text})
+
+
+def take_over(run: str) -> None:
+    """Let what Python's warnings and loggers say come as JSON too, where lines are."""
+    if not as_json():
+        return
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(line(record.getMessage(), level=record.levelname.lower(), run=run), file=sys.stderr, flush=True)
+
+    for name in ("", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers = [Lines()]
+    logging.captureWarnings(True)
+    warnings.formatwarning = lambda message, *_, **__: str(message)
