@@ -9,7 +9,9 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # ---- what all stages begin with, and all that an image says of itself
 FROM ${BASE_IMAGE} AS base
-# HOME and USER: a user whom /etc/passwd does not know has neither, and torch and getpass ask for both
+# HOME and USER: a user whom /etc/passwd does not know has neither, and torch and getpass ask for both.
+# hadolint takes tiktoken's folder for a secret:
+# hadolint ignore=DL3064
 ENV PATH=/opt/lm/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

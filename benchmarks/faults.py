@@ -40,7 +40,7 @@ RECIPE = {
     "data": {"class_path": "lm.data.TextData", "init_args": {"corpus": "text.txt", "block_size": 32, "batch_size": 8}},
     "checkpoint": {"every_n_steps": 10, "keep_last": 2},
     "samples": {"max_new_tokens": 0},
-    "watch": {"timeout": 5},
+    "watch": {"timeout": 5, "meet_timeout": 20},
 }
 WORDS = ("fit", "--config", "faults.yaml", "--ckpt_path", "auto", "--trainer.devices", "2")
 
@@ -127,6 +127,8 @@ def kill_the_job_in_a_save(job: Job) -> Iterator[None]:
 
 
 def stop_a_rank(job: Job) -> Iterator[None]:
+    while job.process.poll() is None and len(job.ranks()) < 2:  # before that, there is nobody to see it
+        time.sleep(0.01)
     job.signal_a_rank(signal.SIGSTOP)
     yield
 

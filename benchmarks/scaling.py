@@ -3,6 +3,7 @@
     python benchmarks/scaling.py             two ranks x one thread / one rank x two threads, tokens per second
     python benchmarks/scaling.py --saving    the longest step around a save / the median step, GPT-2 small's state;
                                              seconds from the start of a resumed process to the end of its first step
+    python benchmarks/scaling.py --loader    the share of the time that training waits for data
 
 Both sides of a ratio are measured in turn, in one run; medians over rounds. Needs tiny Shakespeare, and for --saving
 GPT-2's ranks, in LM_DATA_HOME.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import SimpleProfiler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +39,17 @@ class StepTimes(Callback):
         """Write the moment down."""
         self.ends.append(time.time())
         Path("steps.txt").write_text(" ".join(map(str, self.ends)))
+
+
+class LoaderShare(SimpleProfiler):
+    """Writes the share of the time between the first and the last batch that training waited for one."""
+
+    def summary(self) -> str:
+        """Write it down; there is nothing to print."""
+        waits = self.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"][1:]
+        steps = self.recorded_durations["run_training_batch"][1:]
+        Path("share.txt").write_text(str(sum(waits) / (sum(waits) + sum(steps))))
+        return ""
 
 
 def fit(folder: str, config: str, threads: int, *words: object) -> None:
@@ -80,15 +93,30 @@ def saving() -> None:
         print(f"resumed: first step ended {first - began:.1f} s after the start of the process", flush=True)
 
 
+def loader(rounds: int) -> None:
+    for config in ("shakespeare-cpu.yaml", "names/mlp.yaml"):
+        shares = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                steps = ("--trainer.max_steps", 1000, "--name", "run", "--checkpoint.every_n_steps", 1000)
+                fit(folder, config, 2, *steps, "--trainer.profiler", "benchmarks.scaling.LoaderShare")
+                shares.append(float((Path(folder) / "share.txt").read_text()))
+        print(f"{config}: waits for data {statistics.median(shares):.2%} of the time", end=" ")
+        print(f"(rounds {', '.join(f'{share:.2%}' for share in shares)})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saving", action="store_true")
+    parser.add_argument("--loader", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if home := os.environ.get("LM_DATA_HOME"):
         os.environ["LM_DATA_HOME"] = str(Path(home).resolve())
     if options.saving:
         saving()
+    elif options.loader:
+        loader(options.rounds)
     else:
         scaling(options.rounds)
 

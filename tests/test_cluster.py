@@ -70,9 +70,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="read
 
 
 @linux
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> None:
-    write_recipe(max_steps=1500, val_check_interval=1500, log_every_n_steps=500)
+    write_recipe(max_steps=600, val_check_interval=600, log_every_n_steps=200)
     words = ("--checkpoint.every_n_steps", 50, *SCHEDULE)
     name = f"lost-{rank}-{os.getpid()}"
     job = launch(workplace, name, *words, PROCESSES=2, MAX_RESTARTS=1, MASTER_PORT=29613)

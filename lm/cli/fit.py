@@ -183,6 +183,8 @@ class Fit(parsing.Recipes):
         with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             if self.trainer.is_global_zero:
                 checkpoint.clear(self.checkpoints)
+                if self.config.ckpt_path in ("last", "auto"):
+                    checkpoint.renew_last(self.checkpoints, self.ckpt_path)
             self._fit(module)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step

@@ -96,7 +96,7 @@ class Plan(parsing.Recipes):
             "micro_batch_size": recipe.tokens[0],
             "accumulate_grad_batches": recipe.accumulate,
             "tokens_per_step": tokens,
-            "hours": round(seconds / 3600, 4),
+            "hours": float(f"{seconds / 3600:.6g}"),
             "communication_gb_per_step": {
                 name: round(size / 1e9, 4) for name, size in planning.communication(weights, processes).items()
             },

@@ -176,6 +176,13 @@ def clear(folder: Path) -> None:
         remove(part)
 
 
+def renew_last(folder: Path, newest: Path | None) -> None:
+    """Make last.ckpt the newest whole checkpoint again, where it was damaged, or not yet written when a run ended."""
+    last = folder / "last.ckpt"
+    if newest not in (None, last):
+        copy(newest, last)
+
+
 def _refused(folder: Path, error: OSError) -> UserError:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     owner, us = existing.stat().st_uid, os.getuid()

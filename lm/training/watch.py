@@ -111,15 +111,13 @@ class Watch(Callback):
             return
         place = f"{environment.main_address}:{environment.main_port}"
         if trainer.is_global_zero:
-            what = f"the other processes did not come to {place} in {self.meet_timeout:g} s: start them too"
-            self._waiting = threading.Timer(self.meet_timeout, end, (what, [], 2))
-            self._waiting.daemon = True
-            self._waiting.start()
+            self._wait(f"the other processes did not come to {place} in {self.meet_timeout:g} s: start them too")
             return
         deadline, reason = time.monotonic() + self.meet_timeout, ""
         while time.monotonic() < deadline:
             try:
                 socket.create_connection((environment.main_address, environment.main_port), timeout=5).close()
+                self._wait(f"rank {trainer.global_rank}: rank 0 did not answer at {place} in {self.meet_timeout:g} s")
                 return
             except OSError as error:
                 reason = error.strerror or str(error)
@@ -130,6 +128,15 @@ class Watch(Callback):
             f"rank {trainer.global_rank}: {place}, where the processes meet, was not reached in "
             f"{self.meet_timeout:g} s ({reason}): see MASTER_ADDR, MASTER_PORT, and whether the first process runs"
         )
+
+    def _wait(self, what: str) -> None:
+        def give_up() -> None:
+            end_starter()
+            end(what, self.children, 2)
+
+        self._waiting = threading.Timer(self.meet_timeout, give_up)
+        self._waiting.daemon = True
+        self._waiting.start()
 
     def meet_again(self, trainer: Trainer) -> None:
         """Let processes that torchrun has started anew meet in a part of its store of their own.
@@ -296,8 +303,8 @@ class Lives:
         lost = {rank: sign for rank, (sign, when) in self.heard.items() if now - when > self.watch.timeout}
         for rank, sign in lost.items():
             _, _, host, pid = sign.split() if sign else ("", "", "unknown host", "0")
-            if int(pid) == os.getppid():  # rank 0, which started this one: stopped, it would hold its device for ever
-                os.kill(int(pid), signal.SIGKILL)
+            if rank == 0:
+                end_starter()
             self._end(
                 f"rank {rank} of {self.world_size} ({host}, process {pid}) gave no sign of life for "
                 f"{self.watch.timeout:g} s: it died, was stopped, or lost its network"
@@ -330,6 +337,12 @@ def lost_child(children: list[Any]) -> tuple[str, int] | None:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             return f"rank {rank} (process {child.pid}) {how}", max(1, code)
     return None
+
+
+def end_starter() -> None:
+    """Kill rank 0 where it has started this one: stopped, it would hold its device for ever."""
+    if os.environ.get(STARTER) == str(os.getppid()):
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def end(what: str, children: list[Any], code: int) -> None:

@@ -37,7 +37,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    others = {"gradients": "--config", "plan": "--config", "prepare": "--source", "tokenizer": "--source"}
+    others = {"doctor": "--lock", "health": "--url"} | dict.fromkeys(("gradients", "plan"), "--config")
+    others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
     option = others.get(command, "--ckpt_path")
     assert option in capsys.readouterr().out
 

@@ -9,7 +9,9 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,7 @@ class Container:
             "set -e",
             "mount --make-rprivate /",
             f"mount --bind {root} {root}",
+            f"echo 127.0.0.1 localhost > {root}/etc/hosts",  # an engine writes one into every container
             f"mount -o remount,bind,{'ro' if read_only else 'rw'} {root}",
             f"mount -t proc proc {root}/proc",
             f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp",
@@ -194,6 +197,15 @@ class Container:
 
 
 def process_1(container: subprocess.Popen[str]) -> int:
-    """The pid, on this machine, of a container's process 1."""
-    (child,) = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
-    return int(child)
+    """The pid, on this machine, of a container's process 1, once it is there."""
+    while not (children := Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()):
+        assert container.poll() is None, container.communicate()
+        time.sleep(0.01)
+    return int(children[0])
+
+
+def end(container: subprocess.Popen[str]) -> None:
+    """Kill a container's process 1, and with it all that is inside."""
+    if container.poll() is None:
+        os.kill(process_1(container), signal.SIGKILL)
+    container.communicate(timeout=30)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import yaml
 
 from lm.training import checkpoint
 from tests.conftest import ROOT
-from tests.container.image import TAG, Builder, Container, missing, process_1, run
+from tests.container.image import TAG, Builder, Container, end, missing, process_1, run
 
 pytestmark = pytest.mark.container
 
@@ -83,7 +84,7 @@ def test_training_is_stopped_by_sigterm_resumed_and_sampled(image: Container, vo
     while not table.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    os.kill(process_1(process), 15)
+    os.kill(process_1(process), signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     last = volumes["/app/checkpoints"] / "stopped/last.ckpt"
     step = checkpoint.peek(last)["step"]
@@ -159,12 +160,42 @@ def test_gpt2s_ranks_can_be_mounted(image: Container, volumes: dict[str, Path], 
     assert code == 0 and "prepared: logs/corpus" in out, err
 
 
-def test_a_server_that_does_not_answer_is_not_healthy(image: Container) -> None:
-    assert image.run("health")[:2] == (0, "nothing is served here\n")
-    code, _, err = image.run("health", "--url", "http://127.0.0.1:8000/health")
-    assert code == 1 and "Connection refused" in err
+STAND_IN = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), Answer).serve_forever()
+"""
+
+
+def test_the_health_check_asks_a_server_and_leaves_a_training_alone(image: Container) -> None:
+    """As Docker runs it, inside the container. lm has no server yet: a stand-in answers by its rules."""
     docker = json.loads(image.builder("inspect", image.name))["Docker"]["config"]
-    assert docker["Healthcheck"]["Test"] == ["CMD", "lm", "health"]
+    assert docker["Healthcheck"]["Test"][0] == "CMD"
+    check = docker["Healthcheck"]["Test"][1:]
+
+    def healthy(container: subprocess.Popen[str]) -> int:
+        inside = ["nsenter", f"--target={process_1(container)}", "--all", "--root", "--wd"]
+        return subprocess.run([*inside, "env", *image.config["Env"], *check], capture_output=True).returncode
+
+    server = image.start(command=["python", "-c", STAND_IN, "serve", "--port", "8765"])
+    training = image.start(*QUICKSTART, 100_000)
+    try:
+        until = time.monotonic() + 30
+        while healthy(server):
+            assert server.poll() is None and time.monotonic() < until, server.communicate()
+            time.sleep(0.2)
+        assert healthy(training) == 0
+        os.kill(process_1(server), signal.SIGSTOP)
+        assert healthy(server) == 1
+    finally:
+        for container in (server, training):
+            end(container)
 
 
 def test_what_compose_starts_trains_and_shows_the_curves(image: Container, volumes: dict[str, Path]) -> None:
@@ -189,8 +220,7 @@ def test_what_compose_starts_trains_and_shows_the_curves(image: Container, volum
             assert board.poll() is None and time.monotonic() < until, done.stderr
             time.sleep(1)
     finally:
-        board.kill()
-        board.communicate()
+        end(board)
 
 
 def test_nothing_is_in_it_that_does_not_belong(image: Container, builder: Builder) -> None:

@@ -107,6 +107,17 @@ def test_a_finished_run_can_be_extended(lm, workplace: Path) -> None:
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
 
 
+def test_a_finished_run_whose_last_checkpoint_was_damaged_gets_a_whole_one(lm, workplace: Path) -> None:
+    recipe = ["fit", "--config", "tiny.yaml", "--checkpoint.every_n_steps", 6]
+    assert lm(*recipe)[0] == 0
+    last = Path("checkpoints/tiny/last.ckpt")
+    whole = last.read_bytes()
+    os.truncate(last, 1000)
+    code, out, _ = lm(*recipe, "--ckpt_path", "auto")
+    assert code == 0 and "last.ckpt is damaged" in out and "done: step 12" in out
+    assert last.read_bytes() == whole
+
+
 def test_a_new_learning_rate_wins_over_the_checkpoints(lm, workplace: Path) -> None:
     recipe = ["fit", "--config", "tiny.yaml", "--model.init_args.schedule", "lm.training.schedules.Constant"]
     lm(*recipe)

@@ -49,6 +49,10 @@ def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -
     assert code == 0 and "val at step 12" in out
     assert lm("sample", "--ckpt_path", last, "--max_new_tokens", 5)[0] == 0
 
+    assert lm("export", "--ckpt_path", last, "--format", "file", "--output", "one.ckpt")[0] == 0
+    assert_equal(checkpoint.load(Path("one.ckpt")), checkpoint.load(last))
+    finish(run("from-export", 2, *exact, *SHARDED, "--ckpt_path", "one.ckpt", "--trainer.max_steps", 13, cwd=workplace))
+    assert checkpoint.peek(Path("checkpoints/from-export/last.ckpt"))["step"] == 13
     for inside in ("lm.pt", "__0_0.distcp", ".metadata"):
         code, _, err = lm("sample", "--ckpt_path", last / inside)
         assert code == 2 and len(err.splitlines()) == 1 and f"is a part of the sharded checkpoint {last}" in err

@@ -96,6 +96,22 @@ def test_a_first_process_that_stays_alone_says_so(workplace: Path, unused_port: 
     assert done.returncode == 2 and f"did not come to 127.0.0.1:{unused_port} in 2 s" in done.stderr
 
 
+def test_a_first_process_that_does_not_answer_is_named(workplace: Path) -> None:
+    with socket.socket() as silent:  # as one that was stopped: the kernel accepts, nobody answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        place = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 1}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+        done = subprocess.run(
+            [sys.executable, "-m", "lm", "fit", "--config", "tiny.yaml", "--trainer.num_nodes", "2",
+             "--watch.meet_timeout", "2"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **{key: str(value) for key, value in place.items()}},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2 and f"error: rank 1: rank 0 did not answer at 127.0.0.1:{port} in 2 s" in done.stderr
+
+
 @pytest.fixture
 def unused_port() -> int:
     with socket.socket() as one:
