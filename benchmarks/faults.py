@@ -67,9 +67,12 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Return the processes of the ranks; the second is there a few seconds after the first."""
-        pid = self.process.pid
-        listed = Path(f"/proc/{pid}/task/{pid}/children")
-        return [pid, *(int(child) for child in listed.read_text().split())] if listed.exists() else []
+        pid, found = self.process.pid, []
+        with contextlib.suppress(OSError):
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+                    found.append(int(child))
+        return [pid, *found]
 
     def signal_a_rank(self, *signals: signal.Signals) -> None:
         """Send one of them to one of the ranks."""

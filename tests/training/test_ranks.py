@@ -138,6 +138,27 @@ def test_a_signal_to_one_rank_while_data_is_prepared_ends_both(workplace: Path, 
     assert process.returncode == 143, error
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.parametrize("module", MODULES)
+def test_a_signal_to_one_rank_while_the_network_is_compiled_stops_both(workplace: Path, module: str) -> None:
+    write_recipe()
+    words = ("--config", "tiny.yaml", "--model", f"lm.training.{module}", "--model.init_args.compile", "true")
+    cache = workplace / "compiled"
+    command = ("fit", *words, "--trainer.devices", 2, "--name", "early", "--ckpt_path", "auto")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    process = start(*command, cwd=workplace, environment=environment)
+    while not any(cache.rglob("*.cpp")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert not Path("logs/early/metrics.csv").exists()  # no step has been finished
+    os.kill(children(process.pid)[0], signal.SIGTERM)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 143 and "after step 1; checkpoints/early/last.ckpt has step 1" in error, error
+    finish(start(*command, cwd=workplace, environment=environment))
+    assert state(Path("checkpoints/early/last.ckpt"))["global_step"] == 12
+
+
 SLURM = {"SLURM_JOB_ID": 7, "SLURM_JOB_NAME": "lm", "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_NNODES": 1}
 SLURM |= {"SLURM_NODEID": 0, "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
 
