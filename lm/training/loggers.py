@@ -33,7 +33,33 @@ class Events(TensorBoardLogger):
             self.experiment.flush()
 
 
-class MetricsCSV(Logger):
+class _File(Logger):
+    """One file in the run's log folder.
+
+    Args:
+        path: The file; its folder's name is the run's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """Always the same: a run has one such file."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved config lies beside it."""
+
+
+class MetricsCSV(_File):
     """A table of all metrics, one row a step, that a resumed run continues.
 
     Lightning's CSVLogger deletes the file of the process before it.
@@ -43,25 +69,10 @@ class MetricsCSV(Logger):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.path = folder / "metrics.csv"
+        super().__init__(folder / "metrics.csv")
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}  # the last one
         self._offset = 0  # where it begins in the file
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.path.parent.name
-
-    @property
-    def version(self) -> str:
-        """Always the same: a run has one table."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the resolved config lies beside the table."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -91,7 +102,7 @@ class MetricsCSV(Logger):
         return {}
 
 
-class MetricsProm(Logger):
+class MetricsProm(_File):
     """The newest value of each metric, in metrics.prom, as Prometheus' node exporter reads it (its textfile collector).
 
     Args:
@@ -99,23 +110,8 @@ class MetricsProm(Logger):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.path = folder / "metrics.prom"
+        super().__init__(folder / "metrics.prom")
         self._values: dict[str, float] = {}
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.path.parent.name
-
-    @property
-    def version(self) -> str:
-        """Always the same."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -7,11 +7,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, distributed
@@ -21,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from lm import log
 from lm.errors import CheckError, UserError
 from lm.training import progress
+from lm.training.drift import check_drift
 
 STARTER = "LM_STARTED_BY"
 """Of the environment: the process that started this rank."""
@@ -359,43 +358,3 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wait
 def is_lost_contact(error: BaseException) -> bool:
     """Return whether an error is a collective's that lost another rank."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
-
-
-def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list[Tensor]] | None = None) -> None:
-    """Compare checksums of all parameters over the ranks.
-
-    Args:
-        net: The network; parameters sharded over the ranks are not compared.
-        step: Number of finished steps, for the message.
-        gather: Returns all ranks' tensors; torch.distributed's by default.
-
-    Raises:
-        CheckError: They differ; says on which ranks, and at which parameter first.
-    """
-    whole = {n: p for n, p in net.named_parameters() if not isinstance(p, distributed.tensor.DTensor)}
-    if not whole:
-        return
-    sums = torch.stack([checksum(parameter.detach()) for parameter in whole.values()])  # (parameters,)
-    rows = torch.stack((gather or _gather)(sums))  # (ranks, parameters)
-    usual = rows.mode(dim=0).values  # (parameters,)
-    if (rows == usual).all():
-        return
-    ranks = [str(rank) for rank, row in enumerate(rows) if not torch.equal(row, usual)]
-    first = list(whole)[int((rows != usual).any(dim=0).nonzero()[0])]
-    raise CheckError(
-        f"step {step}: the weights of rank {', '.join(ranks)} differ from the other ranks', first at {first}: nothing "
-        "was saved since; look for a broken device, and continue with --ckpt_path auto"
-    )
-
-
-def checksum(values: Tensor) -> Tensor:
-    """Return a number, int64 (), that changes with any bit of values and with their order."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = values.contiguous().flatten().view(kinds[values.element_size()]).long()  # (n,)
-    return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()  # odd factors lose no bit; wraps
-
-
-def _gather(sums: Tensor) -> list[Tensor]:
-    rows = [torch.empty_like(sums) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(rows, sums)
-    return rows

@@ -189,7 +189,7 @@ def test_a_signal_to_the_whole_group_with_workers(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_loses_at_most_one_interval(lm, workplace: Path) -> None:
+def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(lm, workplace: Path) -> None:
     """SIGKILL, 20 times, from the start of the process to its end; then the run is as if nothing had been."""
     recipe = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 3000, "--trainer.val_check_interval", 50]
     recipe += ["--checkpoint.every_n_steps", 20, "--checkpoint.keep_last", 3]
@@ -212,7 +212,7 @@ def test_killed_at_random_moments_loses_at_most_one_interval(lm, workplace: Path
         assert len(whole) == len(list(folder.glob("*.ckpt")))  # none was torn
         lost.append(reached - max((checkpoint.peek(path)["step"] for path in whole), default=0))
     print(f"{kills} kills, steps lost: {lost}")
-    assert max(lost) <= 20
+    assert max(lost) <= 40  # steps of 1 ms: on a slow disk a save may take an interval, and the next one waits for it
     assert lm(*recipe, "--name", "parts", "--ckpt_path", "auto")[0] == 0
     assert_runs_equal("whole", "parts")
 

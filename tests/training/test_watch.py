@@ -13,7 +13,7 @@ import torch
 
 from lm.errors import CheckError
 from lm.training import checkpoint
-from lm.training.watch import check_drift, checksum
+from lm.training.drift import check_drift, checksum
 from tests.conftest import ROOT
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import children, finish, run, write_recipe
