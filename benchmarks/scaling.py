@@ -62,7 +62,7 @@ def throughput(module: str, ranks: int, threads: int) -> float:
     """Return the median tokens per second of shakespeare-cpu's shape, without evaluations, samples and figures."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ("--trainer.limit_val_batches", 0, "--samples.max_new_tokens", 0, "--figures.every_n_steps", 0)
-        steps = ("--trainer.max_steps", 600, "--checkpoint.every_n_steps", 10_000, "--name", "run")
+        steps = ("--trainer.max_steps", 400, "--checkpoint.every_n_steps", 10_000, "--name", "run")
         fit(folder, "shakespeare-cpu.yaml", threads, "--model", module, "--trainer.devices", ranks, *quiet, *steps)
         with (Path(folder) / "logs/run/metrics.csv").open() as stream:
             rows = [float(row["train/tokens_per_second"]) for row in csv.DictReader(stream)]

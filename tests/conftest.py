@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import distributed
 
 from lm.cli import main
 
@@ -67,8 +68,13 @@ def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tupl
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
+        before = dict(os.environ)
         code = main([str(a) for a in arguments])
         out, err = capfd.readouterr()
+        if distributed.is_initialized():  # a process of its own would have ended
+            distributed.destroy_process_group()
+        for name in os.environ.keys() - before.keys():  # MASTER_PORT, say, which later processes would take over
+            del os.environ[name]
         return code, out, err
 
     return run

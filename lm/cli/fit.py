@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lm import log
@@ -16,8 +17,8 @@ from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, folders, loggers
-from lm.training.callbacks import Console, FrozenHeap, KeptMemory, RandomState
+from lm.training import ManualLanguageModel, checkpoint, compute, folders, loggers
+from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
 from lm.training.sharded import Sharded
@@ -111,6 +112,7 @@ class Fit(parsing.Recipes):
             StopSignals(),
             FrozenHeap(),
             KeptMemory(),
+            OwnCores(),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
@@ -121,6 +123,8 @@ class Fit(parsing.Recipes):
             raise UserError(  # Lightning would take bf16-mixed instead, without a word
                 f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"
             )
+        if isinstance(trainer.strategy, DDPStrategy):
+            compute.tune(trainer.strategy)
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
             trainer.strategy._launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes)

@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import os
 import random
 import sys
+from contextlib import suppress
 from typing import IO, Any, cast
 
 import numpy as np
@@ -114,6 +116,24 @@ class KeptMemory(Callback):
         """Let memory be kept."""
         if trainer.strategy.root_device.type == "cpu":
             keep_memory()
+
+
+class OwnCores(Callback):
+    """Keeps ranks on CPUs, where their threads together fill a machine, each to cores of its own, as mpirun does.
+
+    Otherwise the kernel lets two ranks meet on one core now and then, and all wait for both.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Divide the cores, unless srun or another launcher has done so."""
+        if trainer.strategy.root_device.type != "cpu" or not hasattr(os, "sched_setaffinity"):
+            return
+        cores, ranks, threads = sorted(os.sched_getaffinity(0)), trainer.num_devices, torch.get_num_threads()
+        if ranks > 1 and ranks * threads == len(cores):
+            own = cores[trainer.local_rank * threads :][:threads]
+            for thread in os.listdir("/proc/self/task"):  # those that talk to other ranks are there already
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread), own)
 
 
 class Console(Callback):

@@ -4,7 +4,9 @@ import shutil
 from functools import partial
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lm.errors import UserError
@@ -48,3 +50,20 @@ def compiler_missing(device: torch.device) -> str | None:
     except Exception:  # its own kind of error has changed between releases
         return f"a C++ compiler ({', '.join(str(name) for name in config.cpp.cxx if name)})"
     return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
+
+
+def leave_constants(module: nn.Module) -> None:
+    """Let DDP leave alone what is no part of the state, the same on each rank; it would send it at every step."""
+    constants = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+
+
+def tune(strategy: DDPStrategy) -> None:
+    """Let DDP reduce gradients where they lie, without a copy of them all; what a recipe says of it is left alone.
+
+    On CPUs, gradients of less than 25 MB are reduced at once, after the backward pass: what overlaps it there takes
+    its cores. Elsewhere, DDP begins with the first mebibyte.
+    """
+    strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+    if strategy.root_device.type == "cpu":
+        strategy._ddp_kwargs.setdefault("bucket_cap_mb", 25)

@@ -73,7 +73,9 @@ class Guard:
         return f"step {step}: {what}: the batch was skipped, {self.skipped} so far"
 
 
-def share_loss(losses: list[Tensor], targets: list[Tensor], world_size: int) -> tuple[float, float]:
+def share_loss(
+    losses: list[Tensor], targets: list[Tensor], world_size: int, others: list[float]
+) -> tuple[float, float, list[float]]:
     """Return the mean loss over the predictions of all micro-batches and ranks, and the gradient's missing factor.
 
     Each micro-batch's loss is its sum over the predictions, divided by its number of targets: the same number on all
@@ -85,16 +87,19 @@ def share_loss(losses: list[Tensor], targets: list[Tensor], world_size: int) -> 
         losses: Of the micro-batches of this rank, each ().
         targets: Theirs, (B, T) or (B,).
         world_size: Number of ranks.
+        others: What else is to be added up over the ranks: whoever waits for them once need not do so twice. Returned
+            third.
     """
     positions = sum(one.numel() for one in targets)
     nats = torch.stack([loss * one.numel() for loss, one in zip(losses, targets, strict=True)]).sum()
     predicted = torch.stack([(one != IGNORED).sum() for one in targets]).sum()
     dtype = torch.float32 if nats.device.type == "mps" else torch.float64
-    sums = torch.stack([nats.to(dtype), predicted.to(dtype)])  # (2,)
+    rest = torch.tensor(others, dtype=dtype, device=nats.device)
+    sums = torch.cat([torch.stack([nats.to(dtype), predicted.to(dtype)]), rest])  # (2 + others,)
     if world_size > 1:
         distributed.all_reduce(sums)
-    total, count = sums.tolist()
-    return total / max(1, count), positions * world_size / max(1, count)
+    total, count, *others = sums.tolist()
+    return total / max(1, count), positions * world_size / max(1, count), others
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

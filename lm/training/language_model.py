@@ -15,7 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
 from lm.data.module import IGNORED
@@ -23,12 +23,12 @@ from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.training import compatibility, progress
-from lm.training.compute import compiler_missing, recompute_blocks
+from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
 from lm.training.guard import Guard, clip, global_norm, local, share_loss
-from lm.training.optimizers import parameter_groups
+from lm.training.optimizers import adamw, parameter_groups
 from lm.training.schedules import Constant, Schedule
 from lm.training.sharded import is_sharded, shard
 
@@ -82,7 +82,7 @@ class LanguageModel(Evaluated):
         if clip_norm is not None and not clip_norm > 0:
             raise UserError(f"model.clip_norm is {clip_norm}: it must be above 0, or null for none")
         # a default of the argument itself would leave its weight decay to any other class that a recipe names
-        self.make_net, self.make_optimizer = net, optimizer or _adamw
+        self.make_net, self.make_optimizer = net, optimizer or adamw
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.net: nn.Module | None = None
@@ -95,6 +95,9 @@ class LanguageModel(Evaluated):
         """The newest training metrics, "step" among them."""
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
         self._step_targets: list[Tensor] = []
+        self.questions: dict[Any, Callable[[], float]] = {}
+        """What else the ranks add up when they share a step's loss, before the weights are touched."""
+        self.answers: dict[Any, float] = {}
         self._step_loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
         self._grad_norm = torch.zeros(())
         self._divided = False  # whether a step has more than one micro-batch, here or on other ranks
@@ -117,9 +120,7 @@ class LanguageModel(Evaluated):
         """
         trainer = self.trainer
         if self.calibrate and trainer.world_size > 1:
-            raise UserError(
-                "model.calibrate is for one process: each would have statistics of its own: set it to false"
-            )
+            raise UserError("model.calibrate is for one process, as each has statistics of its own: set it to false")
         alone = trainer.world_size == 1 and trainer.precision in ("32-true", "64-true")
         if stage == "fit" and self.steps_per_call > 1 and not alone:
             raise UserError(
@@ -151,6 +152,7 @@ class LanguageModel(Evaluated):
             self.exact_match = MulticlassExactMatch(data.vocab_size, ignore_index=IGNORED)
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
         self.register_buffer("token_lengths", lengths, persistent=False)
+        leave_constants(self)
 
     def _compile(self) -> None:
         assert self.net is not None
@@ -296,7 +298,9 @@ class LanguageModel(Evaluated):
         gradients = [p.grad for p in self._fitted if p.grad is not None]
         loss: Tensor | float = self._step_losses[0]
         if self._divided:
-            loss, factor = share_loss(self._step_losses, self._step_targets, self.trainer.world_size)
+            others = [ask() for ask in self.questions.values()]
+            loss, factor, others = share_loss(self._step_losses, self._step_targets, self.trainer.world_size, others)
+            self.answers = dict(zip(self.questions, others, strict=True))
             if factor != 1:
                 torch._foreach_mul_(local(gradients), factor)
         if self._small and self.clip_norm is None and gradient_clip_val is None:
@@ -393,7 +397,3 @@ class LanguageModel(Evaluated):
         if fits:
             self.guard.load_state_dict(checkpoint["lm"].get("guard", {}))  # older checkpoints have none
             progress.restore(self.trainer, checkpoint)
-
-
-def _adamw(params: Iterable) -> Optimizer:
-    return AdamW(params, lr=1e-3, weight_decay=0.1)

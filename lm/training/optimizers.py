@@ -31,6 +31,11 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def adamw(params: Iterable) -> Optimizer:
+    """Return what fits networks where a recipe names no optimizer."""
+    return AdamW(params, lr=1e-3, weight_decay=0.1)
+
+
 class MuonAdamW(Optimizer):
     """Muon for the hidden matrices, AdamW for embeddings, head, biases and gains; both are torch's own.
 

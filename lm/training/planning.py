@@ -153,12 +153,6 @@ def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
     return Memory(weights, gradients, state, total - weights - state - gradients)
 
 
-def copied(alone: Memory, processes: int) -> Memory:
-    """Return a process's memory under DDP: as alone, and buckets as large as the gradient, in which it is reduced."""
-    buckets = alone.weights if processes > 1 else 0
-    return Memory(alone.weights, alone.gradients + buckets, alone.optimizer, alone.activations)
-
-
 def sharded(recipe: Recipe, alone: Memory, processes: int) -> Memory:
     """Return a process's memory under FSDP2.
 

@@ -42,6 +42,7 @@ class ReducedGradients(Gradients):
                 self._make_bucket(group, uses)
                 group = []
         self.missing: list[Counter[int]] = []
+        self.empty: set[int] = set()  # the parameters of which nothing has been added in this step
         self.reducing = False
         self.work: dict[int, distributed.Work | None] = {}
 
@@ -53,10 +54,9 @@ class ReducedGradients(Gradients):
         self.expected.append(Counter({id(p): uses[id(p)] for p in group}))
 
     def begin(self, parameters: list[nn.Parameter]) -> None:
-        """Begin a step: all gradients are zero, and each parameter's is a view of its bucket."""
+        """Begin a step: each parameter's gradient is a view of its bucket, to be written by what is added first."""
         self.work.clear()
-        for bucket in self.buckets:
-            bucket.zero_()
+        self.empty = set(self.parts)
         for parameter in parameters:
             parameter.grad = self.parts[id(parameter)][1]
 
@@ -66,19 +66,28 @@ class ReducedGradients(Gradients):
         self.reducing = True
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Add, and reduce the bucket if that made it whole."""
-        if parameter.requires_grad:
-            self.parts[id(parameter)][1].add_(gradient)
-            self._added(parameter)
+        """Add the gradient's share of the ranks' mean, and reduce the bucket if that made it whole."""
+        if not parameter.requires_grad:
+            return
+        part = self.parts[id(parameter)][1]
+        if id(parameter) in self.empty:
+            torch.mul(gradient, 1 / self.world_size, out=part)
+        else:
+            part.add_(gradient, alpha=1 / self.world_size)
+        self._added(parameter)
 
     def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
         """Add to rows, and reduce the bucket if that made it whole."""
-        if table.requires_grad:
-            part = self.parts[id(table)][1]
-            part.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype))
-            self._added(table)
+        if not table.requires_grad:
+            return
+        part = self.parts[id(table)][1]
+        if id(table) in self.empty:
+            part.zero_()
+        part.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype) / self.world_size)
+        self._added(table)
 
     def _added(self, parameter: Tensor) -> None:
+        self.empty.discard(id(parameter))
         if not self.reducing:
             return
         number = self.parts[id(parameter)][0]
@@ -92,11 +101,12 @@ class ReducedGradients(Gradients):
             self._reduce(number)
 
     def _reduce(self, number: int) -> None:
-        self.buckets[number] /= self.world_size
         self.work[number] = distributed.all_reduce(self.buckets[number], async_op=True)
 
     def finish(self) -> None:
         """Reduce what is left, parameters that played no part, and wait."""
+        for parameter in self.empty:
+            self.parts[parameter][1].zero_()
         for number in range(len(self.buckets)):
             if number not in self.work:
                 self._reduce(number)

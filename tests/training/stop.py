@@ -1,5 +1,6 @@
 """Callbacks that do something to a training, such as a real SIGTERM, at an exact moment, or look at it."""
 
+import json
 import os
 import signal
 import time
@@ -203,3 +204,11 @@ class SlowCopies(Callback):
             copy(source, target)
 
         folders.copy = slow
+
+
+class SayCores(Callback):
+    """Writes down the cores that the rank's threads may use."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cores = {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+        Path(f"cores-{trainer.global_rank}.json").write_text(json.dumps([sorted(one) for one in cores]))

@@ -159,6 +159,20 @@ def test_a_signal_to_one_rank_while_the_network_is_compiled_stops_both(workplace
     assert state(Path("checkpoints/early/last.ckpt"))["global_step"] == 12
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity of threads is Linux's")
+def test_ranks_that_fill_the_machine_have_cores_of_their_own(workplace: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) % 2:
+        pytest.skip("two ranks cannot share an odd number of cores evenly")
+    half = len(cores) // 2
+    write_recipe()
+    words = ("fit", "--config", "tiny.yaml", "--trainer.devices", 2)
+    say = ("--trainer.callbacks+", "tests.training.stop.SayCores")
+    finish(start(*words, *say, cwd=workplace, environment={"OMP_NUM_THREADS": str(half)}))
+    found = [json.loads(Path(f"cores-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [[cores[:half]], [cores[half:]]]
+
+
 SLURM = {"SLURM_JOB_ID": 7, "SLURM_JOB_NAME": "lm", "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_NNODES": 1}
 SLURM |= {"SLURM_NODEID": 0, "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
 
