@@ -77,7 +77,7 @@ class Plan(parsing.Recipes):
                 alone = planning.memory(recipe, recompute=again)
             except UserError:  # this network has no blocks
                 continue
-            table["ddp" + suffix] = alone
+            table["ddp" + suffix] = planning.copied(alone, processes)
             table["fsdp2" + suffix] = planning.sharded(recipe, alone, processes)
         room = (device.memory - planning.RESERVED) * 1e9
         order = sorted(table, key=lambda name: ("activation" in name, "fsdp2" in name))  # the fastest that fits

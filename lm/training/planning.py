@@ -153,6 +153,12 @@ def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
     return Memory(weights, gradients, state, total - weights - state - gradients)
 
 
+def copied(alone: Memory, processes: int) -> Memory:
+    """Return a process's memory under DDP: as alone, but gradients lie in buckets, which are there all the time."""
+    gradients = alone.weights if processes > 1 else alone.gradients
+    return Memory(alone.weights, gradients, alone.optimizer, alone.activations)
+
+
 def sharded(recipe: Recipe, alone: Memory, processes: int) -> Memory:
     """Return a process's memory under FSDP2.
 

@@ -95,7 +95,9 @@ def test_memory_of_strategies_adds_up() -> None:
     alone = planning.memory(recipe)
     assert alone.weights == 4 * planning.parameters(recipe)
     assert alone.optimizer == pytest.approx(2 * alone.weights, 1e-3)
-    assert planning.sharded(recipe, alone, 64).peak < alone.peak
+    assert planning.copied(alone, 1) == alone
+    assert planning.copied(alone, 64).gradients == alone.weights
+    assert planning.sharded(recipe, alone, 64).peak < alone.peak < planning.copied(alone, 64).peak
     assert planning.memory(recipe, recompute=True).activations < alone.activations
     half = recipe_of(5000, BIG, 2, "bf16-true")
     assert planning.memory(half).weights == alone.weights / 2 and torch.get_default_dtype() == torch.float32
