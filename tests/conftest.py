@@ -37,7 +37,7 @@ RECIPE = {
 TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n" for i in range(300))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
