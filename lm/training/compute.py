@@ -54,7 +54,8 @@ def compiler_missing(device: torch.device) -> str | None:
 
 def leave_constants(module: nn.Module) -> None:
     """Let DDP leave alone what is no part of the state, the same on each rank; it would send it at every step."""
-    constants = [name for name, _ in module.named_buffers() if name not in module.state_dict()]
+    kept = module.state_dict()
+    constants = [name for name, _ in module.named_buffers() if name not in kept]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
 
 
