@@ -1,6 +1,7 @@
 """The one front door: `lm COMMAND`. Nothing heavy is imported until a command is chosen."""
 
 import difflib
+import gc
 import importlib
 import os
 import signal
@@ -106,5 +107,8 @@ def _run(words: list[str]) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, _stop)
     module, function = COMMANDS[name][0].split(":")
-    getattr(importlib.import_module(module), function)(rest)
+    gc.disable()  # what is imported stays; to search it for garbage, again and again, takes half a second
+    command = getattr(importlib.import_module(module), function)
+    gc.enable()
+    command(rest)
     return 0

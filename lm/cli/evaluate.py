@@ -47,7 +47,8 @@ class Evaluate(parsing.Recipes):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer without what the recipe says of checkpoints and samples."""
         settings = {**self.config_init.trainer, **kwargs}
-        return self._instantiate_trainer(settings | {"plugins": [checkpoint.AtomicCheckpointIO()]}, [])
+        files = checkpoint.AtomicCheckpointIO(Path(self.config.ckpt_path))
+        return self._instantiate_trainer(settings | {"plugins": [files]}, [])
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""
@@ -56,7 +57,7 @@ class Evaluate(parsing.Recipes):
         data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
-        module.config = self.resolved()
+        module.config, module.resumes = self.resolved(), True
         if self.config.split == "test" and not getattr(data, "test_fraction", 1):
             print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
         self.trainer.validate(

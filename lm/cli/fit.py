@@ -65,10 +65,13 @@ class Fit(parsing.Recipes):
         if log.rank() == 0 and folders.unfinished(self.checkpoints):
             with self.alone():
                 folders.recover(self.checkpoints)
+        found = checkpoint.newest_first(self.checkpoints)
+        self.start = 1 + max((meta["start"] for meta in found.values()), default=0)
         self.ckpt_path = checkpoint.resolve(
-            self.checkpoints, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
+            self.checkpoints, found, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
         )
-        self.first_step = checkpoint.peek(self.ckpt_path)["step"] if self.ckpt_path else 0
+        origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
+        self.first_step = origin["step"] if origin else 0
         if config.init_from is not None:
             checkpoint.verify(config.init_from)  # a missing or damaged one is found before anything costs time
 
@@ -97,11 +100,10 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.strategy {settings['strategy']}: each rank is a program of its own here: use ddp")
         if settings["sync_batchnorm"]:
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
-        settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO()]
+        settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO(self.ckpt_path)]
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
-        keeper.folder = self.checkpoints
-        keeper.start = checkpoint.next_start(self.checkpoints)
+        keeper.folder, keeper.start = self.checkpoints, self.start
         callbacks = [
             _Opening(self),
             RandomState(self.config_init.seed_everything),
@@ -171,7 +173,7 @@ class Fit(parsing.Recipes):
     def run(self) -> dict[str, Any]:
         """Train, and return what `--json` prints."""
         module = parsing.language_model(self.model)
-        module.config = self.resolved()
+        module.config, module.resumes = self.resolved(), self.ckpt_path is not None
         if self.config.init_from is not None and self.ckpt_path is None:
             module.init_from = self.config.init_from
         self._inherit_tokenizer()
@@ -229,12 +231,12 @@ class Fit(parsing.Recipes):
             raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
         data.tokenizer = from_state(checkpoint.peek(origin)["tokenizer"])
 
-    def open_logs(self) -> None:
+    def open_logs(self, recipe: dict[str, Any]) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
         loggers.forget(self.logs, self.first_step)
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
-        path.write_text(yaml.safe_dump(self.resolved(), sort_keys=False))
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
 
 
 class _Opening(Callback):
@@ -245,7 +247,8 @@ class _Opening(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.cli.open_logs()
+            config: Any = pl_module.config
+            self.cli.open_logs(config)
 
 
 def _listed(value: Any) -> list[Any]:

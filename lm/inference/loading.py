@@ -10,6 +10,7 @@ from torch import nn
 
 from lm.data.tokenizers import Tokenizer, from_state
 from lm.errors import UserError
+from lm.models.layers import Uninitialised
 from lm.training import checkpoint
 
 
@@ -48,14 +49,15 @@ def deny_what_runs_code() -> None:
 
 
 def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
-    """Return a network from its class_path and init_args."""
+    """Return a network from its class_path and init_args, its weights to be loaded: they are not initialised."""
     deny_what_runs_code()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "net")
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
     try:
-        return parser.instantiate(parser.parse_object({"net": config})).net
+        with Uninitialised():
+            return parser.instantiate(parser.parse_object({"net": config})).net
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
         denied = "is not allowed" in str(error)
         advice = "it could run any code" if denied else "is its module to be imported here?"

@@ -10,7 +10,8 @@ import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,15 @@ class AtomicCheckpointIO(CheckpointIO):
     Lightning's own stages in $TMPDIR and moves the file from there, which is a plain copy where the run folder is
     another device, a mounted volume say, and never flushes it; and where the folder is not writable, it returns as if
     all were well (Lightning issues 19970, 21253, 21800; the latter still so in 2.6.6).
+
+    Args:
+        whole: A checkpoint that `resolve` has just found whole. It is read while the network is made, and its checksums
+            are not computed again.
     """
 
-    def __init__(self) -> None:
-        self.writer = Writer()
+    def __init__(self, whole: Path | None = None) -> None:
+        self.writer, self.whole = Writer(), whole
+        self._ahead = ThreadPoolExecutor().submit(load, whole, verified=True) if whole and whole.is_file() else None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Copy a checkpoint's state, and write it in the background, whole or not at all.
@@ -53,6 +59,9 @@ class AtomicCheckpointIO(CheckpointIO):
             choice = [str(path)]
             distributed.broadcast_object_list(choice, src=0)
             (path,) = choice
+        if self._ahead and Path(path) == self.whole:
+            ahead, self._ahead = self._ahead, None
+            return ahead.result()
         return load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -123,8 +132,8 @@ def copy(source: Path, target: Path) -> None:
     if source.is_dir():
         folders.copy(source, target)
         return
-    with replacing(target) as file, source.open("rb") as original:
-        shutil.copyfileobj(original, file, 1 << 24)
+    with replacing(target) as file:
+        shutil.copyfile(source, file.name)  # within the kernel, where it can
 
 
 @contextmanager
@@ -208,7 +217,7 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             # torch writes none of these; a flipped bit there makes it read a record as something else
             odd = [i.filename for i in archive.infolist() if i.compress_type or i.flag_bits & 1 or i.external_attr]
-            torn = odd[0] if odd else archive.testzip()
+            torn = odd[0] if odd else _torn(archive)
     except FileNotFoundError:
         return "there is no such file"
     except Exception as error:  # a damaged archive can raise anything
@@ -220,6 +229,22 @@ def damage(path: Path) -> str | None:
     except Exception as error:
         return f"it is no checkpoint of lm ({type(error).__name__})"
     return None
+
+
+def _torn(archive: zipfile.ZipFile) -> str | None:
+    """Return the name of the first record whose checksum is wrong, as testzip does, but on all cores."""
+
+    def check(record: zipfile.ZipInfo) -> str | None:
+        try:
+            with archive.open(record) as stream:
+                while stream.read(1 << 20):
+                    pass
+        except zipfile.BadZipFile:
+            return record.filename
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(check, archive.infolist())), None)
 
 
 def peek(path: Path) -> dict[str, Any]:
@@ -235,13 +260,14 @@ def peek(path: Path) -> dict[str, Any]:
     return meta | {"step": int(checkpoint["global_step"]), "start": checkpoint.get("start", 0)}
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return a whole checkpoint on the CPU; of a sharded one, what a single file would have held.
+def load(path: Path, verified: bool = False) -> dict[str, Any]:
+    """Return a checkpoint, verified to be whole, on the CPU; of a sharded one, what a single file would have held.
 
     Raises:
         UserError: It is missing, damaged or not one of ours.
     """
-    verify(path)
+    if not verified:
+        verify(path)
     if path.is_dir():
         return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -260,28 +286,30 @@ def verify(path: Path) -> Path:
     return path
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run that open, the newest first: by the start that wrote them, then by step."""
-    keys = {}
+def newest_first(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return what the checkpoints of a run say of themselves, where they open.
+
+    The newest comes first: by the start that wrote them, then by step.
+    """
+    metas = {}
     for path in folder.glob("*.ckpt"):
         try:
-            meta = peek(path)
-            keys[path] = (meta["start"], meta["step"], path.name == "last.ckpt", path.name)
+            metas[path] = peek(path)
         except Exception:  # a damaged file can raise anything; it is no candidate
             continue
-    return sorted(keys, key=keys.__getitem__, reverse=True)
+
+    def age(path: Path) -> tuple:
+        return metas[path]["start"], metas[path]["step"], path.name == "last.ckpt", path.name
+
+    return {path: metas[path] for path in sorted(metas, key=age, reverse=True)}
 
 
-def next_start(folder: Path) -> int:
-    """Return the number of a process that goes on with a run: one more than those that wrote its checkpoints."""
-    return 1 + max((peek(path)["start"] for path in newest_first(folder)), default=0)
-
-
-def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> Path | None:
+def resolve(folder: Path, candidates: Iterable[Path], request: str | None, note: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that training starts from; None is a fresh start.
 
     Args:
         folder: The run's checkpoints.
+        candidates: Those that open, the newest first.
         request: `--ckpt_path`: None, `last`, `auto` or a path.
         note: Is told, in a line, of damaged checkpoints that are passed over.
 
@@ -299,7 +327,6 @@ def resolve(folder: Path, request: str | None, note: Callable[[str], None]) -> P
         raise UserError(
             f"{folder} has checkpoints already: say --ckpt_path last to continue the run, or --name for a new one"
         )
-    candidates = newest_first(folder)
     last = folder / "last.ckpt"
     if last in found and last not in candidates:
         note(f"{last} is damaged: {damage(last)}")

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassExactMatch
 from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
-from lm.models.layers import BatchNorm, calibrate
+from lm.models.layers import BatchNorm, Uninitialised, calibrate
 from lm.training import compatibility, progress
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated
@@ -91,6 +92,8 @@ class LanguageModel(Evaluated):
         """The resolved configuration, kept in checkpoints; set by the command line."""
         self.init_from: Path | None = None
         """The checkpoint whose weights a new run begins with; set by the command line."""
+        self.resumes = False
+        """Whether a checkpoint's weights are loaded before the first step; set by the command line."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
@@ -134,7 +137,8 @@ class LanguageModel(Evaluated):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         try:
-            self.net = self.make_net(data.vocab_size, data.block_size)
+            with Uninitialised() if self.resumes else nullcontext():
+                self.net = self.make_net(data.vocab_size, data.block_size)
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer

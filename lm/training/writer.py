@@ -71,6 +71,9 @@ class Writer:
 
 
 def _step_back() -> None:
-    """Let the thread that calls this run where a core has nothing else to do: on a CPU, training needs them all."""
+    """Leave the thread that calls this a seventh of a core: on a CPU, training needs them all.
+
+    With less, a file of seconds would take minutes, and the next save would wait for it.
+    """
     if hasattr(os, "setpriority"):  # Linux has priorities of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 8)

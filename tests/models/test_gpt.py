@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from lm.models import GPT, Bigram
 from lm.models.feed_forward import make_feed_forward
 from lm.models.gpt import CausalSelfAttention, SeparateHeads
+from lm.models.layers import Uninitialised
 from lm.models.rotary import Rotary
 from tests.conftest import ROOT
 
@@ -101,6 +102,17 @@ def test_initialisation_is_gpt2s() -> None:
         for projection in (block.attn.c_proj, block.mlp.c_proj):
             assert float(projection.weight.std()) == pytest.approx(0.02 / 4, rel=0.05)
             assert not projection.bias.any()
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_a_network_whose_weights_are_to_be_loaded_draws_none(settings: dict) -> None:
+    drawn, before = GPT(65, 16, **SMALL, **settings), torch.get_rng_state()
+    with Uninitialised():
+        net = GPT(65, 16, **SMALL, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    net.load_state_dict(drawn.state_dict())
+    tokens = torch.randint(65, (2, 16))
+    assert torch.equal(net.eval()(tokens), drawn.eval()(tokens))  # what is no part of the state is there, too
 
 
 def test_tied_head_is_the_embedding_itself() -> None:

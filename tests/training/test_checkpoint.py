@@ -35,6 +35,15 @@ def test_round_trip_leaves_no_other_file(tmp_path: Path) -> None:
     assert checkpoint.damage(path) is None
 
 
+def test_what_was_found_whole_is_read_ahead_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "last.ckpt")
+    io = checkpoint.AtomicCheckpointIO(path)
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["weight"], CONTENTS["state_dict"]["weight"])
+    path.write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"last.ckpt: it is truncated"):
+        io.load_checkpoint(path)
+
+
 def test_a_flipped_bit_is_seen_wherever_it_changes_anything(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.ckpt").read_bytes()
     draw = random.Random(0)
@@ -106,7 +115,7 @@ def test_newest_is_by_start_then_step(tmp_path: Path) -> None:
 
 def resolve(folder: Path, request: str | None) -> tuple[str | None, list[str]]:
     notes: list[str] = []
-    path = checkpoint.resolve(folder, request, notes.append)
+    path = checkpoint.resolve(folder, checkpoint.newest_first(folder), request, notes.append)
     return path and path.name, notes
 
 

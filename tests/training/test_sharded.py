@@ -75,7 +75,8 @@ def damaged(folder: Path) -> None:
     assert checkpoint.damage(folder) is None
     (folder / "lm.pt").rename(folder / "lm.pt.away")
     notes: list[str] = []
-    assert checkpoint.resolve(folder.parent, "auto", notes.append) == folder.parent / "best.ckpt"
+    found = checkpoint.newest_first(folder.parent)
+    assert checkpoint.resolve(folder.parent, found, "auto", notes.append) == folder.parent / "best.ckpt"
     assert "last.ckpt is damaged" in notes[0]
     (folder / "lm.pt.away").rename(folder / "lm.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
