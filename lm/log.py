@@ -1,5 +1,6 @@
 """Lines that lm prints while it works: for people, or with LM_LOG=json as JSON, one object a line, for machines."""
 
+import fcntl
 import json
 import logging
 import os
@@ -39,6 +40,29 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
     known = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
     return json.dumps({"time": stamp, "level": level, "run": run, "rank": rank(), **known, "message": text})
+
+
+def shared_memory() -> str | None:
+    """Return where processes of this machine can note what they have said; None where the system has no such place.
+
+    It is this process's own memory, and goes when it ends.
+    """
+    if not hasattr(os, "memfd_create"):
+        return None
+    return f"/proc/{os.getpid()}/fd/{os.memfd_create('said')}"
+
+
+def first_to_say(text: str) -> bool:
+    """Note a text where LM_SAID names a place; return whether no other process has noted the same."""
+    try:
+        with open(os.environ.get("LM_SAID", ""), "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if repr(text) in file.read().splitlines():
+                return False
+            file.write(f"{text!r}\n")
+    except OSError:  # nobody else is there
+        pass
+    return True
 
 
 def take_over(run: str) -> None:

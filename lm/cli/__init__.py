@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
             raise
         level = "warning" if isinstance(error, Stopped) else "error"
-        print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
+        if log.first_to_say(str(error)):
+            print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
         write_exit_code(error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone; say no more
@@ -107,6 +108,7 @@ def _run(words: list[str]) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, _stop)
     module, function = COMMANDS[name][0].split(":")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come with fifty lines of stack each
     gc.disable()  # what is imported stays; to search it for garbage, again and again, takes half a second
     command = getattr(importlib.import_module(module), function)
     gc.enable()

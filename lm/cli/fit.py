@@ -121,6 +121,9 @@ class Fit(parsing.Recipes):
         trainer = self._instantiate_trainer(settings, callbacks)
         # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
+        with parsing.trainer_errors(None):
+            trainer._accelerator_connector.cluster_environment.validate_settings(trainer.num_devices, trainer.num_nodes)
         if trainer.strategy.root_device.type == "cpu" and str(settings["precision"]) in ("16-mixed", "16", "16-true"):
             raise UserError(  # Lightning would take bf16-mixed instead, without a word
                 f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"

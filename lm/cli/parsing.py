@@ -45,6 +45,7 @@ def quiet() -> None:
         ".*_pytree.*",
         ".*`isinstance\\(treespec.*",
         ".*It is recommended to use .self.log.*sync_dist.*",  # our metric has summed over the ranks already
+        ".*fp16 is not supported on CPU.*",  # it is refused, in a line
         ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -144,6 +145,10 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
                 "--trainer.accelerator cpu, or let a container have it (docker run --gpus all)"
             ) from error
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if str(error).startswith("You set `--ntasks"):
+            raise UserError(f"SLURM_NTASKS: {error}") from error
+        raise
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
         if str(error).startswith("BatchNorm in training mode"):
             raise UserError(f"data.batch_size: {error}") from error

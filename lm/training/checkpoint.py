@@ -66,7 +66,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
-        remove(Path(path))
+        folders.remove(Path(path))
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -74,14 +74,6 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(checkpoint, file)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, a file or a folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -97,12 +89,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        folders.take_place(part, path)
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
         reason = _reason(error, path.parent)
         raise UserError(f"{path} could not be written ({reason}): {remedy(path.parent)}") from error
@@ -182,7 +169,7 @@ def probe(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
     for part in (*folder.glob(".*.part"), *folder.glob(".probe.*")):
-        remove(part)
+        folders.remove(part)
 
 
 def renew_last(folder: Path, newest: Path | None) -> None:

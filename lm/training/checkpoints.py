@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lm.errors import UserError
 from lm.training import checkpoint as files
-from lm.training import progress
+from lm.training import folders, progress
 from lm.training.writer import Writer
 
 
@@ -129,7 +129,7 @@ class Checkpoints(Checkpoint):
         for old in periodic[self.keep_last :]:
             step = int(old.stem.removeprefix("step="))
             if self.keep_every is None or step % self.keep_every:
-                files.remove(old)
+                folders.remove(old)
 
 
 def _writer(trainer: Trainer) -> Writer:

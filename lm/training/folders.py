@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def replacing(path: Path, rank: int, barrier: Callable[[], Any]) -> Iterator[Pat
     Raises:
         UserError: The disk of a rank refuses; path is as it was.
     """
-    part, old = (path.with_name(f".{path.name}.{kind}.part") for kind in ("new", "old"))
+    part = path.with_name(f".{path.name}.new.part")
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -55,13 +56,30 @@ def replacing(path: Path, rank: int, barrier: Callable[[], Any]) -> Iterator[Pat
         raise UserError(f"{path} could not be written ({found}): make room or make it writable; earlier ones are whole")
     if rank == 0:
         _seal(part)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():  # a folder cannot be replaced in one go; the periodic checkpoints are whole meanwhile
-            path.rename(old)
-        part.rename(path)
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        take_place(part, path)
     barrier()
+
+
+def take_place(part: Path, path: Path) -> None:
+    """Put part where path is, files or folders.
+
+    A folder cannot be replaced in one go: `recover` finishes what a killed process has left between two renames.
+    """
+    old = path.with_name(f".{path.name}.old.part")
+    remove(old)
+    if path.is_dir() or (path.exists() and part.is_dir()):
+        path.rename(old)
+    part.replace(path)
+    _flush(path.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _seal(folder: Path) -> None:
@@ -75,14 +93,14 @@ def _seal(folder: Path) -> None:
 
 def unfinished(folder: Path) -> list[Path]:
     """Return what processes that were killed while they wrote have left; others may be at it still."""
-    return list(folder.glob(".*.ckpt.new.part"))
+    return [*folder.glob(".*.ckpt.new.part"), *folder.glob(".*.ckpt.old.part")]
 
 
 def recover(folder: Path) -> None:
     """Finish what a process that was killed between two renames began. No other may be at work in the folder."""
     for part in unfinished(folder):
-        path = folder / part.name.removeprefix(".").removesuffix(".new.part")
-        if not path.exists() and damage(part) is None:
+        path = folder / part.name.removeprefix(".").removesuffix(".new.part").removesuffix(".old.part")
+        if not path.exists() and (part.is_file() or damage(part) is None):
             part.rename(path)
 
 
@@ -97,19 +115,13 @@ def _flush(folder: Path) -> None:
 def copy(source: Path, target: Path) -> None:
     """Copy a sharded checkpoint by linking its files, which nobody changes."""
     part = target.with_name(f".{target.name}.copy.part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     try:
         shutil.copytree(source, part, copy_function=os.link)
     except OSError:  # a file system without links
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
         shutil.copytree(source, part)
-    old = target.with_name(f".{target.name}.old.part")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    part.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    take_place(part, target)
 
 
 def checksum(file: Path) -> int:
@@ -183,7 +195,9 @@ def load(path: Path) -> dict[str, Any]:
         for key, stored in reader.read_metadata().state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata)
     }
-    dcp.load(flat, storage_reader=Reader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")  # it is
+        dcp.load(flat, storage_reader=Reader(path), no_dist=True)
     checkpoint = meta(path)
     groups = checkpoint.pop("param_groups")
     names = [name for group in groups for name in group["params"]]

@@ -18,6 +18,7 @@ from lm.models.layers import BatchNorm
 from lm.training import progress
 from lm.training.language_model import LanguageModel
 from lm.training.reduced import ReducedGradients, average
+from lm.training.sharded import is_sharded
 
 
 class ManualLanguageModel(LanguageModel):
@@ -64,8 +65,9 @@ class ManualLanguageModel(LanguageModel):
             return
         check_precision(trainer.precision)
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            name = "fsdp2" if is_sharded(trainer) else type(trainer.strategy).__name__
             raise UserError(
-                f"trainer.strategy {type(trainer.strategy).__name__} with ManualLanguageModel: the rules need whole "
+                f"trainer.strategy {name} with ManualLanguageModel: the rules need whole "
                 "parameters on each device; use ddp"
             )
         trainer.accumulate_grad_batches = self.accumulate

@@ -39,6 +39,8 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         os.environ[STARTER] = str(os.getpid())
+        if place := log.shared_memory():
+            os.environ["LM_SAID"] = place  # what is wrong for all ranks is said once
         super()._call_children_scripts()
         self.children += self.procs
         self.procs = []  # the observer sees none

@@ -91,10 +91,29 @@ class Evil:
         return os.system, ("true",)
 
 
+def test_a_run_goes_on_in_the_other_kind_and_back(lm, workplace: Path) -> None:
+    one = ("fit", "--config", "tiny.yaml", "--name", "both", "--ckpt_path", "auto", "--trainer.devices", 1)
+    last, kinds = Path("checkpoints/both/last.ckpt"), []
+    for steps, words in ((3, SHARDED), (6, ()), (9, SHARDED), (12, ())):
+        code, _, err = lm(*one, *words, "--trainer.max_steps", steps)
+        assert code == 0, err
+        assert checkpoint.damage(last) is None and checkpoint.peek(last)["step"] == steps
+        kinds.append(last.is_dir())
+    assert kinds == [True, False, True, False]
+    assert not list(last.parent.glob(".*"))
+
+    for name in ("a_file", "a_folder"):  # killed between the two renames
+        whole = last if name == "a_file" else Path("checkpoints/both/step=0000005.ckpt")
+        away = Path("checkpoints") / f".{name}.ckpt.old.part"
+        whole.rename(away)
+        folders.recover(away.parent)
+        assert checkpoint.damage(away.with_name(f"{name}.ckpt")) is None and not away.exists()
+
+
 def test_gradients_by_hand_are_not_sharded(workplace: Path) -> None:
-    process = run("by-hand", 1, "--model", "lm.training.ManualLanguageModel", *SHARDED, cwd=workplace)
+    process = run("by-hand", 2, "--model", "lm.training.ManualLanguageModel", *SHARDED, cwd=workplace)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "use ddp" in err and len(err.splitlines()) == 1
+    assert process.returncode == 2 and "strategy fsdp2 with Manual" in err and len(err.splitlines()) == 1
 
 
 def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) -> None:

@@ -127,6 +127,8 @@ SLURM |= {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM
     ("words", "environment", "expected"),
     [
         (("--trainer.devices", 2), SLURM, "--ntasks-per-node=4"),
+        (("--trainer.devices", 1), SLURM, "--ntasks-per-node=4"),
+        ((), {name: SLURM[name] for name in SLURM if "PER_NODE" not in name}, "`--ntasks-per-node=4` instead"),
         (("--trainer.devices", 3), {}, "data.batch_size 4 is not divisible by 3 processes x 1 accumulated batches = 3"),
         (("--trainer.num_nodes", 2, "--trainer.devices", 4), SLURM, "--nodes=1"),
         (("--trainer.strategy", "fsdp"), {}, "use fsdp2"),
