@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassExactMatch
 
+from lm.backprop.rules import precise
 from lm.data.module import IGNORED
 from lm.training.metrics import TokenLoss
 
@@ -34,8 +35,7 @@ class Evaluated(LightningModule):
         """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
         tokens, targets = batch
         logits = self(tokens)  # (B, T, V), or (B, V)
-        precise = logits.float() if logits.dtype.itemsize < 4 else logits  # sums in 16 bits lose digits
-        flat = precise.flatten(0, -2)  # (B T, V)
+        flat = precise(logits).flatten(0, -2)  # (B T, V)
         nats = F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
         predicted = targets[targets != IGNORED]
         self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
+from lm.backprop.rules import precise
 from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
@@ -244,7 +245,7 @@ class LanguageModel(Evaluated):
                 f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
                 f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
             )
-        flat, wanted = logits.flatten(0, -2), targets.flatten()  # (B T, V), (B T,)
+        flat, wanted = precise(logits).flatten(0, -2), targets.flatten()  # (B T, V), (B T,)
         if self._divided:
             loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum") / wanted.numel()  # ()
         else:

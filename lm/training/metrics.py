@@ -1,6 +1,8 @@
 """The loss of a split: a sum over tokens, divided by the tokens, over all batches and ranks."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ class TokenLoss(Metric):
         self.add_state("nats", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "TokenLoss":
+        """Go where the module goes, but not to its precision: under bf16-true, sums would have three digits."""
+        super()._apply(lambda state: state.to(fn(state).device), *args, **kwargs)
+        return self
 
     def update(self, nats: Tensor, tokens: Tensor | int, text_bytes: Tensor | int = 0) -> None:
         """Add a batch: its summed cross-entropy in nats, its number of targets, and the bytes that these stand for."""

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from lm.backprop.rules import precise
 from lm.training.compute import blocks, recompute_blocks
 from lm.training.optimizers import parameter_groups
 from lm.training.sharded import shard
@@ -107,7 +108,7 @@ class Recipe:
         """Do what a micro-batch does."""
         with self.context:
             logits = net(tokens)
-            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+            loss = F.cross_entropy(precise(logits).flatten(0, -2), targets.flatten())
         loss.backward()
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lm.training import checkpoint
+from lm.training.loggers import read_csv
 from tests.training.test_ranks import MODULES, numbers
 from tests.training.test_resume import assert_equal, state
 
+LOSSES = ("train/loss", "val/loss")
 EXACT = ("--trainer.precision", "64-true")
 
 
@@ -75,6 +77,8 @@ def test_every_precision_resumes_to_the_last_bit(lm, workplace: Path, precision:
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
     dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
     assert checkpoint.load(Path("checkpoints/whole/last.ckpt"))["state_dict"]["net.wte.weight"].dtype == dtype
+    losses = [row[key] for row in read_csv(Path("logs/whole/metrics.csv"))[1] for key in LOSSES if row.get(key)]
+    assert all(float(torch.tensor(float(one)).bfloat16()) != float(one) for one in losses)  # not rounded to 8 bits
 
 
 SCALED = (
