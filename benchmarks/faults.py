@@ -107,6 +107,15 @@ def alive(group: int) -> list[str]:
     return found
 
 
+def listens(process: int) -> bool:
+    """Return whether a process catches SIGUSR1; one that has gone counts as well."""
+    try:
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return True
+    return caught is None or bool(int(caught[1], 16) >> signal.SIGUSR1 - 1 & 1)
+
+
 Fault = Callable[[Job], Iterator[None]]
 """Does harm, and then yields; mends what is to be mended when it goes on."""
 
@@ -137,6 +146,8 @@ def stop_a_rank(job: Job) -> Iterator[None]:
 
 
 def terminate_a_rank(job: Job) -> Iterator[None]:
+    while job.process.poll() is None and not all(map(listens, job.ranks())):  # Python itself is still starting
+        time.sleep(0.001)
     job.signal_a_rank(signal.SIGTERM, signal.SIGUSR1)
     yield
 
