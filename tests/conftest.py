@@ -1,6 +1,7 @@
 """What the tests share: a tiny recipe, the reference data where it is, and `lm` run in this process or in its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,7 +70,10 @@ def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tupl
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         before = dict(os.environ)
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         code = main([str(a) for a in arguments])
+        for signum, handler in handlers.items():  # a pool's forked workers would have lm's, and survive its end
+            signal.signal(signum, handler)
         out, err = capfd.readouterr()
         if distributed.is_initialized():  # a process of its own would have ended
             distributed.destroy_process_group()
