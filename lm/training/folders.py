@@ -6,7 +6,7 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,32 +32,40 @@ INDEX = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} 
 
 
 @contextmanager
-def replacing(path: Path, rank: int, barrier: Callable[[], Any]) -> Iterator[Path]:
-    """Give all ranks a new folder beside path to write in; whole and flushed, it takes path's place.
+def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
+    """Give all ranks of a group a new folder beside path to write in; whole and flushed, it takes path's place.
 
     Raises:
         UserError: The disk of a rank refuses; path is as it was.
     """
     part = path.with_name(f".{path.name}.new.part")
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    barrier()
-    problem = None
-    try:
+    first = distributed.get_rank() == 0
+    problems: list[str | None] = [None] * distributed.get_world_size()
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        """Let all ranks know when all have done something, and what has kept one from it."""
+        problem = next(filter(None, problems), None)
+        try:
+            yield
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last holds each rank's own
+            problem = problem or f"{type(error).__name__}: {str(error).splitlines()[-1]}"
+        distributed.all_gather_object(problems, problem, group)
+
+    with together():
+        if first:
+            remove(part)
+            part.mkdir(parents=True)
+    with together():
         yield part
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last holds each rank's own
-        problem = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
-    problems: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem)
-    if found := next((one for one in problems if one), None):
-        if rank == 0:
+    with together():
+        if first and not any(problems):
+            _seal(part)
+            take_place(part, path)
+    if found := next(filter(None, problems), None):
+        if first:
             shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{path} could not be written ({found}): make room or make it writable; earlier ones are whole")
-    if rank == 0:
-        _seal(part)
-        take_place(part, path)
-    barrier()
 
 
 def take_place(part: Path, path: Path) -> None:

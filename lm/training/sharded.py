@@ -5,6 +5,7 @@ is a folder: the tensors as torch.distributed.checkpoint writes them, a share by
 checkpoint has; checksums.json.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -57,6 +59,7 @@ class Sharded(ModelParallelStrategy):
 
     def __init__(self) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
+        self._group: distributed.ProcessGroup | None = None  # in which the ranks' writers talk
 
     def setup_environment(self) -> None:
         """Shard over all ranks, on one node or several."""
@@ -70,21 +73,25 @@ class Sharded(ModelParallelStrategy):
         return dict(get_optimizer_state_dict(self.model, inner))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a folder, whole or not at all; every rank its share.
+        """Copy this rank's share, and write it in the background: a folder, whole or not at all.
 
         Raises:
-            UserError: A disk refuses.
+            UserError: A disk refused the one before; of this one, `writer.check` and `writer.wait` raise it.
         """
         io: Any = self.checkpoint_io
-        io.writer.wait()  # it may still copy the one before to where this one goes
+        io.writer.wait()  # it may still copy the one before to where this one goes; and its memory is used again
+        if self._group is None:
+            pinned = self.root_device.type == "cuda"
+            self._stager = DefaultStager(
+                StagingOptions(pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+            )
+            self._group = distributed.new_group(backend="gloo")  # the default one is for training alone
         path = Path(self.broadcast(filepath))
         (optimizer,) = checkpoint.pop("optimizer_states")
         tensors = {"state_dict": checkpoint.pop("state_dict"), "optimizer": optimizer["state"]}
         checkpoint["param_groups"] = optimizer["param_groups"]
-        with folders.replacing(path, self.global_rank, self.barrier) as part:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True))
-            if self.global_rank == 0:
-                files.write(checkpoint, part / folders.META)
+        shares: Any = self._stager.stage(tensors)
+        io.writer.submit(partial(_write, shares, io.writer.snapshot(checkpoint), path, self._group))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder, written by however many ranks, or a single file; return all but the tensors' values.
@@ -121,6 +128,13 @@ class Sharded(ModelParallelStrategy):
         if optimizer is not None:
             set_optimizer_state_dict(self.model, optimizer, state)
         return saved
+
+
+def _write(tensors: dict[str, Any], rest: dict[str, Any], path: Path, group: distributed.ProcessGroup) -> None:
+    with folders.replacing(path, group) as part:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True), process_group=group)
+        if distributed.get_rank() == 0:
+            files.write(rest, part / folders.META)
 
 
 def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

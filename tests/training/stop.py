@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed import checkpoint as dcp
 
 from lm.data import TextData
 from lm.training import folders
@@ -204,6 +205,23 @@ class SlowCopies(Callback):
             copy(source, target)
 
         folders.copy = slow
+
+
+class WriteLater(Callback):
+    """Lets the first sharded checkpoint be written when training is two steps further, and writes down where it is."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        save, begun = dcp.save, trainer.global_step
+
+        def later(*args: Any, **keywords: Any) -> Any:
+            step, until = trainer.global_step, time.monotonic() + 20
+            while step == begun + 5 and trainer.global_step < step + 2 and time.monotonic() < until:
+                time.sleep(0.01)
+            with Path(f"later-{trainer.global_rank}").open("a") as file:
+                file.write(f"{trainer.global_step - step} ")
+            return save(*args, **keywords)
+
+        dcp.save = later
 
 
 class SayCores(Callback):

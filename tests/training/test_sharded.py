@@ -127,6 +127,16 @@ def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) 
     assert checkpoint.peek(Path("checkpoints/slow/step=0000005.ckpt"))["step"] == 5
 
 
+def test_training_goes_on_while_shards_are_written(workplace: Path) -> None:
+    write_recipe(val_check_interval=100)
+    finish(run("whole", 2, *SHARDED, cwd=workplace))
+    finish(run("later", 2, *SHARDED, "--trainer.callbacks+", "tests.training.stop.WriteLater", cwd=workplace))
+    assert [Path(f"later-{rank}").read_text().split()[0] for rank in (0, 1)] == ["2", "2"]
+    finish(run("again", 2, *SHARDED, "--ckpt_path", "checkpoints/later/step=0000005.ckpt", cwd=workplace))
+    for name in ("later", "again"):  # what was written is what there was to save
+        assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path(f"checkpoints/{name}/last.ckpt")))
+
+
 def test_a_disk_that_refuses_a_sharded_save_harms_no_earlier_one(workplace: Path) -> None:
     write_recipe(max_steps=60)
     folder = workplace / "checkpoints"
