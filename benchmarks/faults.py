@@ -25,13 +25,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
+from lm.training import checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}.\n" for i in range(3000))
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "trainer": {"max_steps": 400, "val_check_interval": 100, "log_every_n_steps": 100, "accelerator": "cpu"},
     "model": {
         "class_path": "lm.training.LanguageModel",
@@ -78,6 +81,12 @@ class Job:
         """Send one of them to one of the ranks."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(random.choice(self.ranks()), random.choice(signals))
+
+    def last_file(self) -> Path | None:
+        """Return the newest checkpoint, or a file of it where it is sharded."""
+        last = self.checkpoints / "last.ckpt"
+        files = sorted(last.iterdir()) if last.is_dir() else [last] if last.exists() else []
+        return random.choice(files) if files else None
 
     def kill(self) -> None:
         """Send SIGKILL to all of its processes."""
@@ -175,16 +184,14 @@ def forbid_writing(job: Job) -> Iterator[None]:
 def truncate(job: Job) -> Iterator[None]:
     job.kill()
     yield
-    last = job.checkpoints / "last.ckpt"
-    if last.exists():
+    if last := job.last_file():
         os.truncate(last, random.randrange(last.stat().st_size))
 
 
 def flip_a_bit(job: Job) -> Iterator[None]:
     job.kill()
     yield
-    last = job.checkpoints / "last.ckpt"
-    if last.exists():
+    if last := job.last_file():
         with last.open("r+b") as file:
             file.seek(random.randrange(last.stat().st_size))
             byte = file.read(1)[0]
@@ -247,7 +254,7 @@ def trial(folder: Path, name: str, fault: Fault, codes: set[int] | None, length:
 
 def outcome(folder: Path, name: str) -> tuple[dict, list]:
     """Return all that must be equal of a finished run."""
-    saved = torch.load(folder / "checkpoints" / name / "last.ckpt", weights_only=True)
+    saved = checkpoint.load(folder / "checkpoints" / name / "last.ckpt")
     with (folder / "logs" / name / "metrics.csv").open() as stream:
         rows = [{key: row[key] for key in row if "tokens_per_second" not in key} for row in csv.DictReader(stream)]
     return {key: value for key, value in saved.items() if key not in ("start", "loops", "lm")}, rows
@@ -279,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=50, help="Trials of each fault.")
     parser.add_argument("--only", help="Faults whose name matches this regular expression.")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="Copies of the network, or shares.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     options = parser.parse_args()
     random.seed(options.seed)
@@ -286,7 +294,8 @@ def main() -> None:
         folder = Path(place)
         (folder / "checkpoints").mkdir()
         (folder / "text.txt").write_text(TEXT)
-        (folder / "faults.yaml").write_text(yaml.safe_dump(RECIPE))
+        recipe = RECIPE | {"trainer": RECIPE["trainer"] | {"strategy": options.strategy}}
+        (folder / "faults.yaml").write_text(yaml.safe_dump(recipe))
         mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder / "checkpoints"]
         mounted = os.getuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
         try:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.fabric.utilities.init import _EmptyInit
 from torch import nn
 
 from lm.data.tokenizers import Tokenizer, from_state
 from lm.errors import UserError
-from lm.models.layers import Uninitialised
 from lm.training import checkpoint
 
 
@@ -56,7 +56,7 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
     try:
-        with Uninitialised():
+        with _EmptyInit():
             return parser.instantiate(parser.parse_object({"net": config})).net
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
         denied = "is not allowed" in str(error)

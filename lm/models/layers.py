@@ -3,13 +3,11 @@
 Shapes: B batch, T time, C channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 class BatchNorm(nn.Module):
@@ -194,21 +192,6 @@ def initialise(net: nn.Module, std: float, branches: dict[nn.Module, int]) -> No
         for name, parameter in stack.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=std / count**0.5)
-
-
-class Uninitialised(TorchFunctionMode):
-    """Networks made in it keep what was in their parameters' memory: a checkpoint's weights are to take its place.
-
-    Drawing those of GPT-2 small takes a CPU a second and a half.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call func, unless it is an initialisation."""
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def padded(tokens: Tensor, size: int) -> Tensor:

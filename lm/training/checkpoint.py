@@ -11,7 +11,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = Writer(), whole
-        self._ahead = ThreadPoolExecutor().submit(load, whole, verified=True) if whole and whole.is_file() else None
+        self._ahead: Future[dict[str, Any]] | None = None
+        if whole and whole.is_file():
+            pool = ThreadPoolExecutor(1)
+            self._ahead = pool.submit(load, whole, verified=True)
+            pool.shutdown(wait=False)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Copy a checkpoint's state, and write it in the background, whole or not at all.

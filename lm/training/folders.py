@@ -48,7 +48,7 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         problem = next(filter(None, problems), None)
         try:
             yield
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # the last holds each rank's own
+        except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:  # the last: each rank's own
             problem = problem or f"{type(error).__name__}: {str(error).splitlines()[-1]}"
         distributed.all_gather_object(problems, problem, group)
 

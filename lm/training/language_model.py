@@ -6,12 +6,12 @@ Shapes: B sequences, T tokens, V vocabulary.
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lm.backprop.rules import precise
 from lm.data.module import IGNORED
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
-from lm.models.layers import BatchNorm, Uninitialised, calibrate
+from lm.models.layers import BatchNorm, calibrate
 from lm.training import compatibility, progress
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated
@@ -138,7 +138,7 @@ class LanguageModel(Evaluated):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         try:
-            with Uninitialised() if self.resumes else nullcontext():
+            with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
                 self.net = self.make_net(data.vocab_size, data.block_size)
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
@@ -246,10 +246,9 @@ class LanguageModel(Evaluated):
                 f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
             )
         flat, wanted = precise(logits).flatten(0, -2), targets.flatten()  # (B T, V), (B T,)
+        loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum" if self._divided else "mean")  # ()
         if self._divided:
-            loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum") / wanted.numel()  # ()
-        else:
-            loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED)  # ()
+            loss = loss / wanted.numel()
         self._note(loss, targets)
         return loss
 
