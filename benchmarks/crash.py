@@ -15,6 +15,7 @@ import argparse
 import csv
 import importlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -282,6 +283,7 @@ def disturb(place: Path, name: str, every: int, first: int, faults: str) -> tupl
     start, wanted, calls = prepared(place, command)
     folder = place / "work"
     tries = [(*pair, error) for pair in numbered(calls) for error in (*ERRORS, KILL) if re.search(faults, error)]
+    random.Random(0).shuffle(tries)  # so that one in so many is a sample of all kinds
     tally: dict[str, list[int]] = {error: [0, 0] for error in (*ERRORS, KILL, POWER)}
     for call, number, error in tries[first::every]:
         problem = trial(start, folder, command, wanted, injected(call, number, error, folder), error == KILL)
