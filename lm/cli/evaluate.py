@@ -1,5 +1,6 @@
 """`lm validate` and `lm test`: evaluate a checkpoint on the whole of a split."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
 from lm.data.tokenizers import from_state
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
+from lm.inference.loading import not_finite
 from lm.training import checkpoint
 
 
@@ -64,6 +66,14 @@ class Evaluate(parsing.Recipes):
             module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
         )
         values = {name: value for name, value in module.validation.items() if name != "step"}
+        if not math.isfinite(values["loss"]):
+            assert module.net is not None
+            culprit = not_finite(module.net.state_dict())
+            why = f"{culprit} is not finite" if culprit else "its network computes what is not finite"
+            raise CheckError(
+                f"checkpoint {self.config.ckpt_path}: the loss is {values['loss']}: {why}, training had diverged: use "
+                "an earlier checkpoint"
+            )
         return values | {"step": self.meta["step"]}
 
 

@@ -1,5 +1,7 @@
 """`lm fit`: train a network."""
 
+import itertools
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -90,8 +92,11 @@ class Fit(parsing.Recipes):
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
-            kinds = (loggers.MetricsCSV, loggers.MetricsProm)
-            settings["logger"] = [loggers.Events(self.logs, self.first_step), *(kind(self.logs) for kind in kinds)]
+            removed = loggers.Removed()
+            settings["logger"] = [
+                loggers.Events(self.logs, self.first_step, opened=False, removed=removed),
+                *(kind(self.logs, removed) for kind in (loggers.MetricsCSV, loggers.MetricsProm)),
+            ]
         if settings["strategy"] == "fsdp2":
             settings["strategy"] = Sharded()
         elif str(settings["strategy"]).startswith("fsdp"):
@@ -184,12 +189,13 @@ class Fit(parsing.Recipes):
             accumulate = max(getattr(module, "accumulate", 1), self.trainer.accumulate_grad_batches)
             self.datamodule.divided(self.trainer.world_size, accumulate)
         lock: AbstractContextManager[None] = nullcontext()
+        made: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
-            checkpoint.probe(self.checkpoints)
-            checkpoint.probe(self.logs)
+            made = checkpoint.probed(self.checkpoints, self.logs)
+            loggers.check(self.logs)
             lock = self.alone()
         began = time.monotonic()
-        with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
+        with made, lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             if self.trainer.is_global_zero:
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
@@ -236,10 +242,15 @@ class Fit(parsing.Recipes):
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
+        self.logs.mkdir(parents=True, exist_ok=True)
         loggers.forget(self.logs, self.first_step)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, loggers.Events):
+                logger.opened = True
         number = 1 + len(list(self.logs.glob("config*.yaml")))
-        path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        names = itertools.chain(["config.yaml"] * (number == 1), (f"config-{k}.yaml" for k in itertools.count(number)))
+        path = next(path for name in names if not os.path.lexists(path := self.logs / name))
+        files.write_whole(path, yaml.safe_dump(recipe, sort_keys=False).encode())
 
 
 class _Opening(Callback):

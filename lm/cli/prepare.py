@@ -56,7 +56,7 @@ def prepare_command(arguments: list[str]) -> None:
         settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
         chosen = {
             name: options[name]
-            for name in ("val_fraction", "test_fraction", "split", "dtype", "shard_tokens", "workers")
+            for name in ("val_fraction", "test_fraction", "split", "dtype", "shard_tokens", "workers", "overwrite")
         }
         job = Preparation(
             source=_needed("source", options.source),

@@ -6,13 +6,15 @@ archive carries a CRC-32, which `damage` checks.
 
 import errno
 import os
+import re
+import secrets
 import shutil
 import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +23,9 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import distributed
 
+from lm.data import files, outputs
 from lm.errors import UserError
-from lm.training import folders
+from lm.training import folders, owned
 from lm.training.writer import Writer
 
 
@@ -70,12 +73,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
-        folders.remove(Path(path))
+        owned.remove(Path(path))
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
@@ -85,20 +87,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside path; on success it is flushed to the disk and takes path's place.
 
     Raises:
-        UserError: The disk is full or the folder refuses; path is as it was.
+        UserError: The disk is full, the folder refuses, or lm did not write what is there; path is as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        owned.check(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole(path, owned.take_place) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        folders.take_place(part, path)
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
         reason = _reason(error, path.parent)
         raise UserError(f"{path} could not be written ({reason}): {remedy(path.parent)}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException, folder: Path) -> str:
@@ -106,13 +104,19 @@ def _reason(error: BaseException, folder: Path) -> str:
         error = error.__context__
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return "No space left on device" if shutil.disk_usage(folder).free < 1 << 20 else str(error).splitlines()[0]
+    return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(error).splitlines() or [""])[0]
 
 
 def remedy(folder: Path) -> str:
     """Return what to do about a folder that does not take a file."""
-    free = shutil.disk_usage(folder).free >> 20
-    return f"{folder} has {free} MiB free: make room or make it writable; earlier checkpoints are whole"
+    return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"
+
+
+def _free(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or would be."""
+    with suppress(OSError):
+        return shutil.disk_usage(files.nearest(folder)).free
+    return 0
 
 
 def copy(source: Path, target: Path) -> None:
@@ -134,46 +138,81 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
     TensorBoard writes in a thread of its own, whose error comes up again at the next event; the thread's own traceback
     is kept quiet.
     """
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
     hook = threading.excepthook
 
     def quiet(arguments: threading.ExceptHookArgs) -> None:
-        if getattr(arguments.exc_value, "errno", None) not in refusals:
+        if not isinstance(arguments.exc_value, OSError):
             hook(arguments)
 
     threading.excepthook = quiet
     try:
         yield
+    except (BrokenPipeError, ConnectionError, TimeoutError):  # not of a disk
+        raise
     except OSError as error:
-        if error.errno not in refusals:
-            raise
-        reason = os.strerror(error.errno)
-        raise UserError(f"{folder} could not be written to ({reason}): {remedy(folder)}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if path and folder.resolve() not in (path.absolute(), *path.absolute().parents):
+            raise UserError(f"{path}: {reason}: mend that, and continue with --ckpt_path auto") from error
+        raise UserError(f"{path or folder} could not be written to ({reason}): {remedy(folder)}") from error
     finally:
         threading.excepthook = hook
 
 
+@contextmanager
+def probed(checkpoints: Path, logs: Path) -> Iterator[None]:
+    """Make a run's folders, checked to be writable and to have nothing in the place of what a run writes.
+
+    Where nothing was written in the end, as a start was refused, those that were made go again.
+
+    Raises:
+        UserError: A folder is not writable, or has something that lm did not write in the way.
+    """
+    with ExitStack() as made:
+        for folder in (checkpoints, logs):
+            try:
+                made.enter_context(files.folder_made(folder))
+            except OSError as error:
+                raise _refused(folder, error) from error
+            probe(folder)
+        for name in ("last.ckpt", "best.ckpt"):
+            owned.check(checkpoints / name)
+        yield
+
+
 def probe(folder: Path) -> None:
-    """Check, before any training, that checkpoints can be written to folder.
+    """Check, before any training, that files can be written to a folder.
 
     Raises:
         UserError: They cannot.
     """
-    target = folder / f".probe.{os.getpid()}"
+    target = folder / f".probe.{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target.touch()
+        with target.open("xb"):
+            pass
     except OSError as error:
         raise _refused(folder, error) from error
-    with replacing(target) as file:
-        file.write(b"\0" * 4096)
-    target.unlink()
+    try:
+        with target.open("wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{folder} could not be written to ({error.strerror}): {remedy(folder)}") from error
+    finally:
+        with suppress(OSError):
+            target.unlink()
 
 
 def clear(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
-    for part in (*folder.glob(".*.part"), *folder.glob(".probe.*")):
-        folders.remove(part)
+    probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
+    for part in (*files.parts(folder, r".*\.ckpt"), *probes):
+        if part.is_file() and not part.is_symlink():
+            part.unlink()
+    for part in (*folders.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
+        owned.remove(part)
 
 
 def renew_last(folder: Path, newest: Path | None) -> None:
@@ -184,7 +223,11 @@ def renew_last(folder: Path, newest: Path | None) -> None:
 
 
 def _refused(folder: Path, error: OSError) -> UserError:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    existing = files.nearest(folder)
+    if not existing.is_dir():
+        return UserError(
+            f"{folder} cannot be written to: {existing} is {outputs.kind(existing)}, no folder: move it away"
+        )
     owner, us = existing.stat().st_uid, os.getuid()
     advice = f"chown -R {us} it, or run as its owner (docker run --user {owner})"
     if error.errno not in (errno.EACCES, errno.EPERM):
@@ -262,6 +305,16 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     if path.is_dir():
         return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def of_lm(path: Path) -> Iterator[None]:
+    """Turn what is raised where a checkpoint lacks something, or has it of another type, into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({what})") from error
 
 
 def verify(path: Path) -> Path:
