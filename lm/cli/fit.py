@@ -105,7 +105,8 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.strategy {settings['strategy']}: each rank is a program of its own here: use ddp")
         if settings["sync_batchnorm"]:
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
-        settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO(self.ckpt_path)]
+        self.files = checkpoint.AtomicCheckpointIO(self.ckpt_path)
+        settings["plugins"] = [*_listed(settings["plugins"]), self.files]
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
         keeper.folder, keeper.start = self.checkpoints, self.start
@@ -221,7 +222,8 @@ class Fit(parsing.Recipes):
         watch.meet(self.trainer)
         try:
             watch.meet_again(self.trainer)
-            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+            with checkpoint.restored(self.files):
+                self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         except RuntimeError as error:
             if self.trainer.world_size == 1 or not is_lost_contact(error):
                 raise
@@ -263,6 +265,9 @@ class _Opening(Callback):
         if trainer.is_global_zero:
             config: Any = pl_module.config
             self.cli.open_logs(config)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.cli.files.restoring = None
 
 
 def _listed(value: Any) -> list[Any]:

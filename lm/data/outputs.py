@@ -20,11 +20,14 @@ def place(output: Path, *, made: str) -> None:
     """
     if output.name in ("", ".."):
         raise UserError(f"--output {str(output)!r}: say the name of a new {made}")
+    there = True
     try:
-        there = os.path.lexists(output)
-        above = files.nearest(output.parent)
+        output.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        there = False
     except (OSError, ValueError) as error:  # a name too long
         raise UserError(f"--output {output}: {getattr(error, 'strerror', error)}: say another name") from error
+    above = files.nearest(output.parent)
     if not above.is_dir():
         raise UserError(f"--output {output}: {above} is {kind(above)}, no folder: say another place")
     if there and (output.is_symlink() or not (output.is_dir() or output.is_file())):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lm.data import files, outputs
+from lm.data.tokenizers import from_state
 from lm.errors import UserError
 from lm.inference.loading import build, not_finite
 from lm.training import checkpoint, owned
@@ -115,11 +116,20 @@ def import_safetensors(
         step = int(rest.pop("step"))
         net = build(rest["config"]["model"]["init_args"]["net"], rest["vocab_size"], rest["block_size"])
         net.load_state_dict(weights)
+        from_state(rest["tokenizer"])
     except OSError as error:
         raise UserError(
             f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
     saved = {

@@ -6,6 +6,7 @@ archive carries a CRC-32, which `damage` checks.
 
 import errno
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -22,11 +23,18 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import distributed
+from torch.distributed import checkpoint as dcp
 
 from lm.data import files, outputs
 from lm.errors import UserError
-from lm.training import folders, owned
+from lm.training import folders, owned, schema
 from lm.training.writer import Writer
+
+FOREIGN = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What is raised where a checkpoint lacks something, or has it of another type."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -43,6 +51,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = Writer(), whole
+        self.restoring: Path | None = None  # what is read, until a step has been made with it
         self._ahead: Future[dict[str, Any]] | None = None
         if whole and whole.is_file():
             pool = ThreadPoolExecutor(1)
@@ -66,6 +75,7 @@ class AtomicCheckpointIO(CheckpointIO):
             choice = [str(path)]
             distributed.broadcast_object_list(choice, src=0)
             (path,) = choice
+        self.restoring = Path(path)
         if self._ahead and Path(path) == self.whole:
             ahead, self._ahead = self._ahead, None
             return ahead.result()
@@ -244,9 +254,13 @@ def damage(path: Path) -> str | None:
     Reads all of it: a bit flipped anywhere in the records is found by their checksums.
     """
     if path.is_dir():
-        return folders.damage(path)
+        return folders.damage(path) or _foreign(path)
+    if path.is_symlink() and not path.exists():
+        return f"it is {outputs.kind(path)}"
     if folders.holds(path):
         return f"it is a part of the sharded checkpoint {path.parent}: say the folder"
+    if path.exists() and not path.is_file():
+        return f"it is {outputs.kind(path)}, no file"
     try:
         with zipfile.ZipFile(path) as archive:
             # torch writes none of these; a flipped bit there makes it read a record as something else
@@ -258,10 +272,15 @@ def damage(path: Path) -> str | None:
         return f"it is truncated or not a checkpoint ({error})"
     if torn:
         return f"its record {torn} does not match its checksum"
+    return _foreign(path)
+
+
+def _foreign(path: Path) -> str | None:
+    """Return what keeps a whole file from being a checkpoint of lm's, or None."""
     try:
         peek(path)
     except Exception as error:
-        return f"it is no checkpoint of lm ({type(error).__name__})"
+        return f"it is no checkpoint of lm ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
@@ -288,10 +307,10 @@ def peek(path: Path) -> dict[str, Any]:
         checkpoint = (
             folders.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
-    meta = checkpoint["lm"]
-    _ = meta["config"]["model"]["init_args"]["net"]["class_path"], path.is_dir() or checkpoint["state_dict"]
-    _ = meta["tokenizer"]["kind"], meta["vocab_size"], meta["block_size"]
-    return meta | {"step": int(checkpoint["global_step"]), "start": checkpoint.get("start", 0)}
+    outline = {key: value for key, value in schema.USED.items() if key != "state_dict" or not path.is_dir()}
+    if problem := schema.problem(checkpoint, outline):
+        raise ValueError(problem)
+    return checkpoint["lm"] | {"step": checkpoint["global_step"], "start": int(checkpoint.get("start", 0))}
 
 
 def load(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -303,7 +322,8 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     if not verified:
         verify(path)
     if path.is_dir():
-        return folders.load(path)
+        with of_lm(path):
+            return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -312,9 +332,25 @@ def of_lm(path: Path) -> Iterator[None]:
     """Turn what is raised where a checkpoint lacks something, or has it of another type, into a UserError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (*FOREIGN, dcp.api.CheckpointException) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({what})") from error
+
+
+@contextmanager
+def restored(io: AtomicCheckpointIO) -> Iterator[None]:
+    """Turn what is raised between the reading of a checkpoint and the first step with it into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if io.restoring is None or "loaded state dict" in str(error):  # that is told elsewhere
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"checkpoint {io.restoring}: training cannot go on from it ({what}): LM_DEBUG=1 shows where; use another"
+        ) from error
 
 
 def verify(path: Path) -> Path:

@@ -90,7 +90,7 @@ def recover(folder: Path) -> None:
     """Finish what a process that was killed between two renames began. No other may be at work in the folder."""
     for part in unfinished(folder):
         path = folder / part.name.removeprefix(".").removesuffix(".new.part").removesuffix(".old.part")
-        if not os.path.lexists(path) and (part.is_file() or damage(part) is None):
+        if not os.path.lexists(path) and (damage(part) is None if part.is_dir() else owned.is_ours(part)):
             part.rename(path)
             files.flush(folder)
 
@@ -135,6 +135,10 @@ def damage(path: Path) -> str | None:
         return f"it is not whole or no checkpoint ({error})"
     if wrong or not {META, ".metadata"} <= sums.keys():
         return f"its file {wrong or META} does not match its checksum"
+    try:
+        shapes(Reader(path))
+    except Exception as error:  # another program's can raise anything
+        return f"its index cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
@@ -150,8 +154,9 @@ class Reader(dcp.FileSystemReader):
         """Return the index."""
         with (Path(self.path) / ".metadata").open("rb") as stream:
             index = _Index(stream).load()
-        if getattr(index, "storage_meta", None) is None:
-            index.storage_meta = dcp.metadata.StorageMeta()
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError(f"the index of a checkpoint is no {type(index).__name__}")
+        index.storage_meta = getattr(index, "storage_meta", None) or dcp.metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 

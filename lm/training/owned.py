@@ -13,8 +13,7 @@ from lm.errors import UserError
 
 SHARDED = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lm\.pt|checksums\.json|\.lm\.pt\..*\.part"
 """The files of a sharded checkpoint."""
-_FIRST = b"archive/data.pkl"  # what the archives that lm writes begin with, after a header of 30 bytes
-_HEADER = 30
+_MAGIC, _NAME, _AT = b"PK\x03\x04", b"archive/data.pkl", 30  # the archives that lm writes begin so
 
 
 def is_ours(path: Path) -> bool:
@@ -26,10 +25,10 @@ def is_ours(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        head = file.read(_HEADER + len(_FIRST))
+        head = file.read(_AT + len(_NAME))
     if not head.strip(b"\0"):
         return True  # nothing is in it: a power cut
-    if not (head + _FIRST[max(0, len(head) - _HEADER) :]).endswith(_FIRST):
+    if not (_MAGIC.startswith(head[: len(_MAGIC)]) and _NAME.startswith(head[_AT:])):
         return False
     try:
         with warnings.catch_warnings():
