@@ -19,7 +19,7 @@ from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, compute, folders, loggers
+from lm.training import ManualLanguageModel, checkpoint, compute, disk, folders, loggers
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -192,11 +192,11 @@ class Fit(parsing.Recipes):
         lock: AbstractContextManager[None] = nullcontext()
         made: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
-            made = checkpoint.probed(self.checkpoints, self.logs)
+            made = disk.probed(self.checkpoints, self.logs)
             loggers.check(self.logs)
             lock = self.alone()
         began = time.monotonic()
-        with made, lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
+        with made, lock, disk.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             if self.trainer.is_global_zero:
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):

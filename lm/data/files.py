@@ -72,8 +72,12 @@ def nearest(path: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # of one that opens and cannot be read, the system does not say the name
+        error.filename = str(path)
+        raise
 
 
 def flush(path: Path) -> None:
@@ -94,8 +98,9 @@ def whole(path: Path, take_place: Callable[[Path, Path], Any] = os.replace) -> I
         take_place: Puts the new file where path is.
     """
     part = part_of(path)
+    opened = part.open("xb")  # never over what is there
     try:
-        with part.open("xb") as file:  # never over what is there
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

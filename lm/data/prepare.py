@@ -90,7 +90,10 @@ def prepare(job: Preparation) -> dict[str, Any]:
             files.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
         ):
             return _Run(job).result()
-    except OSError as error:  # a source's are told apart before
+    except OSError as error:  # most of a source's are told apart before
+        named = Path(os.fsdecode(error.filename or job.output)).absolute()
+        if job.output.absolute() not in (named, *named.parents):
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(
             f"--output {job.output}: could not be written ({error.strerror or error}): mend that and give the same "
             "command again, it goes on from there"

@@ -231,8 +231,9 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> Non
 def replace(path: Path, text: str) -> None:
     """Write a file in one step, without waiting for the disk."""
     part = files.part_of(path)
+    opened = part.open("x", newline="", encoding="utf-8")
     try:
-        with part.open("x", newline="", encoding="utf-8") as file:
+        with opened as file:
             file.write(text)
         part.replace(path)
     except BaseException:
