@@ -23,7 +23,7 @@ from lm import __version__
 from lm.cli import common
 from lm.data import files
 from lm.errors import CheckError, UserError
-from lm.training import checkpoint
+from lm.training import disk
 from lm.training.compute import compiler_missing
 
 GIB = 1 << 30
@@ -161,7 +161,7 @@ def folders() -> Iterator[Finding]:
     for folder in (Path("checkpoints"), Path("logs"), files.data_home()):
         there = folder.exists()
         try:
-            checkpoint.probe(folder)
+            disk.probe(folder)
         except UserError as error:
             optional = folder == files.data_home()
             advice = "downloads and prepared texts cannot be kept there" if optional else str(error)

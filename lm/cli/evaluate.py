@@ -1,5 +1,6 @@
 """`lm validate` and `lm test`: evaluate a checkpoint on the whole of a split."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
 from lm.data.tokenizers import from_state
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
+from lm.inference.loading import not_finite
 from lm.training import checkpoint
 
 
@@ -28,7 +30,8 @@ class Evaluate(parsing.Recipes):
         path = parsing.option(arguments, "--ckpt_path")
         if path is None and not {"-h", "--help"} & set(arguments):
             raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
-        self.meta = checkpoint.peek(checkpoint.verify(Path(path))) if path else None
+        self.path = Path(path or "")
+        self.meta = checkpoint.peek(checkpoint.verify(self.path)) if path else None
         super().__init__(arguments, "Evaluate a checkpoint on the whole of a split, once.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -39,31 +42,42 @@ class Evaluate(parsing.Recipes):
             "--split", type=Literal["val", "test", "train"], default=self.split, help="What to evaluate on."
         )
         if self.meta is not None:
-            recipe = self.meta["config"]
-            parser.set_defaults({"model": recipe["model"], "data": recipe["data"]})
-            parser.set_defaults({"trainer.precision": recipe["trainer"]["precision"], "name": recipe["name"]})
+            with checkpoint.of_lm(self.path):
+                recipe = self.meta["config"]
+                parser.set_defaults({"model": recipe["model"], "data": recipe["data"]})
+                parser.set_defaults({"trainer.precision": recipe["trainer"]["precision"], "name": recipe["name"]})
         parser.set_defaults({"trainer.devices": 1, "trainer.logger": False, "trainer.enable_checkpointing": False})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer without what the recipe says of checkpoints and samples."""
         settings = {**self.config_init.trainer, **kwargs}
-        files = checkpoint.AtomicCheckpointIO(Path(self.config.ckpt_path))
-        return self._instantiate_trainer(settings | {"plugins": [files]}, [])
+        self.files = checkpoint.AtomicCheckpointIO(Path(self.config.ckpt_path))
+        return self._instantiate_trainer(settings | {"plugins": [self.files]}, [])
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""
         assert self.meta is not None
         data: Any = self.datamodule
-        data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
+        with checkpoint.of_lm(self.path):
+            data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
         module.config, module.resumes = self.resolved(), True
         if self.config.split == "test" and not getattr(data, "test_fraction", 1):
             print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
-        self.trainer.validate(
-            module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
-        )
+        with checkpoint.restored(self.files):
+            self.trainer.validate(
+                module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
+            )
         values = {name: value for name, value in module.validation.items() if name != "step"}
+        if not math.isfinite(values["loss"]):
+            assert module.net is not None
+            culprit = not_finite(module.net.state_dict())
+            why = f"{culprit} is not finite" if culprit else "its network computes what is not finite"
+            raise CheckError(
+                f"checkpoint {self.config.ckpt_path}: the loss is {values['loss']}: {why}, training had diverged: use "
+                "an earlier checkpoint"
+            )
         return values | {"step": self.meta["step"]}
 
 

@@ -1,10 +1,12 @@
 """`lm export` and `lm import`: checkpoints in formats that other programs read, and back."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from lm import log
 from lm.cli import common
 from lm.inference import exporting
 
@@ -25,12 +27,14 @@ def export(arguments: list[str]) -> None:
         help="safetensors: a folder of weights, tokenizer and configuration, without code or optimizer; file: one "
         "checkpoint file with everything, of a sharded one.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="The folder, or the file.")
+    parser.add_argument("--output", type=Path, required=True, help="The folder, or the file: a new one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what lm has exported there before.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     with common.one_line_errors(lambda: parser):
         options = parser.parse_args(arguments)
     write = {"safetensors": exporting.export_safetensors, "file": exporting.export_file}[options.format]
-    _say("exported", write(options.ckpt_path, options.output), options.json)
+    path = write(options.ckpt_path, options.output, overwrite=options.overwrite, note=_note)
+    _say("exported", path, options.json)
 
 
 def import_(arguments: list[str]) -> None:
@@ -42,11 +46,17 @@ def import_(arguments: list[str]) -> None:
     )
     parser.allow_abbrev = False
     parser.add_argument("--source", type=Path, required=True, help="The folder.")
-    parser.add_argument("--output", type=Path, required=True, help="The checkpoint file.")
+    parser.add_argument("--output", type=Path, required=True, help="The checkpoint file: a new one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint of lm's.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     with common.one_line_errors(lambda: parser):
         options = parser.parse_args(arguments)
-    _say("imported", exporting.import_safetensors(options.source, options.output), options.json)
+    path = exporting.import_safetensors(options.source, options.output, overwrite=options.overwrite, note=_note)
+    _say("imported", path, options.json)
+
+
+def _note(text: str) -> None:
+    print(log.line(f"note: {text}", level="warning"), file=sys.stderr)
 
 
 def _say(what: str, path: Path, as_json: bool) -> None:

@@ -1,5 +1,7 @@
 """`lm fit`: train a network."""
 
+import itertools
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +19,7 @@ from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, compute, folders, loggers
+from lm.training import ManualLanguageModel, checkpoint, compute, disk, folders, loggers
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -90,8 +92,11 @@ class Fit(parsing.Recipes):
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
-            kinds = (loggers.MetricsCSV, loggers.MetricsProm)
-            settings["logger"] = [loggers.Events(self.logs, self.first_step), *(kind(self.logs) for kind in kinds)]
+            removed = loggers.Removed()
+            settings["logger"] = [
+                loggers.Events(self.logs, self.first_step, opened=False, removed=removed),
+                *(kind(self.logs, removed) for kind in (loggers.MetricsCSV, loggers.MetricsProm)),
+            ]
         if settings["strategy"] == "fsdp2":
             settings["strategy"] = Sharded()
         elif str(settings["strategy"]).startswith("fsdp"):
@@ -100,7 +105,8 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.strategy {settings['strategy']}: each rank is a program of its own here: use ddp")
         if settings["sync_batchnorm"]:
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
-        settings["plugins"] = [*_listed(settings["plugins"]), checkpoint.AtomicCheckpointIO(self.ckpt_path)]
+        self.files = checkpoint.AtomicCheckpointIO(self.ckpt_path)
+        settings["plugins"] = [*_listed(settings["plugins"]), self.files]
         settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
         keeper: Checkpoints = self.config_init.checkpoint
         keeper.folder, keeper.start = self.checkpoints, self.start
@@ -184,12 +190,13 @@ class Fit(parsing.Recipes):
             accumulate = max(getattr(module, "accumulate", 1), self.trainer.accumulate_grad_batches)
             self.datamodule.divided(self.trainer.world_size, accumulate)
         lock: AbstractContextManager[None] = nullcontext()
+        made: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
-            checkpoint.probe(self.checkpoints)
-            checkpoint.probe(self.logs)
+            made = disk.probed(self.checkpoints, self.logs)
+            loggers.check(self.logs)
             lock = self.alone()
         began = time.monotonic()
-        with lock, checkpoint.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
+        with made, lock, disk.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             if self.trainer.is_global_zero:
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
@@ -215,7 +222,8 @@ class Fit(parsing.Recipes):
         watch.meet(self.trainer)
         try:
             watch.meet_again(self.trainer)
-            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+            with checkpoint.restored(self.files):
+                self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         except RuntimeError as error:
             if self.trainer.world_size == 1 or not is_lost_contact(error):
                 raise
@@ -236,10 +244,15 @@ class Fit(parsing.Recipes):
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
+        self.logs.mkdir(parents=True, exist_ok=True)
         loggers.forget(self.logs, self.first_step)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, loggers.Events):
+                logger.opened = True
         number = 1 + len(list(self.logs.glob("config*.yaml")))
-        path = self.logs / ("config.yaml" if number == 1 else f"config-{number}.yaml")
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        names = itertools.chain(["config.yaml"] * (number == 1), (f"config-{k}.yaml" for k in itertools.count(number)))
+        path = next(path for name in names if not os.path.lexists(path := self.logs / name))
+        files.write_whole(path, yaml.safe_dump(recipe, sort_keys=False).encode())
 
 
 class _Opening(Callback):
@@ -252,6 +265,9 @@ class _Opening(Callback):
         if trainer.is_global_zero:
             config: Any = pl_module.config
             self.cli.open_logs(config)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.cli.files.restoring = None
 
 
 def _listed(value: Any) -> list[Any]:

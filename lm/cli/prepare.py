@@ -28,9 +28,14 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--output", type=Path | None, default=None, help="The folder of the prepared corpus.")
     parser.add_argument("--tokenizer", type=str | None, default=None, help=common.TOKENIZERS)
     parser.add_class_arguments(
-        Preparation, None, as_group=False, skip={"source", "tokenizer", "output", "reading"}, sub_configs=False
+        Preparation,
+        None,
+        as_group=False,
+        skip={"source", "tokenizer", "output", "reading", "overwrite"},
+        sub_configs=False,
     )
     parser.add_class_arguments(Settings, None, as_group=False)
+    parser.add_argument("--overwrite", action="store_true", help="Replace another prepared corpus.")
     parser.add_argument(
         "--verify",
         nargs="?",
@@ -56,7 +61,7 @@ def prepare_command(arguments: list[str]) -> None:
         settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
         chosen = {
             name: options[name]
-            for name in ("val_fraction", "test_fraction", "split", "dtype", "shard_tokens", "workers")
+            for name in ("val_fraction", "test_fraction", "split", "dtype", "shard_tokens", "workers", "overwrite")
         }
         job = Preparation(
             source=_needed("source", options.source),

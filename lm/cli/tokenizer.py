@@ -22,7 +22,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--vocab_size", type=int, required=True, help="Tokens, the 256 bytes among them; the end of text comes on top."
     )
-    parser.add_argument("--output", type=Path, required=True, help="The .tiktoken file.")
+    parser.add_argument("--output", type=Path, required=True, help="The .tiktoken file: a new one.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace another .tiktoken file.")
     parser.add_class_arguments(Settings, None, as_group=False)
     parser.add_argument("--json", action="store_true", help="Print the result as JSON; the rest goes to stderr.")
     return parser
@@ -35,7 +36,7 @@ def tokenizer(arguments: list[str]) -> None:
         options = parser.parse_args(arguments)
     began = time.monotonic()
     settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
-    made = train(options.source, options.vocab_size, options.output, settings)
+    made = train(options.source, options.vocab_size, options.output, settings, overwrite=options.overwrite)
     seconds = time.monotonic() - began
     print(
         f"trained: {options.output}: {made['vocab_size']:,.0f} tokens, {made['bytes_per_token']} bytes per token, "

@@ -3,13 +3,15 @@
 import fcntl
 import hashlib
 import os
+import pwd
+import re
+import secrets
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -22,8 +24,32 @@ EMBEDDED = "the corpus python-docs needs no network (--data.init_args.corpus pyt
 
 
 def data_home() -> Path:
-    """Return the folder of downloaded data: $LM_DATA_HOME, else ~/.cache/lm."""
-    return Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser()
+    """Return the folder of downloaded data: $LM_DATA_HOME, else ~/.cache/lm.
+
+    Raises:
+        UserError: No home folder is known.
+    """
+    said = os.environ.get("LM_DATA_HOME")
+    if not said:
+        return default_home()
+    with suppress(RuntimeError):  # ~ and no home folder
+        return Path(said).expanduser()
+    raise UserError(f"LM_DATA_HOME {said}: there is no such home folder: say a whole path")
+
+
+def default_home() -> Path:
+    """Return ~/.cache/lm, where an empty or missing HOME means what the system's list of users says.
+
+    Raises:
+        UserError: No home folder is known.
+    """
+    home = os.environ.get("HOME")
+    if not home:
+        with suppress(KeyError):
+            home = pwd.getpwuid(os.getuid()).pw_dir
+    if not home or not home.strip("/") or not home.startswith("/"):
+        raise UserError(f"HOME is {home or 'not set'}, no home folder: set HOME, or LM_DATA_HOME to a folder for data")
+    return Path(home) / ".cache" / "lm"
 
 
 def tokens_home() -> Path:
@@ -31,18 +57,27 @@ def tokens_home() -> Path:
 
     A folder whose write bits are all off is left alone even by root, who could write it all the same.
     """
-    candidates = [data_home(), Path("~/.cache/lm").expanduser()]
-    for home in candidates:
-        parent = next(p for p in (home, *home.parents) if p.exists())
-        if parent.stat().st_mode & 0o222 and os.access(parent, os.W_OK):
+    for find in (data_home, default_home):
+        home = find()
+        parent = nearest(home)
+        if parent.is_dir() and parent.stat().st_mode & 0o222 and os.access(parent, os.W_OK):
             return home / "tokens"
-    raise UserError(f"{candidates[0]} is not writable: set LM_DATA_HOME to a folder that is")
+    raise UserError(f"{data_home()} is not writable: set LM_DATA_HOME to a folder that is")
+
+
+def nearest(path: Path) -> Path:
+    """Return the path, or what is there of its parents."""
+    return next(p for p in (path, *path.parents) if os.path.lexists(p) or not p.name)
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # of one that opens and cannot be read, the system does not say the name
+        error.filename = str(path)
+        raise
 
 
 def flush(path: Path) -> None:
@@ -54,13 +89,85 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def whole(path: Path, take_place: Callable[[Path, Path], Any] = os.replace) -> Iterator[IO[bytes]]:
+    """Open a new file beside path; once it is on the disk, it takes path's place. After an error it is removed.
+
+    Args:
+        path: What is to be there whole or not at all, even where the machine stops.
+        take_place: Puts the new file where path is.
+    """
+    part = part_of(path)
+    opened = part.open("xb")  # never over what is there
+    try:
+        with opened as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        take_place(part, path)
+        flush(path.parent)
+    except BaseException:
+        with suppress(OSError):  # the error that led here is the one to be told
+            part.unlink()
+        raise
+
+
+def part_of(path: Path) -> Path:
+    """Return a new name beside path, for a file or folder that is being written."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")
+
+
+def parts(folder: Path, name: str) -> list[Path]:
+    """Return what processes that were killed while they wrote have left in a folder; others may be at it still.
+
+    Args:
+        folder: Where they wrote.
+        name: What they wrote, a regular expression.
+    """
+    pattern = re.compile(rf"\.({name})\.[0-9a-f]+\.part")
+    return [path for path in folder.glob(".*.part") if pattern.fullmatch(path.name)] if folder.is_dir() else []
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, even where the machine stops."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    flush(part)
-    part.replace(path)
-    flush(path.parent)
+    with whole(path) as file:
+        file.write(data)
+
+
+def holds_only(folder: Path, names: str) -> bool:
+    """Return whether a folder, and no link to one, has nothing but files with such names, a regular expression."""
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(re.fullmatch(names, p.name) and p.is_file() and not p.is_symlink() for p in folder.iterdir())
+    )
+
+
+def remove_folder(folder: Path, names: str) -> None:
+    """Remove a folder that has nothing but files with such names, a regular expression: file by file, no tree.
+
+    Raises:
+        UserError: It has others, too.
+    """
+    if not holds_only(folder, names):
+        raise UserError(f"{folder} is in the way and has other files than lm writes there: move it away")
+    for path in list(folder.iterdir()):
+        path.unlink()
+    folder.rmdir()
+
+
+@contextmanager
+def folder_made(*folders: Path) -> Iterator[None]:
+    """Make folders; at the end, those that were made and are empty go again, so that a refused start leaves nothing."""
+    made = [p for folder in folders for p in (folder, *folder.parents) if not os.path.lexists(p)]
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in sorted(set(made), reverse=True):  # inner ones first
+            with suppress(OSError):  # it is in use, or was never made
+                path.rmdir()
 
 
 @contextmanager
@@ -75,7 +182,11 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
         UserError: Another process holds it.
     """
     while True:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        how = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(path, how, 0o666)
+        except OSError as error:
+            raise UserError(f"{path} could not be opened ({error.strerror}): make it writable, or remove it") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -89,8 +200,9 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if path.is_file():
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if path.is_file() and not path.stat().st_size:  # what has content is not ours
+                path.unlink()
         os.close(descriptor)
 
 
@@ -106,28 +218,24 @@ def fetch(name: str, url: str, digest: str) -> Path:
         UserError: It cannot be had, or a file of that name with other contents is in the way.
     """
     target = data_home() / name
-    if target.exists():
-        if sha256(target) == digest:
-            return target
+    if os.path.lexists(target):
+        with suppress(OSError):
+            if sha256(target) == digest:
+                return target
         raise UserError(f"{target} is not the file that {name} should be (its SHA-256 differs): move it away")
-    part = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{name}.", delete=False) as file:
-            part = Path(file.name)
+        with whole(target) as file:
             _download(url, file, name)
-        if sha256(part) != digest:
-            raise UserError(f"{url} gave a file with another SHA-256 than {name} should have: nothing was kept")
-        part.replace(target)
+            file.flush()
+            if sha256(Path(file.name)) != digest:
+                raise UserError(f"{url} gave a file with another SHA-256 than {name} should have: nothing was kept")
     except (OSError, HTTPException) as error:
         reason = error.reason if type(error) is URLError else error
         raise UserError(
             f"{name} is not in {target.parent} and could not be downloaded from {url} ({reason}): put it there; "
             f"{EMBEDDED}"
         ) from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
     return target
 
 

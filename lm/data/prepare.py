@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lm.data import files, reading, shards, tokenizers
+from lm.data import files, outputs, reading, shards, tokenizers
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
-from lm.data.shard_writer import Writer, save_tokenizer
+from lm.data.shard_writer import FILES, Writer, save_tokenizer
 from lm.errors import UserError
 
 LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
@@ -45,6 +46,7 @@ class Preparation:
         dtype: What ids are stored as; auto is the smallest that holds them.
         shard_tokens: Tokens in a shard.
         workers: Processes that encode; by default one a core.
+        overwrite: Replace another corpus that lm prepare wrote there.
     """
 
     source: list[str]
@@ -57,6 +59,7 @@ class Preparation:
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
     shard_tokens: int = shards.SHARD_TOKENS
     workers: int | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not (self.val_fraction >= 0 and self.test_fraction >= 0 and self.val_fraction + self.test_fraction < 1):
@@ -78,12 +81,19 @@ def prepare(job: Preparation) -> dict[str, Any]:
     Raises:
         UserError: The source cannot be read, the output folder is not free, or the disk is full.
     """
-    job.output.parent.mkdir(parents=True, exist_ok=True)
+    outputs.place(job.output, made="folder")
+    if job.output.is_file():
+        raise UserError(f"--output {job.output}: it is a file: say an empty or a new folder")
     try:
-        job.output.mkdir(exist_ok=True)
-        with files.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"):
+        with (
+            files.folder_made(job.output),
+            files.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
+        ):
             return _Run(job).result()
-    except OSError as error:  # a source's are told apart before
+    except OSError as error:  # most of a source's are told apart before
+        named = Path(os.fsdecode(error.filename or job.output)).absolute()
+        if job.output.absolute() not in (named, *named.parents):
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(
             f"--output {job.output}: could not be written ({error.strerror or error}): mend that and give the same "
             "command again, it goes on from there"
@@ -93,7 +103,9 @@ def prepare(job: Preparation) -> dict[str, Any]:
 class _Run:
     def __init__(self, job: Preparation) -> None:
         self.job, self.folder = job, job.output
-        self.spool = self.folder / "stdin.spool"
+        self.spool = self.folder / ".stdin.spool"
+        for part in files.parts(self.folder, r"(manifest|progress|tokenizer)\.json|\.stdin\.spool"):
+            part.unlink()
         if "-" in job.source:
             self._spool_stdin()
         self.files = [self.spool] if "-" in job.source else reading.find(job.source)
@@ -106,7 +118,11 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """Do what is left to do, and return the summary."""
-        progress = self._progress()
+        try:
+            progress = self._progress()
+        except UserError:
+            self._clear(*([self.spool.name] if "-" in self.job.source else []))
+            raise
         if progress is None:
             self._clear("progress.json", self.spool.name)
             return summary(shards.open_corpus(self.folder).manifest)
@@ -136,14 +152,17 @@ class _Run:
                 same = known["plan"] == plan
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--output {self.folder}: its {name} is not lm prepare's") from error
+            if not same and self.job.overwrite and files.holds_only(self.folder, FILES):
+                self._clear(*(p.name for p in self.folder.iterdir() if p != self.spool))
+                break
             if not same:
                 raise UserError(
                     f"--output {self.folder}: holds another corpus, or this one from other text or options: "
-                    "say another folder, or remove it"
+                    "say another folder, or --overwrite"
                 )
             return known if name == "progress.json" else None
-        others = [p.name for p in self.folder.iterdir() if p.name not in (self.spool.name, "tokenizer.json")]
-        if [name for name in others if not name.startswith(".")]:
+        others = [p.name for p in self.folder.iterdir() if p != self.spool and not self._is_tokenizer(p)]
+        if others:
             raise UserError(f"--output {self.folder}: holds other files ({others[0]}): say an empty or a new folder")
         save_tokenizer(self.folder, self._make_tokenizer())
         return {"plan": plan, "place": [0, 0, 0], "counts": {"documents": 0, "bytes": 0, "replaced": 0}}
@@ -281,8 +300,14 @@ class _Run:
     def _spool_stdin(self) -> None:
         if self.job.source != ["-"]:
             raise UserError("--source -: standard input stands alone")
-        with self.spool.open("wb") as spool:  # it is read twice, and again by a run that goes on
+        with files.whole(self.spool) as spool:  # it is read twice
             shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
+
+    def _is_tokenizer(self, path: Path) -> bool:
+        """Return whether a file is a tokenizer that lm wrote, before it was stopped, and not another program's."""
+        with suppress(UserError, OSError, LookupError, ValueError, TypeError, AttributeError):
+            return path.name == "tokenizer.json" and bool(tokenizers.load(path))
+        return False
 
     def _clear(self, *names: str) -> None:
         for name in names:

@@ -4,6 +4,7 @@ To add a format, write a function from an open file to its documents and enter i
 """
 
 import codecs
+import errno
 import glob
 import gzip
 import json
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from lm.data import outputs
 from lm.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -212,7 +214,10 @@ def find(sources: Iterable[str]) -> list[Path]:
                 matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         except OSError as error:
             reason = "a loop of symbolic links" if error.errno == 40 or "loop" in str(error).lower() else error.strerror
-            raise UserError(f"source {source}: {reason}") from error
+            inside = Path(os.fsdecode(error.filename or source))  # of a folder, the file that it is about
+            if inside.is_symlink() and error.errno == errno.ENOENT:
+                reason = f"it is {outputs.kind(inside)}"
+            raise UserError(f"source {inside}: {reason}") from error
         if not matches:
             kinds = ", ".join((*FORMATS, *TEXTS))
             raise UserError(f"source {source}: no file matches" + (f" ({kinds})" if path.is_dir() else ""))

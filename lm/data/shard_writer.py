@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 import numpy as np
 
 from lm.data import files, shards, tokenizers
+
+FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
+"""The files of a prepared corpus, and of one that is being prepared."""
+PARTS = r"|\.[\w.]+\.part"
+"""Besides, those of a process that was killed while it wrote one of them."""
 
 
 class Writer:
@@ -129,7 +135,8 @@ class Writer:
                 os.truncate(self._part(split, k), shards.HEADER + place * self.itemsize)
                 os.truncate(self._starts(split, k), (self.documents[split] - before) * 8)
                 keep = {self._part(split, k), self._starts(split, k)}
-            for path in {*self.folder.glob(f"{split}-*.part"), *self.folder.glob(f"{split}-*.starts")} - keep:
+            ours = re.compile(rf"{split}-\d+\.(part|starts)")
+            for path in {path for path in self.folder.iterdir() if ours.fullmatch(path.name)} - keep:
                 path.unlink()
 
     def _name_full_ones(self) -> None:

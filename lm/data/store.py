@@ -1,11 +1,11 @@
 """Corpora as tokens: prepared ones as they lie, others tokenized once, under a hash of their content."""
 
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from lm.data import corpora, files, remote, shards, tokenizers
-from lm.data.shard_writer import write_corpus
+from lm.data.shard_writer import FILES, PARTS, write_corpus
 from lm.errors import UserError
 
 FORMAT = 2
@@ -82,11 +82,10 @@ def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.T
 def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer) -> None:
     """Write a tokenized text in one step: it is there whole, or not at all."""
     ids = {name: tokenizer.encode(text) for name, text in parts.items()}
-    part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
-    if folder.exists() and _open(folder) is None:  # torn, by a full disk say
-        shutil.rmtree(folder, ignore_errors=True)
+    part = files.part_of(folder)
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        if os.path.lexists(folder) and _open(folder) is None:  # torn, by a full disk say
+            files.remove_folder(folder, FILES + PARTS)
         write_corpus(part, ids, tokenizer, sum(len(text.encode()) for text in parts.values()))
         os.rename(part, folder)
     except OSError as error:
@@ -96,7 +95,9 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
                 "another folder"
             ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part.exists():
+            with suppress(OSError, UserError):
+                files.remove_folder(part, FILES + PARTS)
 
 
 def _open(folder: Path) -> shards.Corpus | None:

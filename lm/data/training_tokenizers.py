@@ -5,10 +5,11 @@ The `tokenizers` library counts and merges; what it finds is written as a .tikto
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from lm.data import files, reading
-from lm.data.ranks import to_text
+from lm.data import files, outputs, reading
+from lm.data.ranks import from_text, to_text
 from lm.data.tokenizers import BytePairTokenizer
 from lm.errors import UserError
 
@@ -16,14 +17,17 @@ SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends
 SAMPLE = 32 << 20  # characters on which bytes per token are counted
 
 
-def train(source: list[str], vocab_size: int, output: Path, settings: reading.Settings) -> dict[str, float]:
+def train(
+    source: list[str], vocab_size: int, output: Path, settings: reading.Settings, *, overwrite: bool = False
+) -> dict[str, float]:
     """Train an encoding and write it.
 
     Args:
         source: Files, folders or globs.
         vocab_size: Tokens, the 256 bytes among them; the end-of-text token comes on top.
-        output: The .tiktoken file.
+        output: The .tiktoken file, a new one.
         settings: How text is read.
+        overwrite: Whether it may replace another .tiktoken file.
 
     Returns:
         vocab_size, and bytes_per_token over (the first 32 Mi characters of) the corpus.
@@ -35,6 +39,7 @@ def train(source: list[str], vocab_size: int, output: Path, settings: reading.Se
 
     if vocab_size < 256:
         raise UserError(f"--vocab_size {vocab_size}: the 256 single bytes are tokens too: say at least 256")
+    outputs.new(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():
@@ -58,6 +63,13 @@ def train(source: list[str], vocab_size: int, output: Path, settings: reading.Se
     except OSError as error:
         raise UserError(f"--output {output}: could not be written ({error.strerror})") from error
     return {"vocab_size": len(ranks), "bytes_per_token": round(bytes_per_token, 4)}
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file is a .tiktoken file."""
+    with suppress(OSError, ValueError):
+        return bool(from_text(path.read_text()))
+    return False
 
 
 def texts(paths: list[Path], settings: reading.Settings) -> Iterator[str]:

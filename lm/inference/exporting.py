@@ -5,6 +5,8 @@ all else that a network is used with: its configuration, its tokenizer, its size
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,67 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lm.data import files
+from lm.data import files, outputs
+from lm.data.tokenizers import from_state
 from lm.errors import UserError
-from lm.inference.loading import build
-from lm.training import checkpoint
+from lm.inference.loading import build, not_finite
+from lm.training import checkpoint, owned
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
 PREFIX = "net."
 
 
-def export_safetensors(ckpt_path: Path, folder: Path) -> Path:
+def export_safetensors(
+    ckpt_path: Path, folder: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
+) -> Path:
     """Write a checkpoint's network, a single file or sharded, as a folder that has no optimizer's state.
 
+    Args:
+        ckpt_path: The checkpoint.
+        folder: A new one.
+        overwrite: Whether it may replace one that was exported before.
+        note: Is told of weights that are not finite: they are exported as they are.
+
     Raises:
-        UserError: The checkpoint is damaged, or the folder cannot be written to.
+        UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
+    outputs.new(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
-    weights = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
-    alone, same = _without_doubles(weights)
-    rest = saved["lm"] | {"step": saved["global_step"], "same": same}
+    with checkpoint.of_lm(ckpt_path):
+        weights = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
+        alone, same = _without_doubles(weights)
+        rest = saved["lm"] | {"step": saved["global_step"], "same": same}
+        data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
+    _note_not_finite(ckpt_path, weights, note)
+    part = files.part_of(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(folder / WEIGHTS, save(alone, metadata={"format": "pt"}))
-        files.write_whole(folder / REST, json.dumps(rest, ensure_ascii=False).encode())
+        with files.folder_made(folder.parent):
+            part.mkdir()
+            for name, content in data.items():
+                files.write_whole(part / name, content)
+            if folder.exists():
+                files.remove_folder(folder, f"{WEIGHTS}|{REST}")
+            part.rename(folder)
+            files.flush(folder.parent)
     except OSError as error:
+        with suppress(OSError, UserError):
+            files.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
         raise UserError(f"--output {folder}: {error.strerror or error}: say a folder that can be written to") from error
     return folder
+
+
+def _is_export(path: Path) -> bool:
+    """Return whether a folder is what `export_safetensors` wrote, and has nothing else."""
+    if not files.holds_only(path, f"{WEIGHTS}|{REST}"):
+        return False
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return "class_path" in json.loads((path / REST).read_text())["config"]["model"]["init_args"]["net"]
+    return False
+
+
+def _note_not_finite(path: Path, weights: dict[str, Tensor], note: Callable[[str], None]) -> None:
+    if name := not_finite(weights):
+        note(f"{path}: {name} is not finite: it is written as it is, the network is of no use")
 
 
 def _without_doubles(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,12 +93,22 @@ def _without_doubles(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return alone, same
 
 
-def import_safetensors(folder: Path, output: Path) -> Path:
+def import_safetensors(
+    folder: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
+) -> Path:
     """Write a checkpoint, a single file, from such a folder: for use and for --init_from, not to go on with.
 
+    Args:
+        folder: What `export_safetensors` wrote.
+        output: A new file.
+        overwrite: Whether it may replace a checkpoint of lm's.
+        note: Is told of weights that are not finite.
+
     Raises:
-        UserError: The folder is none, or its weights are not those of the network that it names.
+        UserError: The folder is none, its weights are not those of the network that it names, or the output is not
+            free or cannot be written.
     """
+    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     try:
         rest = json.loads((folder / REST).read_text())
         weights = load_file(folder / WEIGHTS)
@@ -69,11 +116,20 @@ def import_safetensors(folder: Path, output: Path) -> Path:
         step = int(rest.pop("step"))
         net = build(rest["config"]["model"]["init_args"]["net"], rest["vocab_size"], rest["block_size"])
         net.load_state_dict(weights)
+        from_state(rest["tokenizer"])
     except OSError as error:
         raise UserError(
             f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
     saved = {
@@ -85,15 +141,34 @@ def import_safetensors(folder: Path, output: Path) -> Path:
         "optimizer_states": [],
         "start": 0,
     }
-    checkpoint.write(saved, output)
+    _note_not_finite(folder, saved["state_dict"], note)
+    _write(saved, output)
     return output
 
 
-def export_file(ckpt_path: Path, output: Path) -> Path:
+def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print) -> Path:
     """Write a checkpoint as one file that has everything, whatever kind it is.
 
+    Args:
+        ckpt_path: The checkpoint.
+        output: A new file.
+        overwrite: Whether it may replace a checkpoint of lm's.
+        note: Is told of weights that are not finite.
+
     Raises:
-        UserError: It is damaged, or the file cannot be written.
+        UserError: It is damaged, or the file is not free or cannot be written.
     """
-    checkpoint.write(checkpoint.load(ckpt_path), output)
+    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    saved = checkpoint.load(ckpt_path)
+    with checkpoint.of_lm(ckpt_path):
+        _note_not_finite(ckpt_path, saved["state_dict"], note)
+    _write(saved, output)
     return output
+
+
+def _write(saved: dict[str, Any], output: Path) -> None:
+    try:
+        with files.folder_made(output.parent):
+            checkpoint.write(saved, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}: say another place") from error

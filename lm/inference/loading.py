@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.init import _EmptyInit
-from torch import nn
+from torch import Tensor, nn
 
 from lm.data.tokenizers import Tokenizer, from_state
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 from lm.training import checkpoint
 
 
@@ -31,16 +31,27 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
 
     Raises:
         UserError: The file is missing, damaged or not one of ours.
+        CheckError: Its weights are not finite.
     """
     saved = checkpoint.load(path)
-    meta = saved["lm"]
-    net = build(meta["config"]["model"]["init_args"]["net"], meta["vocab_size"], meta["block_size"])
-    weights = {key.removeprefix("net."): value for key, value in saved["state_dict"].items() if key.startswith("net.")}
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
-    return Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
+    with checkpoint.of_lm(path):
+        meta = saved["lm"]
+        net = build(meta["config"]["model"]["init_args"]["net"], meta["vocab_size"], meta["block_size"])
+        state = saved["state_dict"].items()
+        weights = {key.removeprefix("net."): value for key, value in state if key.startswith("net.")}
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
+        fitted = Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
+    if name := not_finite(weights):
+        raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
+    return fitted
+
+
+def not_finite(weights: dict[str, Tensor]) -> str | None:
+    """Return the name of the first of a network's weights that has NaN or infinity."""
+    return next((name for name, value in weights.items() if not value.isfinite().all()), None)
 
 
 def deny_what_runs_code() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.data.tokenizers import Tokenizer
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,16 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
 
     Yields:
         int64 (B,).
+
+    Raises:
+        CheckError: What the network computes is not finite.
     """
     text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
     while True:
         logits = net(text[:, -block_size:]).float().cpu()  # (B, T, V), or (B, V) of a fixed context
         logits = logits[:, -1] if logits.ndim == 3 else logits  # (B, V)
+        if not logits.amax().isfinite():  # NaN is the largest of all
+            raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
         token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
         text = torch.cat([text, token.to(text.device)], dim=1)
         yield token.squeeze(1)

@@ -4,10 +4,9 @@ A file is a torch.save archive of tensors and plain values, and loads with weigh
 archive carries a CRC-32, which `damage` checks.
 """
 
-import errno
-import os
+import pickle
+import re
 import shutil
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +19,18 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import distributed
+from torch.distributed import checkpoint as dcp
 
+from lm.data import files, outputs
 from lm.errors import UserError
-from lm.training import folders
+from lm.training import disk, folders, owned, schema
 from lm.training.writer import Writer
+
+FOREIGN = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+"""What is raised where a checkpoint lacks something, or has it of another type."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -40,6 +47,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = Writer(), whole
+        self.restoring: Path | None = None  # what is read, until a step has been made with it
         self._ahead: Future[dict[str, Any]] | None = None
         if whole and whole.is_file():
             pool = ThreadPoolExecutor(1)
@@ -63,6 +71,7 @@ class AtomicCheckpointIO(CheckpointIO):
             choice = [str(path)]
             distributed.broadcast_object_list(choice, src=0)
             (path,) = choice
+        self.restoring = Path(path)
         if self._ahead and Path(path) == self.whole:
             ahead, self._ahead = self._ahead, None
             return ahead.result()
@@ -70,12 +79,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
-        folders.remove(Path(path))
+        owned.remove(Path(path))
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         torch.save(checkpoint, file)
 
@@ -85,34 +93,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside path; on success it is flushed to the disk and takes path's place.
 
     Raises:
-        UserError: The disk is full or the folder refuses; path is as it was.
+        UserError: The disk is full, the folder refuses, or lm did not write what is there; path is as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        owned.check(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole(path, owned.take_place) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        folders.take_place(part, path)
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
-        reason = _reason(error, path.parent)
-        raise UserError(f"{path} could not be written ({reason}): {remedy(path.parent)}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _reason(error: BaseException, folder: Path) -> str:
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return "No space left on device" if shutil.disk_usage(folder).free < 1 << 20 else str(error).splitlines()[0]
-
-
-def remedy(folder: Path) -> str:
-    """Return what to do about a folder that does not take a file."""
-    free = shutil.disk_usage(folder).free >> 20
-    return f"{folder} has {free} MiB free: make room or make it writable; earlier checkpoints are whole"
+        found = disk.reason(error, path.parent)
+        raise UserError(f"{path} could not be written ({found}): {disk.remedy(path.parent)}") from error
 
 
 def copy(source: Path, target: Path) -> None:
@@ -127,53 +117,14 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, file.name)  # within the kernel, where it can
 
 
-@contextmanager
-def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
-    """Turn a disk that refuses a log into a UserError that names the folder.
-
-    TensorBoard writes in a thread of its own, whose error comes up again at the next event; the thread's own traceback
-    is kept quiet.
-    """
-    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-    hook = threading.excepthook
-
-    def quiet(arguments: threading.ExceptHookArgs) -> None:
-        if getattr(arguments.exc_value, "errno", None) not in refusals:
-            hook(arguments)
-
-    threading.excepthook = quiet
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in refusals:
-            raise
-        reason = os.strerror(error.errno)
-        raise UserError(f"{folder} could not be written to ({reason}): {remedy(folder)}") from error
-    finally:
-        threading.excepthook = hook
-
-
-def probe(folder: Path) -> None:
-    """Check, before any training, that checkpoints can be written to folder.
-
-    Raises:
-        UserError: They cannot.
-    """
-    target = folder / f".probe.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target.touch()
-    except OSError as error:
-        raise _refused(folder, error) from error
-    with replacing(target) as file:
-        file.write(b"\0" * 4096)
-    target.unlink()
-
-
 def clear(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
-    for part in (*folder.glob(".*.part"), *folder.glob(".probe.*")):
-        folders.remove(part)
+    probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
+    for part in (*files.parts(folder, r".*\.ckpt"), *probes):
+        if part.is_file() and not part.is_symlink():
+            part.unlink()
+    for part in (*folders.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
+        owned.remove(part)
 
 
 def renew_last(folder: Path, newest: Path | None) -> None:
@@ -183,27 +134,19 @@ def renew_last(folder: Path, newest: Path | None) -> None:
         copy(newest, last)
 
 
-def _refused(folder: Path, error: OSError) -> UserError:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    owner, us = existing.stat().st_uid, os.getuid()
-    advice = f"chown -R {us} it, or run as its owner (docker run --user {owner})"
-    if error.errno not in (errno.EACCES, errno.EPERM):
-        advice = "make it writable or run elsewhere"
-    return UserError(
-        f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user {owner}, "
-        f"this is user {us}: {advice}"
-    )
-
-
 def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint file, or None where it is whole.
 
     Reads all of it: a bit flipped anywhere in the records is found by their checksums.
     """
     if path.is_dir():
-        return folders.damage(path)
+        return folders.damage(path) or _foreign(path)
+    if path.is_symlink() and not path.exists():
+        return f"it is {outputs.kind(path)}"
     if folders.holds(path):
         return f"it is a part of the sharded checkpoint {path.parent}: say the folder"
+    if path.exists() and not path.is_file():
+        return f"it is {outputs.kind(path)}, no file"
     try:
         with zipfile.ZipFile(path) as archive:
             # torch writes none of these; a flipped bit there makes it read a record as something else
@@ -215,10 +158,15 @@ def damage(path: Path) -> str | None:
         return f"it is truncated or not a checkpoint ({error})"
     if torn:
         return f"its record {torn} does not match its checksum"
+    return _foreign(path)
+
+
+def _foreign(path: Path) -> str | None:
+    """Return what keeps a whole file from being a checkpoint of lm's, or None."""
     try:
         peek(path)
     except Exception as error:
-        return f"it is no checkpoint of lm ({type(error).__name__})"
+        return f"it is no checkpoint of lm ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
@@ -245,10 +193,10 @@ def peek(path: Path) -> dict[str, Any]:
         checkpoint = (
             folders.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
-    meta = checkpoint["lm"]
-    _ = meta["config"]["model"]["init_args"]["net"]["class_path"], path.is_dir() or checkpoint["state_dict"]
-    _ = meta["tokenizer"]["kind"], meta["vocab_size"], meta["block_size"]
-    return meta | {"step": int(checkpoint["global_step"]), "start": checkpoint.get("start", 0)}
+    outline = {key: value for key, value in schema.USED.items() if key != "state_dict" or not path.is_dir()}
+    if problem := schema.problem(checkpoint, outline):
+        raise ValueError(problem)
+    return checkpoint["lm"] | {"step": checkpoint["global_step"], "start": int(checkpoint.get("start", 0))}
 
 
 def load(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -260,8 +208,35 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     if not verified:
         verify(path)
     if path.is_dir():
-        return folders.load(path)
+        with of_lm(path):
+            return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def of_lm(path: Path) -> Iterator[None]:
+    """Turn what is raised where a checkpoint lacks something, or has it of another type, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*FOREIGN, dcp.api.CheckpointException) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({what})") from error
+
+
+@contextmanager
+def restored(io: AtomicCheckpointIO) -> Iterator[None]:
+    """Turn what is raised between the reading of a checkpoint and the first step with it into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if io.restoring is None or "loaded state dict" in str(error):  # that is told elsewhere
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"checkpoint {io.restoring}: training cannot go on from it ({what}): LM_DEBUG=1 shows where; use another"
+        ) from error
 
 
 def verify(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """When checkpoints are written, under which names, and which are kept."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lm.errors import UserError
 from lm.training import checkpoint as files
-from lm.training import folders, progress
+from lm.training import owned, progress
 from lm.training.writer import Writer
 
 
@@ -125,11 +126,11 @@ class Checkpoints(Checkpoint):
 
     def _retain(self) -> None:
         """Delete the periodic checkpoints that are not to be kept."""
-        periodic = [path for path in files.newest_first(self.folder) if path.name.startswith("step=")]
+        periodic = [path for path in files.newest_first(self.folder) if re.fullmatch(r"step=\d+\.ckpt", path.name)]
         for old in periodic[self.keep_last :]:
             step = int(old.stem.removeprefix("step="))
-            if self.keep_every is None or step % self.keep_every:
-                folders.remove(old)
+            if owned.is_ours(old) and (self.keep_every is None or step % self.keep_every):
+                owned.remove(old)
 
 
 def _writer(trainer: Trainer) -> Writer:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lm import __version__
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import UserError
+from lm.training import schema
 
 
 def check(
@@ -33,6 +34,10 @@ def check(
     Raises:
         UserError: Something is of another kind; says what it is there and here.
     """
+    if optimizer and checkpoint.get("optimizer_states") == []:
+        raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
+    if wrong := schema.resuming_problem(checkpoint) if optimizer else schema.problem(checkpoint, schema.USED):
+        raise UserError(f"checkpoint {path}: {wrong}: it is damaged, or another program's: use another one")
     if identity(checkpoint["lm"]["tokenizer"]) != identity(tokenizer.state()):
         raise UserError(
             f"{path} has another tokenizer than data.corpus and data.tokenizer give: use its data, "
@@ -50,8 +55,6 @@ def check(
                 f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
                 "the configuration that it was trained with"
             )
-    if optimizer and checkpoint.get("optimizer_states") == []:
-        raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
     there, here = (one and _optimizer(one) for one in (checkpoint["lm"]["config"], config))
     if optimizer and there and here and there != here:
         raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")

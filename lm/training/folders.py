@@ -7,7 +7,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lm.data import files
 from lm.errors import UserError
+from lm.training import owned
 
 META, SUMS = "lm.pt", "checksums.json"
 _METADATA = (
@@ -49,45 +51,25 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         try:
             yield
         except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:  # the last: each rank's own
-            problem = problem or f"{type(error).__name__}: {str(error).splitlines()[-1]}"
+            problem = problem or f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
         distributed.all_gather_object(problems, problem, group)
 
     with together():
         if first:
-            remove(part)
+            owned.check(path)
+            owned.remove(part)
             part.mkdir(parents=True)
     with together():
         yield part
     with together():
         if first and not any(problems):
             _seal(part)
-            take_place(part, path)
+            owned.take_place(part, path)
     if found := next(filter(None, problems), None):
         if first:
-            shutil.rmtree(part, ignore_errors=True)
+            with suppress(OSError, UserError):  # what was found is to be told
+                owned.remove(part)
         raise UserError(f"{path} could not be written ({found}): make room or make it writable; earlier ones are whole")
-
-
-def take_place(part: Path, path: Path) -> None:
-    """Put part where path is, files or folders.
-
-    A folder cannot be replaced in one go: `recover` finishes what a killed process has left between two renames.
-    """
-    old = path.with_name(f".{path.name}.old.part")
-    remove(old)
-    if path.is_dir() or (path.exists() and part.is_dir()):
-        path.rename(old)
-    part.replace(path)
-    _flush(path.parent)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _seal(folder: Path) -> None:
@@ -96,7 +78,7 @@ def _seal(folder: Path) -> None:
         json.dump(sums, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    _flush(folder)
+    files.flush(folder)
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -108,28 +90,26 @@ def recover(folder: Path) -> None:
     """Finish what a process that was killed between two renames began. No other may be at work in the folder."""
     for part in unfinished(folder):
         path = folder / part.name.removeprefix(".").removesuffix(".new.part").removesuffix(".old.part")
-        if not path.exists() and (part.is_file() or damage(part) is None):
+        if not os.path.lexists(path) and (damage(part) is None if part.is_dir() else owned.is_ours(part)):
             part.rename(path)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            files.flush(folder)
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy a sharded checkpoint by linking its files, which nobody changes."""
     part = target.with_name(f".{target.name}.copy.part")
-    remove(part)
+    owned.remove(part)
     try:
-        shutil.copytree(source, part, copy_function=os.link)
-    except OSError:  # a file system without links
-        remove(part)
-        shutil.copytree(source, part)
-    take_place(part, target)
+        try:
+            shutil.copytree(source, part, copy_function=os.link)
+        except OSError:  # a file system without links
+            owned.remove(part)
+            shutil.copytree(source, part)
+        owned.take_place(part, target)
+    except (OSError, UserError):
+        with suppress(OSError, UserError):
+            owned.remove(part)
+        raise
 
 
 def checksum(file: Path) -> int:
@@ -155,6 +135,10 @@ def damage(path: Path) -> str | None:
         return f"it is not whole or no checkpoint ({error})"
     if wrong or not {META, ".metadata"} <= sums.keys():
         return f"its file {wrong or META} does not match its checksum"
+    try:
+        shapes(Reader(path))
+    except Exception as error:  # another program's can raise anything
+        return f"its index cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 
 
@@ -170,8 +154,9 @@ class Reader(dcp.FileSystemReader):
         """Return the index."""
         with (Path(self.path) / ".metadata").open("rb") as stream:
             index = _Index(stream).load()
-        if getattr(index, "storage_meta", None) is None:
-            index.storage_meta = dcp.metadata.StorageMeta()
+        if not isinstance(index, Metadata):
+            raise pickle.UnpicklingError(f"the index of a checkpoint is no {type(index).__name__}")
+        index.storage_meta = getattr(index, "storage_meta", None) or dcp.metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 

@@ -1,16 +1,38 @@
 """Where metrics go: TensorBoard events and metrics.csv, without gaps or doubled steps across resumes; metrics.prom."""
 
 import csv
+import io
 import os
 import re
 import struct
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lm import log
+from lm.data import files
 from lm.errors import UserError
+
+VERSION = b"brain.Event:"  # in the first record of every file of events
+
+
+class Removed:
+    """Says, once in a run, that a log was removed while training went on."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, path: Path) -> None:
+        """Say it of a file."""
+        if not self._said:
+            text = f"note: {path} was removed while training went on: it is made again, earlier lines are lost"
+            print(log.line(text, level="warning"), file=sys.stderr, flush=True)
+        self._said = True
 
 
 class Events(TensorBoardLogger):
@@ -19,12 +41,35 @@ class Events(TensorBoardLogger):
     Args:
         folder: The run's log folder.
         step: Where training goes on; what an earlier process logged after it is removed.
+        opened: Whether anything may be written yet: a start that is refused leaves no file.
+        removed: Is told of a file that somebody removed.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, *, opened: bool = True, removed: Removed | None = None) -> None:
         # purge_step tells a TensorBoard that is watching; what it would hide is cut off by `forget` besides
         purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
         super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
+        self.opened, self._removed = opened, removed or Removed()
+        self._file: tuple[Path, os.stat_result] | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The SummaryWriter: a new one where its file was removed, as it would go on writing to none."""
+        if not self.opened:
+            return _DummyExperiment()
+        if self._experiment is not None and self._file and not _same(*self._file):
+            self._removed(self._file[0])
+            with suppress(OSError):  # it was still to write there
+                self._experiment.close()
+            self._experiment = None
+            self._kwargs.pop("purge_step", None)
+        if self._experiment is None:
+            before = {*_event_files(Path(self.log_dir))}
+            _ = super().experiment
+            made = {*_event_files(Path(self.log_dir))} - before
+            self._file = next(((path, path.stat()) for path in made), None)
+        return self._experiment
 
     @rank_zero_only
     def save(self) -> None:
@@ -38,11 +83,12 @@ class _File(Logger):
 
     Args:
         path: The file; its folder's name is the run's.
+        removed: Is told where somebody removed it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, removed: Removed | None) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._removed = path, removed or Removed()
 
     @property
     def name(self) -> str:
@@ -66,10 +112,11 @@ class MetricsCSV(_File):
 
     Args:
         folder: The run's log folder.
+        removed: Is told where somebody removed the table.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "metrics.csv")
+    def __init__(self, folder: Path, removed: Removed | None = None) -> None:
+        super().__init__(folder / "metrics.csv", removed)
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}  # the last one
         self._offset = 0  # where it begins in the file
@@ -77,7 +124,12 @@ class MetricsCSV(_File):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a row, or add to the last one where it is of the same step; an unseen metric adds a column."""
-        if not self._columns or not metrics.keys() <= set(self._columns):
+        if self._columns and not self._is_there():
+            self._removed(self.path)
+            row, self._offset = self._row, 0
+            self._open([*self._columns[1:], *metrics])
+            self._row = row
+        elif not self._columns or not metrics.keys() <= set(self._columns):
             self._open([*metrics])
         self._row = (self._row if self._row.get("step") == str(step) else self._next()) | metrics | {"step": str(step)}
         with self.path.open("r+", newline="") as file:
@@ -85,11 +137,14 @@ class MetricsCSV(_File):
             file.truncate()
             csv.DictWriter(file, self._columns, restval="").writerow(self._row)
 
+    def _is_there(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size >= self._offset
+
     def _open(self, metrics: list[str]) -> None:
         """Rewrite the table with columns for these metrics, and stand before its last row."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns, rows = read_csv(self.path)
-        self._columns = [*columns, *(name for name in metrics if name not in columns)]
+        self._columns = [*dict.fromkeys((*columns, *metrics))]
         self._row = rows.pop() if rows else {}
         write_csv(self.path, self._columns, rows)
         self._offset = self.path.stat().st_size
@@ -107,11 +162,13 @@ class MetricsProm(_File):
 
     Args:
         folder: The run's log folder; its name is the label `run`.
+        removed: Is told where somebody removed it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "metrics.prom")
+    def __init__(self, folder: Path, removed: Removed | None = None) -> None:
+        super().__init__(folder / "metrics.prom", removed)
         self._values: dict[str, float] = {}
+        self._written = False
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -122,35 +179,81 @@ class MetricsProm(_File):
             f'# TYPE {names[name]} gauge\n{names[name]}{{run="{self.name}"}} {value!r}\n'
             for name, value in self._values.items()
         ]
+        if self._written and not self.path.is_file():
+            self._removed(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(rows))
-        part.replace(self.path)  # a reader never sees half of it
+        replace(self.path, "".join(rows))
+        self._written = True
+
+
+def check(folder: Path) -> None:
+    """Check that a log folder has nothing that lm did not write in the place of what it writes.
+
+    Raises:
+        UserError: It has.
+    """
+    read_csv(folder / "metrics.csv")
+    path = folder / "metrics.prom"
+    if os.path.lexists(path) and not (_is_file(path) and path.open("rb").read(10) in (b"", b"# TYPE lm_")):
+        raise UserError(f"{path} was not written by lm: move it away")
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the columns and rows of a table; a file that is missing or empty has the column step and no rows."""
-    if not path.exists():
+    """Return the columns and rows of a table; a file that is missing or empty has the column step and no rows.
+
+    Raises:
+        UserError: It is not the table that lm writes, whose first column is the step.
+    """
+    if not os.path.lexists(path):
         return ["step"], []
+    if not _is_file(path):
+        raise UserError(f"{path} is not the table that lm wrote (it is no file): move it away")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         try:
             rows, columns = list(reader), list(reader.fieldnames or ["step"])
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} is not the table that lm wrote ({error}): move it away") from error
-    if "step" not in columns:
-        raise UserError(f"{path} is not the table that lm wrote (it has no column step): move it away")
+    if columns[0] != "step":
+        raise UserError(f"{path} is not the table that lm wrote (its first column is not step): move it away")
     return columns, rows
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
     """Write a table in one step: a reader never sees half of it."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(path, text.getvalue())
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step, without waiting for the disk."""
+    part = files.part_of(path)
+    opened = part.open("x", newline="", encoding="utf-8")
+    try:
+        with opened as file:
+            file.write(text)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _same(path: Path, stat: os.stat_result) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(path.stat(), stat)
+    return False
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
 
 
 def forget(folder: Path, step: int) -> None:
@@ -160,8 +263,9 @@ def forget(folder: Path, step: int) -> None:
     kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
     if len(kept) < len(rows):
         write_csv(table, columns, kept)
-    for events in sorted(folder.glob("events.out.tfevents.*")):
-        _cut_events(events, step)
+    for events in _event_files(folder):
+        if _is_file(events):
+            _cut_events(events, step)
 
 
 def _cut_events(path: Path, step: int) -> None:
@@ -172,13 +276,18 @@ def _cut_events(path: Path, step: int) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
 
     data = path.read_bytes()
+    if VERSION not in data[:100]:  # not an event file
+        return
     end = 0
     while end + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, end)
         stop = end + 12 + length + 4
         if stop > len(data):
             break
-        event = Event.FromString(data[end + 12 : stop - 4])
+        try:
+            event = Event.FromString(data[end + 12 : stop - 4])
+        except Exception:  # protobuf's DecodeError, which has no type stubs
+            break
         if event.step > step and not event.HasField("session_log"):  # the log of this start says where it begins
             break
         end = stop

@@ -100,6 +100,8 @@ class Sharded(ModelParallelStrategy):
             UserError: It is missing, damaged, or of another network.
         """
         path = Path(self.broadcast(checkpoint_path))
+        io: Any = self.checkpoint_io
+        io.restoring = path
         module: Any = self.lightning_module
         assert self.model is not None
         (optimizer,) = self.optimizers or (None,)
@@ -123,7 +125,8 @@ class Sharded(ModelParallelStrategy):
         state = get_optimizer_state_dict(self.model, optimizer) if optimizer is not None else {}
         if optimizer is not None:
             tensors["optimizer"] = state["state"]
-        dcp.load(tensors, storage_reader=reader)
+        with files.of_lm(path):
+            dcp.load(tensors, storage_reader=reader)
         set_model_state_dict(self.model, tensors["state_dict"])
         if optimizer is not None:
             set_optimizer_state_dict(self.model, optimizer, state)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.errors import UserError
-from lm.training import checkpoint
+from lm.training import checkpoint, disk
 
 CONTENTS = {
     "global_step": 5,
@@ -176,16 +176,16 @@ def test_a_full_disk_is_an_error_that_leaves_the_previous_one_whole(small_disk: 
 def test_a_full_disk_is_seen_before_training(small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(1 << 20))
     with pytest.raises(UserError, match="No space left on device"):
-        checkpoint.probe(small_disk)
+        disk.probe(small_disk)
 
 
 def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
     (tmp_path / ".probe.123").touch()
-    checkpoint.probe(tmp_path)
+    disk.probe(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another process may be at it
     checkpoint.clear(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
-        checkpoint.probe(tmp_path / "file" / "run")
+        disk.probe(tmp_path / "file" / "run")

@@ -1,0 +1,125 @@
+"""Disks that do not take what is written: said in a line that names the folder and what to do."""
+
+import errno
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from lm.data import files, outputs
+from lm.errors import UserError
+from lm.training import owned
+
+
+@contextmanager
+def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
+    """Turn a disk that refuses a log into a UserError that names the folder.
+
+    TensorBoard writes in a thread of its own, whose error comes up again at the next event; the thread's own traceback
+    is kept quiet.
+    """
+    hook = threading.excepthook
+
+    def quiet(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            hook(arguments)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    except (BrokenPipeError, ConnectionError, TimeoutError):  # not of a disk
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if path and folder.resolve() not in (path.absolute(), *path.absolute().parents):
+            raise UserError(f"{path}: {reason}: mend that, and continue with --ckpt_path auto") from error
+        raise UserError(f"{path or folder} could not be written to ({reason}): {remedy(folder)}") from error
+    finally:
+        threading.excepthook = hook
+
+
+@contextmanager
+def probed(checkpoints: Path, logs: Path) -> Iterator[None]:
+    """Make a run's folders, checked to be writable and to have nothing in the place of what a run writes.
+
+    Where nothing was written in the end, as a start was refused, those that were made go again.
+
+    Raises:
+        UserError: A folder is not writable, or has something that lm did not write in the way.
+    """
+    with ExitStack() as made:
+        for folder in (checkpoints, logs):
+            try:
+                made.enter_context(files.folder_made(folder))
+            except OSError as error:
+                raise _refused(folder, error) from error
+            probe(folder)
+        for name in ("last.ckpt", "best.ckpt"):
+            owned.check(checkpoints / name)
+        yield
+
+
+def probe(folder: Path) -> None:
+    """Check, before any training, that files can be written to a folder.
+
+    Raises:
+        UserError: They cannot.
+    """
+    target = folder / f".probe.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("xb"):
+            pass
+    except OSError as error:
+        raise _refused(folder, error) from error
+    try:
+        with target.open("wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{folder} could not be written to ({error.strerror}): {remedy(folder)}") from error
+    finally:
+        with suppress(OSError):
+            target.unlink()
+
+
+def reason(error: BaseException, folder: Path) -> str:
+    """Return what a disk said, in a few words."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(error).splitlines() or [""])[0]
+
+
+def remedy(folder: Path) -> str:
+    """Return what to do about a folder that does not take a file."""
+    return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"
+
+
+def _free(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or would be."""
+    with suppress(OSError):
+        return shutil.disk_usage(files.nearest(folder)).free
+    return 0
+
+
+def _refused(folder: Path, error: OSError) -> UserError:
+    existing = files.nearest(folder)
+    if not existing.is_dir():
+        return UserError(
+            f"{folder} cannot be written to: {existing} is {outputs.kind(existing)}, no folder: move it away"
+        )
+    owner, us = existing.stat().st_uid, os.getuid()
+    advice = f"chown -R {us} it, or run as its owner (docker run --user {owner})"
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        advice = "make it writable or run elsewhere"
+    return UserError(
+        f"{folder} cannot be written to ({os.strerror(error.errno or errno.EIO)}): {existing} belongs to user {owner}, "
+        f"this is user {us}: {advice}"
+    )

@@ -1,0 +1,91 @@
+"""Which checkpoints lm wrote, by what is in them: nothing else is ever replaced or removed."""
+
+import os
+import warnings
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lm.data import files
+from lm.errors import UserError
+
+SHARDED = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lm\.pt|checksums\.json|\.lm\.pt\..*\.part"
+"""The files of a sharded checkpoint."""
+_MAGIC, _NAME, _AT = b"PK\x03\x04", b"archive/data.pkl", 30  # the archives that lm writes begin so
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether lm wrote a checkpoint, or this is what damage has left of one. A link to one is the user's."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return any(path.iterdir()) and files.holds_only(path, SHARDED)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(_AT + len(_NAME))
+    if not head.strip(b"\0"):
+        return True  # nothing is in it: a power cut
+    if not (_MAGIC.startswith(head[: len(_MAGIC)]) and _NAME.startswith(head[_AT:])):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "lm" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # damaged, or whole and another program's
+        return not _is_whole(path)
+
+
+def _is_whole(path: Path) -> bool:
+    with suppress(Exception), zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+    return False
+
+
+def check(path: Path) -> None:
+    """Check that a checkpoint may be written to a path: it is free, or has one of lm's.
+
+    Raises:
+        UserError: It has something else.
+    """
+    if os.path.lexists(path) and not is_ours(path):
+        raise UserError(f"{path} is in the way and was not written by lm: move it away")
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder, or what there is of one.
+
+    Raises:
+        UserError: It, or one of the folder's files, was not written by lm.
+    """
+    if path.is_dir() and not path.is_symlink():
+        files.remove_folder(path, SHARDED)
+    else:
+        check(path)
+        path.unlink(missing_ok=True)
+
+
+def take_place(part: Path, path: Path) -> None:
+    """Put part where path is, files or folders.
+
+    A folder cannot be replaced in one go: `folders.recover` finishes what a killed process has left between two
+    renames.
+
+    Raises:
+        UserError: lm did not write what is there.
+    """
+    check(path)
+    old = path.with_name(f".{path.name}.old.part")
+    remove(old)
+    if path.is_dir() or (path.exists() and part.is_dir()):
+        path.rename(old)
+    try:
+        part.replace(path)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(path)
+        raise
+    files.flush(path.parent)
+    remove(old)

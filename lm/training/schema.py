@@ -1,0 +1,70 @@
+"""What a checkpoint must have, to be used and to be gone on with: said in a line, before anything trips over it."""
+
+from typing import Any
+
+from torch import Tensor
+
+Outline = Any
+"""A type; a dict of keys and their outlines, where others may be besides; a list of one outline, for all items."""
+
+NUMBER = (int, float)
+USED: Outline = {
+    "global_step": int,
+    "state_dict": dict,
+    "lm": {
+        "config": {"model": {"init_args": {"net": {"class_path": str}}}},
+        "tokenizer": {"kind": str},
+        "vocab_size": int,
+        "block_size": int,
+    },
+}
+"""What every command needs."""
+RESUMED: Outline = USED | {
+    "epoch": int,
+    "loops": {"fit_loop": dict},
+    "callbacks": {"Checkpoints": {"best": NUMBER, "validated_step": int}},
+    "random_states": [{"torch": Tensor, "cuda": list, "python": tuple, "numpy": tuple}],
+    "lm": USED["lm"] | {"train": dict, "validation": dict},
+}
+"""What training needs to go on."""
+
+
+def problem(found: Any, outline: Outline, where: str = "") -> str | None:
+    """Return the first key that is missing or of another type, or None where all is there.
+
+    Args:
+        found: A checkpoint, or a part of it.
+        outline: What it must have.
+        where: Which part it is.
+    """
+    if isinstance(outline, dict):
+        if not isinstance(found, dict):
+            return f"{where or 'it'} is of type {type(found).__name__}"
+        for key, inner in outline.items():
+            path = f"{where}.{key}".lstrip(".")
+            if key not in found:
+                return f"it has no {path}"
+            if wrong := problem(found[key], inner, path):
+                return wrong
+        return None
+    if isinstance(outline, list):
+        if not isinstance(found, list):
+            return f"{where} is of type {type(found).__name__}"
+        return next(filter(None, (problem(item, outline[0], where) for item in found)), None)
+    return None if isinstance(found, outline) else f"{where} is of type {type(found).__name__}"
+
+
+def resuming_problem(checkpoint: dict[str, Any]) -> str | None:
+    """Return what keeps training from going on from a checkpoint, or None."""
+    return (
+        problem(checkpoint, RESUMED)
+        or _not_a_number(checkpoint["loops"], "loops")
+        or _not_a_number({k: checkpoint["lm"].get(k) for k in ("train", "validation", "guard")}, "lm")
+    )
+
+
+def _not_a_number(found: Any, where: str) -> str | None:
+    """Return the first place in nested dicts that has anything but numbers; None in the place of one is let pass."""
+    if isinstance(found, dict):
+        return next(filter(None, (_not_a_number(value, f"{where}.{key}") for key, value in found.items())), None)
+    return None if found is None or isinstance(found, NUMBER) else f"{where} is of type {type(found).__name__}"

@@ -1,0 +1,81 @@
+"""What is logged is there to the end, whatever happens to the files meanwhile."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lm.training.loggers import _event_files, forget
+
+LOGS = Path("logs/tiny")
+
+
+class Remove(Callback):
+    """Removes something from the logs while training goes on.
+
+    Args:
+        pattern: What; nothing is the folder itself.
+        steps: After which steps.
+    """
+
+    def __init__(self, pattern: str, steps: list[int]) -> None:
+        self.pattern, self.steps = pattern, steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step not in self.steps:
+            return
+        for path in list(LOGS.glob(self.pattern)) if self.pattern else [LOGS]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def steps() -> list[str]:
+    with (LOGS / "metrics.csv").open() as file:
+        return [row["step"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("pattern", ["", "metrics.csv", "metrics.prom", "events.*", "*"])
+def test_logs_that_are_removed_are_made_again_and_it_is_said_once(lm, workplace: Path, pattern: str) -> None:
+    callback = f'{{"class_path": "{__name__}.Remove", "init_args": {{"pattern": "{pattern}", "steps": [4, 7]}}}}'
+    code, out, err = lm("fit", "--config", "tiny.yaml", "--trainer.callbacks", f"[{callback}]")
+    assert code == 0 and "done: step 12" in out, err
+    assert len(err.splitlines()) == 1 and "was removed while training went on: it is made again" in err
+    assert steps()[-3:] == ["10", "11", "12"]
+    assert all((LOGS / name).is_file() for name in ("metrics.csv", "metrics.prom"))
+    assert events() >= {9, 10, 11, 12}
+    assert not list(LOGS.glob(".*"))
+
+
+def events() -> set[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(LOGS))
+    read.Reload()
+    return {event.step for event in read.Scalars("train/loss")}
+
+
+def test_a_file_of_events_that_is_none_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.notes"
+    path.write_text("years of work, nothing else\n" * 9)
+    forget(tmp_path, 0)
+    assert path.read_text() == "years of work, nothing else\n" * 9 and _event_files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.init_args.corpus", "nowhere.txt"),
+        ("--data.init_args.block_size", 10**5),
+        ("--model.init_args.optimizer", "torch.optim.LBFGS"),
+        ("--ckpt_path", "checkpoints/old/last.ckpt", "--model.init_args.net.init_args.n_embd", 32),
+        ("--init_from", "checkpoints/old/last.ckpt", "--model.init_args.net.init_args.n_embd", 32),
+    ],
+)
+def test_a_start_that_is_refused_leaves_nothing(lm, workplace: Path, words: tuple[object, ...]) -> None:
+    if words[0] in ("--ckpt_path", "--init_from"):
+        assert lm("fit", "--config", "tiny.yaml", "--name", "old", "--trainer.max_steps", 1)[0] == 0
+    before = {path for path in workplace.rglob("*") if "data" not in path.parts}
+    code, _, err = lm("fit", "--config", "tiny.yaml", *words)
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert {path for path in workplace.rglob("*") if "data" not in path.parts} == before
