@@ -17,8 +17,8 @@ class StepLog:
     """
 
     def __init__(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)  # of the losses since the line before
-        self._steps = 0  # how many these are
+        self._device = torch.device("cpu")
+        self._begin_average(0.0, 0)
         self._first = (0, 0)  # the step that training went on from, and the tokens up to there: its batch may differ
         self._clock = (0.0, 0)  # time and step at which the throughput measurement began
         self._targets: list[Tensor] = []  # of the micro-batches of the step in progress
@@ -29,7 +29,7 @@ class StepLog:
     def start(
         self, trainer: Trainer, targets: list[Tensor], optimizer: Optimizer, settings: list[dict[str, Any]]
     ) -> None:
-        """Begin: the sum goes where the losses are, so that adding to it never waits for a device.
+        """Begin a training.
 
         Args:
             trainer: Knows the step, the device and the number of ranks.
@@ -37,12 +37,19 @@ class StepLog:
             optimizer: Its `group_names`, where it has them, name its parameter groups' learning rates.
             settings: Each group's, as configured.
         """
-        device, self._targets, self._world_size = trainer.strategy.root_device, targets, trainer.world_size
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._total = self._total.to(device, dtype)
+        self._device, self._targets, self._world_size = trainer.strategy.root_device, targets, trainer.world_size
+        self._begin_average(float(self._total), self._steps)
         self._groups = optimizer.param_groups
         self._rates = rate_names([group["lr"] for group in settings], getattr(optimizer, "group_names", None))
         self.restart_clock(trainer.global_step)
+
+    def _begin_average(self, total: float, steps: int) -> None:
+        """Go on from the sum of so many losses: a number on a CPU; elsewhere a tensor, which waits for no device."""
+        self._total: Tensor | float = total
+        self._steps = steps
+        if self._device.type != "cpu":
+            dtype = torch.float32 if self._device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+            self._total = torch.tensor(total, dtype=dtype, device=self._device)
 
     def restart_clock(self, step: int) -> None:
         """Leave out of tokens_per_second what took time before now, an evaluation say."""
@@ -50,7 +57,7 @@ class StepLog:
 
     def add(self, loss: Tensor | float) -> None:
         """Count the loss of a step: the mean over its predictions, of all ranks and micro-batches."""
-        self._total += loss
+        self._total += loss if isinstance(self._total, Tensor) else float(loss)  # 3 µs and 0.2 µs on a CPU
         self._steps += 1
 
     def line(self, step: int, loss: Tensor | float, gradient_norm: Tensor) -> dict[str, float]:
@@ -66,8 +73,7 @@ class StepLog:
             "tokens_per_second": (step - first) * self._tokens_per_step() / max(1e-9, now - began),
         }
         self._clock = (now, step)
-        self._total.zero_()
-        self._steps = 0
+        self._begin_average(0.0, 0)
         return metrics
 
     def tokens(self, step: int) -> int:
@@ -88,8 +94,7 @@ class StepLog:
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Go on after a step."""
         self._first = (step, state["tokens"])
-        self._total.fill_(state["loss_total"])
-        self._steps = state["loss_steps"]
+        self._begin_average(state["loss_total"], state["loss_steps"])
 
 
 def rate_names(rates: list[float], names: list[str] | None = None) -> dict[str, int]:
