@@ -204,13 +204,13 @@ class Fit(parsing.Recipes):
             self._fit(module)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
-        tokens = (step - self.first_step) * metrics.get("tokens", 0) // max(1, metrics.get("step", 1))
+        tokens = module.step_log.tokens_since_start(step)
         return {
             "step": step,
             "loss": metrics.get("loss"),
             "val_loss": module.validation.get("loss"),
             "seconds": round(seconds, 3),
-            "tokens": int(tokens),
+            "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
             "ckpt_path": str(self.checkpoints / "last.ckpt"),
         }

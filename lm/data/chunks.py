@@ -1,4 +1,4 @@
-"""Chunks of block_size tokens: which of them a step sees is a pure function of (seed, step).
+"""Chunks of block_size tokens: which of them a step sees depends on the seed and on how many were seen before, alone.
 
 Shapes: B sequences in a micro-batch, T block_size.
 """
@@ -49,12 +49,14 @@ IGNORED = -100  # a target that is not predicted; torch's own ignore_index
 class Stream(Dataset[Batch]):
     """Item k is one rank's micro-batch k of an endless training, or a stack of whole batches.
 
-    Example j of the global batch of step s is number s × batch_size + j, whatever the number of ranks or micro-batches.
+    Example j of the global batch of step s is number s × batch_size + shift + j, whatever the number of ranks or
+    micro-batches.
 
     Args:
         examples: Returns tokens and targets of training examples number first and on, from (first, count).
         micro_batch_size: Examples of a step in an item, B.
         steps: Above 1, an item has the whole batches of so many steps, K: (K, B, …).
+        shift: Other than 0 where earlier steps had another batch size, see `TokenData.go_on`.
         rank: This process.
         world_size: Number of processes.
     """
@@ -65,16 +67,17 @@ class Stream(Dataset[Batch]):
         *,
         micro_batch_size: int,
         steps: int = 1,
+        shift: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.examples, self.micro_batch_size, self.steps = examples, micro_batch_size, steps
+        self.examples, self.micro_batch_size, self.steps, self.shift = examples, micro_batch_size, steps, shift
         self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, k: int) -> Batch:
         """Return item k, counted from the start of training."""
         size = self.micro_batch_size * self.steps
-        tokens, targets = self.examples((k * self.world_size + self.rank) * size, size)
+        tokens, targets = self.examples((k * self.world_size + self.rank) * size + self.shift, size)
         if self.steps > 1:  # (K B, …) -> (K, B, …)
             tokens, targets = tokens.unflatten(0, (self.steps, -1)), targets.unflatten(0, (self.steps, -1))
         return tokens, targets

@@ -20,7 +20,10 @@ from lm.errors import UserError
 
 
 class TokenData(LightningDataModule, ABC):
-    """Serves batches of (tokens, targets); training is endless, and each step's batch a pure function of (seed, step).
+    """Serves batches of (tokens, targets); training is endless, and goes on after the sequences it has consumed.
+
+    The batch of a step is sequences n … n + batch_size - 1 of an order that the seed fixes, where n is how many the
+    steps before it had: step × batch_size, unless a part of the run had another batch size.
 
     Works without a Trainer too: then it is one process that does not accumulate.
 
@@ -42,6 +45,7 @@ class TokenData(LightningDataModule, ABC):
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: str | Tokenizer = ""
         self.val_split = "val"
+        self._shift = 0  # sequences consumed beyond step × batch_size
 
     @abstractmethod
     def training_examples(self) -> Callable[[int, int], Batch]:
@@ -98,9 +102,18 @@ class TokenData(LightningDataModule, ABC):
             return 0
         return self.trainer.global_step * self.trainer.accumulate_grad_batches // self.steps_per_call
 
+    def sequences(self, step: int) -> int:
+        """Return how many sequences the run has consumed after so many steps."""
+        return step * self.batch_size + self._shift
+
+    def go_on(self, step: int, sequences: int) -> None:
+        """Let training go on after a step by which so many sequences were consumed, with whatever batch size."""
+        self._shift = sequences - step * self.batch_size
+
     def train_dataset(self, steps: int = 1) -> Stream:
         """Return this process's training batches, so many steps in an item."""
-        return Stream(self.training_examples(), micro_batch_size=self.micro_batch_size, steps=steps, **self._place())
+        size, shift = self.micro_batch_size, self._shift
+        return Stream(self.training_examples(), micro_batch_size=size, steps=steps, shift=shift, **self._place())
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of training batches: endless, going on where training stands."""

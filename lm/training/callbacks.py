@@ -152,13 +152,18 @@ class Console(Callback):
         """Say what is trained."""
         if not trainer.is_global_zero:
             return
-        net: Any = pl_module.net
+        module: Any = pl_module
+        net = module.net
         count = sum(p.numel() for p in net.parameters())
+        if module.differences:
+            found = ", ".join(map(str, module.differences))
+            self._line(f"note: the recipe differs from the checkpoint: {found}", level="warning")
         start = f"from step {trainer.global_step} " if trainer.global_step else ""
         name = type(net).__name__.removeprefix("FSDP")  # which sharding puts there
         self._line(
             f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: training "
-            f"{start}to step {trainer.max_steps} on {trainer.world_size} x {trainer.strategy.root_device.type}",
+            f"{start}to step {trainer.max_steps} on {trainer.world_size} x {trainer.strategy.root_device.type}"
+            f"{module.origin}",
             step=trainer.global_step,
             parameters=count,
         )
@@ -184,7 +189,7 @@ class Console(Callback):
         elif logged:
             self._line(
                 f"{self._step(trainer, metrics['step'])}  loss {metrics['loss']:.4f}  "
-                f"lr {metrics['learning_rate']:.2e}  "
+                f"lr {_rates(metrics)}  "
                 f"norm {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s",
                 **metrics,
             )
@@ -215,3 +220,9 @@ class Console(Callback):
             self.bar.write(text, file=self.stream)
         else:
             print(log.line(text, run=self.run, **fields), file=self.stream, flush=True)
+
+
+def _rates(metrics: dict[str, float]) -> str:
+    """Return the learning rates, those of the parameter groups that have one of their own by name."""
+    others = {k.removeprefix("learning_rate_"): v for k, v in metrics.items() if k.startswith("learning_rate_")}
+    return f"{metrics['learning_rate']:.2e}" + "".join(f" {name} {rate:.2e}" for name, rate in others.items())

@@ -9,7 +9,12 @@ from torch import Tensor
 from lm import __version__
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import UserError
-from lm.training import schema
+from lm.training import recipes, schema
+
+FREE = {"dropout"}
+"""Settings on which a network's function does not depend, whoever's it is."""
+INITIAL = {"init_std", "head_scale", "momentum"}
+"""The same of the networks of lm.models alone: how weights begin and statistics move. Weights are there already."""
 
 
 def check(
@@ -43,21 +48,17 @@ def check(
             f"{path} has another tokenizer than data.corpus and data.tokenizer give: use its data, "
             "prepared with its tokenizer"
         )
-    saved: dict[str, Any] = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
-    built: dict[str, Any] = {key: tuple(value.shape) for key, value in built_state.items()}
-    if config is not None:  # not all that matters shows in the shapes: the number of heads does not
-        saved = _flat(checkpoint["lm"]["config"]) | saved
-        built = _flat(config) | built
+    if config and checkpoint["lm"]["config"]:  # not all that matters shows in the shapes: the number of heads does not
+        check_network(str(path), checkpoint["lm"]["config"], config)
+    saved = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+    built = {key: tuple(value.shape) for key, value in built_state.items()}
     for key in (*saved, *built):
         there, here = saved.get(key, "missing"), built.get(key, "missing")
         if there != here and ((key in saved and key in built) or key.startswith("net.")):
-            raise UserError(
-                f"{path} is of another architecture: {key} is {there} there and {here} in this configuration: use "
-                "the configuration that it was trained with"
-            )
-    there, here = (one and _optimizer(one) for one in (checkpoint["lm"]["config"], config))
-    if optimizer and there and here and there != here:
-        raise UserError(f"{path} has the state of {there}, the recipe says {here}: use the same optimizer")
+            raise _another(str(path), key, there, here)
+    kinds = [one and _optimizer(one) for one in (checkpoint["lm"]["config"], config)]
+    if optimizer and all(kinds) and kinds[0] != kinds[1]:
+        raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
 
 
 def check_document_end(net: Any, tokenizer: Tokenizer) -> None:
@@ -69,11 +70,41 @@ def check_document_end(net: Any, tokenizer: Tokenizer) -> None:
         )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the network's function: its class and arguments, dropout aside."""
-    net = config["model"]["init_args"]["net"]
-    arguments = {k: v for k, v in (net.get("init_args") or {}).items() if k != "dropout"}
-    return {"class_path": net["class_path"]} | arguments
+def check_network(path: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise a UserError where two recipes' networks compute other things from the same weights."""
+    nets = [recipe["model"]["init_args"]["net"] for recipe in (there, here)]
+    ours = nets[1]["class_path"].startswith("lm.models.")
+    for name, one, other in recipes.differences(*nets):
+        if name.rpartition(".")[2] in FREE or (ours and name in INITIAL):
+            continue
+        raise _another(path, name, recipes.said(one), recipes.said(other))
+
+
+def _another(path: str, name: str, there: Any, here: Any) -> UserError:
+    return UserError(
+        f"{path} is of another architecture: {name} is {there} there and {here} in this configuration: use the "
+        "configuration that it was trained with"
+    )
+
+
+def consumed(checkpoint: dict[str, Any], batch_size: int) -> int:
+    """Return how many sequences the run of a checkpoint has consumed.
+
+    Args:
+        checkpoint: Earlier releases did not count; then all its steps had the batch of its own recipe.
+        batch_size: What it is taken for where it has no recipe.
+    """
+    count = checkpoint["lm"].get("sequences")
+    data = ((checkpoint["lm"]["config"] or {}).get("data") or {}).get("init_args") or {}
+    return checkpoint["global_step"] * data.get("batch_size", batch_size) if count is None else count
+
+
+def logged(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint's `StepLog`; earlier releases took all steps for as large as the newest."""
+    meta, step = checkpoint["lm"], checkpoint["global_step"]
+    train = meta.get("train") or {}
+    tokens = step * train["tokens"] // train["step"] if train.get("step") else 0
+    return meta.get("log") or {"tokens": tokens, "loss_total": 0.0, "loss_steps": 0}
 
 
 def _optimizer(config: dict[str, Any]) -> str:

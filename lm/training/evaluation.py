@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
-import time
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -15,6 +14,7 @@ from torchmetrics.classification import MulticlassExactMatch
 from lm.backprop.rules import precise
 from lm.data.module import IGNORED
 from lm.training.metrics import TokenLoss
+from lm.training.step_log import StepLog
 
 
 class Evaluated(LightningModule):
@@ -29,7 +29,7 @@ class Evaluated(LightningModule):
         """The newest validation metrics, "step" among them."""
         self.eval_loss = TokenLoss()
         self.exact_match: MulticlassExactMatch | None = None
-        self._clock = (0.0, 0)  # time and step at which the throughput measurement began
+        self.step_log = StepLog()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
@@ -59,7 +59,7 @@ class Evaluated(LightningModule):
 
     def on_validation_end(self) -> None:
         """Keep the time of the evaluation out of tokens_per_second."""
-        self._clock = (time.monotonic(), self.global_step)
+        self.step_log.restart_clock(self.global_step)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the evaluation's sums."""

@@ -1,19 +1,32 @@
 """Fine-tuning: a new run that begins with another one's weights."""
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lm.data.tokenizers import Tokenizer, from_state, identity
 from lm.errors import UserError
-from lm.training import checkpoint
+from lm.training import checkpoint, compatibility
 
 
-def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path) -> None:
+def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[str, Any] | None = None) -> str:
     """Copy a checkpoint's weights into a network; its optimizer and step stay behind.
 
+    A context may be shorter than the checkpoint's: of learned positions the first are taken. It may be longer where the
+    network has no table of positions: rotary ones go on.
+
+    Args:
+        net: Takes the weights.
+        tokenizer: The data's.
+        path: The checkpoint.
+        config: The recipe; None where there is none, then shapes alone are compared.
+
+    Returns:
+        Where the weights are from, for the run's first line.
+
     Raises:
-        UserError: The checkpoint cannot be read, or is of another vocabulary or of other shapes.
+        UserError: The checkpoint cannot be read, or is of another vocabulary or another network.
     """
     saved = checkpoint.load(path)
     there = from_state(saved["lm"]["tokenizer"])
@@ -22,16 +35,33 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path) -> None:
             f"--init_from {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use the same "
             "data.tokenizer, or --data.init_args.tokenizer inherit to keep the checkpoint's"
         )
+    if config and saved["lm"]["config"]:
+        compatibility.check_network(f"--init_from {path}", saved["lm"]["config"], config)
     weights = {key.removeprefix("net."): value for key, value in saved["state_dict"].items() if key.startswith("net.")}
+    cropped = _crop(net, weights, saved["lm"]["block_size"])
     built = net.state_dict()
     for key in (*weights, *built):
         shapes = [str(tuple(tensors[key].shape)) if key in tensors else "missing" for tensors in (weights, built)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"--init_from {path} is of another shape: net.{key} is {shapes[0]} there and {shapes[1]} in this "
-                "configuration: use the network and data.block_size that it was trained with"
+                f"configuration: use the network and data.block_size {saved['lm']['block_size']} that it was trained "
+                "with"
             )
     net.load_state_dict(weights)
+    return f", from the weights of {path}, step {saved['global_step']}{cropped}"
+
+
+def _crop(net: Any, weights: dict[str, Tensor], there: int) -> str:
+    """Leave of tables with a row for each position the first rows, as many as the network has; return words for it."""
+    here = net.block_size
+    tables = {
+        f"{name}.weight": len(module.weight) for name, module in net.named_modules() if isinstance(module, nn.Embedding)
+    }
+    found = [key for key, rows in tables.items() if key in weights and len(weights[key]) == there > here == rows]
+    for key in found:
+        weights[key] = weights[key][:here]
+    return f" ({', '.join(found)}: the first {here} of {there} positions)" if found else ""
 
 
 def _name(tokenizer: Tokenizer) -> str:

@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -20,11 +19,11 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
 from lm.backprop.rules import precise
-from lm.data.module import IGNORED
+from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
-from lm.training import compatibility, progress
+from lm.training import compatibility, progress, recipes
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
@@ -95,6 +94,10 @@ class LanguageModel(Evaluated):
         """The checkpoint whose weights a new run begins with; set by the command line."""
         self.resumes = False
         """Whether a checkpoint's weights are loaded before the first step; set by the command line."""
+        self.origin = ""
+        """Where a new run's weights are from, in words for its first line."""
+        self.differences: list[recipes.Difference] = []
+        """Where the recipe differs from that of the checkpoint that training goes on from."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
         self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
@@ -147,7 +150,7 @@ class LanguageModel(Evaluated):
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
-            take_weights(self.net, data.text_tokenizer, self.init_from)
+            self.origin = take_weights(self.net, data.text_tokenizer, self.init_from, self.config)
         if self.activation_checkpointing:
             recompute_blocks(self.net)
         self._compile()
@@ -204,7 +207,7 @@ class LanguageModel(Evaluated):
         self._log_every: int = self.trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
         for group, settings in zip(self._groups, self._settings, strict=True):
             group.update(settings)
-        self._clock = (time.monotonic(), self.global_step)
+        self.step_log.start(self.trainer, self._step_targets, self.trainer.optimizers[0], self._settings)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
 
@@ -337,12 +340,15 @@ class LanguageModel(Evaluated):
 
     def _finish_step(self, step: int) -> None:
         """Do what follows the update: figures, metrics, and after the last step the calibration."""
-        if self.notice is not None:
+        if self.notice is None:
+            self.step_log.add(self._step_loss)
+        else:
             self.write({"train/skipped": self.guard.skipped}, step)
         for watcher in self._watching:
             watcher.after_step(self.net, step)
         if step % self._log_every == 0 or step in (1, self._max_steps):
-            self._log_step(step)
+            self.metrics = self.step_log.line(step, self._step_loss, self._grad_norm)
+            self.write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, step)
         if self.calibrate and step == self._max_steps:
             self._calibrate()
 
@@ -353,25 +359,12 @@ class LanguageModel(Evaluated):
         batches = (dataset[k][0].to(self.device) for k in range(len(dataset)))
         calibrate(self.net, batches)
 
-    def _log_step(self, step: int) -> None:
-        tokens_per_step = sum(targets.numel() for targets in self._step_targets) * self.trainer.world_size
-        began, first = self._clock
-        self._clock = (time.monotonic(), step)
-        self.metrics = {
-            "step": step,
-            "loss": float(self._step_loss),
-            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            "gradient_norm": float(self._grad_norm),
-            "tokens": step * tokens_per_step,
-            "tokens_per_second": (step - first) * tokens_per_step / max(1e-9, self._clock[0] - began),
-        }
-        self.write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, step)
-
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the checkpoint self-contained."""
+        """Add what makes the checkpoint self-contained, and what a run needs to go on."""
         assert self.net is not None and self.tokenizer is not None
+        step, data = self.global_step, self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["lm"] = {
             "config": self.config,
             "tokenizer": self.tokenizer.state(),
@@ -379,6 +372,8 @@ class LanguageModel(Evaluated):
             "block_size": self.net.block_size,
             "versions": compatibility.versions(),
             "guard": self.guard.state_dict(),
+            "log": self.step_log.state_dict(step),
+            "sequences": data.sequences(step) if isinstance(data, TokenData) else None,
             "train": self.metrics,
             "validation": self.validation,
         }
@@ -390,14 +385,19 @@ class LanguageModel(Evaluated):
         compatibility.check(path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this network and vocabulary, and take over its step.
+        """Check that the checkpoint is of this network and vocabulary, and go on where it was written.
 
         Raises:
             UserError: It is of another one.
         """
-        fits = self.trainer.state.fn == "fit"
         self.check(checkpoint)
-        self.metrics, self.validation = checkpoint["lm"]["train"], checkpoint["lm"]["validation"]
-        if fits:
-            self.guard.load_state_dict(checkpoint["lm"].get("guard", {}))  # older checkpoints have none
+        saved = checkpoint["lm"]
+        self.metrics, self.validation = saved["train"], saved["validation"]
+        if self.trainer.state.fn == "fit":
+            self.guard.load_state_dict(saved.get("guard", {}))  # older checkpoints have none
+            step, data = checkpoint["global_step"], self.trainer.datamodule  # type: ignore[attr-defined]
+            self.step_log.load_state_dict(step, compatibility.logged(checkpoint))
+            if isinstance(data, TokenData):
+                data.go_on(step, compatibility.consumed(checkpoint, data.batch_size))
+            self.differences = recipes.between(saved["config"], self.config) if saved["config"] and self.config else []
             progress.restore(self.trainer, checkpoint)

@@ -83,6 +83,8 @@ class MuonAdamW(Optimizer):
         self.muon = torch.optim.Muon(hidden, **muon)
         self.adamw = AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused) if rest else None
         super().__init__([*self.muon.param_groups, *(self.adamw.param_groups if self.adamw else [])], {})
+        self.group_names = ["muon"] * len(hidden) + [""] * len(rest)
+        """Of each group: its learning rate is logged as learning_rate_muon, or as learning_rate."""
         self._share()
 
     def _share(self) -> None:
