@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, once, precise, rows_of, rule, run
 from lm.models.layers import FlattenConsecutive
 
 
@@ -146,6 +146,7 @@ def sequential(layer: nn.Sequential, grads: Gradients, x: Tensor) -> tuple[Tenso
 def chained(backwards: list[Backward]) -> Backward:
     """Return the backward pass of layers one after the other; each is let go, with what it kept, as soon as it ran."""
 
+    @once
     def backward(dy: Any) -> Any:
         while backwards:
             dy = backwards.pop()(dy)

@@ -119,6 +119,19 @@ def check(net: nn.Module) -> None:
             raise NoRuleError(explanation(type(module)))
 
 
+def once(backward: Backward) -> Backward:
+    """Return a backward function that lets go of what it kept while it runs, and so refuses to run again."""
+    ran: list[bool] = []
+
+    def guarded(*dy: Any) -> Any:
+        if ran:
+            raise RuntimeError("this backward pass has run and let go of what it kept: run the forward pass again")
+        ran.append(True)
+        return backward(*dy)
+
+    return guarded
+
+
 def precise(x: Tensor) -> Tensor:
     """Return x in at least 32 bits: elementwise formulas and sums lose digits in fewer."""
     return x.float() if x.dtype.itemsize < 4 else x
