@@ -47,11 +47,18 @@ class Row:
 
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Put the random state and the network's buffers, such as running statistics, back afterwards."""
+    """Put the random state and the network's buffers, such as running statistics, back; hooks see nothing of it."""
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
+    hooks = {module: dict(module._forward_hooks) for module in net.modules()}
+    for module in hooks:
+        module._forward_hooks.clear()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, seen in hooks.items():
+            module._forward_hooks.update(seen)
     with torch.no_grad():
         for name, buffer in net.named_buffers():
             buffer.copy_(buffers[name])
@@ -76,6 +83,12 @@ def by_autograd(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Te
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
+def in_float64(net: nn.Module) -> nn.Module:
+    """Return a copy of a network in float64, which no hook looks at."""
+    with undisturbed(net):
+        return copy.deepcopy(net).double()
+
+
 def wider(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor] | None:
     """Return the same in an arithmetic with more digits, at the same weights; None where there is none.
 
@@ -87,7 +100,7 @@ def wider(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor] 
             return by_autograd(net, tokens, targets)
     if next(net.parameters()).dtype == torch.float64 or device == "mps":  # which has no float64
         return None
-    return by_autograd(copy.deepcopy(net).double(), tokens, targets)
+    return by_autograd(in_float64(net), tokens, targets)
 
 
 def along(net: nn.Module, loss: Callable[[], Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import Tensor, nn
+from torch import nn
 
 from lm.backprop import NoRuleError, atomic, check, compare
 from lm.cli import common, parsing
@@ -72,7 +72,7 @@ class Compare(parsing.Recipes):
             raise UserError(f"model.net: {error}") from error
         compare.stir(net)
         dataset = data.train_dataset(1)
-        batches = [cut(*dataset[i], TOKENS[config.against] // BATCHES) for i in range(BATCHES)]
+        batches = [audit.cut(*dataset[i], TOKENS[config.against] // BATCHES) for i in range(BATCHES)]
         return net.train(config.mode == "train"), batches
 
     def run(self) -> dict[str, list[compare.Row]]:
@@ -99,14 +99,6 @@ class Compare(parsing.Recipes):
             return {"one batch": atomic.against_autograd(net, *batches[0])}
         except ValueError as error:
             raise UserError(f"--level atomic: {error}") from error
-
-
-def cut(tokens: Tensor, targets: Tensor, count: int) -> audit.Batch:
-    """Return some tokens of a batch: as many sequences as that makes, at least two, and long ones from their begin."""
-    if targets.ndim == 2:
-        tokens, targets = tokens[:, :count], targets[:, :count]
-    rows = max(2, count // tokens.shape[1])
-    return tokens[:rows], targets[:rows]
 
 
 def gradients(arguments: list[str]) -> None:

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lm.backprop import Gradients
-from lm.backprop.compare import DIFFERENCES, Row, along, by_autograd, nats, rows, tolerances, undisturbed, wider
+from lm.backprop.compare import (
+    DIFFERENCES,
+    Row,
+    along,
+    by_autograd,
+    in_float64,
+    nats,
+    rows,
+    tolerances,
+    undisturbed,
+    wider,
+)
 from lm.data.module import IGNORED
 from lm.training.by_hand import Compiled, StepByHand
 from lm.training.guard import share_gradient
@@ -52,7 +63,7 @@ class Reference:
 
         Args:
             net: The same network or a copy.
-            total: Returns the sum over the ranks, where there are several that each saw their own.
+            total: Returns the sum over the ranks, of those that each saw their own micro-batches.
         """
         mean, wide = self.mean, self.wide
         if total is not None:
@@ -62,6 +73,27 @@ class Reference:
         found = {name: p.grad for name, p in (net or self.net).named_parameters() if p.requires_grad}
         whole = {name: torch.zeros_like(mean[name]) if g is None else g for name, g in found.items()}
         return rows(mean, whole, tolerances(mean, wide))
+
+
+def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
+    """Compare the rules with autograd on some tokens in float64, where a wrong formula cannot pass for rounding.
+
+    Returns:
+        The comparison; nothing where the network is in float64 itself, or its device has none.
+    """
+    parameter = next(net.parameters())
+    if parameter.dtype == torch.float64 or parameter.device.type == "mps":
+        return []
+    with torch.autocast(parameter.device.type, enabled=False):
+        return _alone(in_float64(net), [cut(tokens, targets, 1024)], None)
+
+
+def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
+    """Return some tokens of a batch: as many sequences as that makes, at least two, and long ones from their begin."""
+    if targets.ndim == 2:
+        tokens, targets = tokens[:, :count], targets[:, :count]
+    rows = max(2, count // tokens.shape[1])
+    return tokens[:rows], targets[:rows]
 
 
 def fitted(net: nn.Module) -> list[nn.Parameter]:

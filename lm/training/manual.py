@@ -113,6 +113,7 @@ class ManualLanguageModel(LanguageModel):
             step.begin()
             due = self.audit_every and (self.global_step + 1) % self.audit_every == 0
             self._audit = audit.Reference(self.net) if due else None
+            self._rules = audit.rules_in_float64(self.net, tokens, targets) if due else []
         if self._audit is not None:
             self._audit.see(tokens, targets)
         for watcher in self._watching:
@@ -135,7 +136,9 @@ class ManualLanguageModel(LanguageModel):
         if self._audit is None:
             return
         ranks, step = self.trainer.strategy, self.global_step + 1
-        table = self._audit.compare(lambda sums: ranks.reduce(sums, reduce_op="sum"))
+        alone = self.trainer.world_size == 1
+        table = self._audit.compare(total=None if alone else lambda sums: ranks.reduce(sums, reduce_op="sum"))
+        table += [row for row in self._rules if not row.approximate]
         worst = max(table, key=lambda row: (not row.approximate, row.relative))
         self._audit = None
         self.write({"audit/relative": worst.relative}, step)
