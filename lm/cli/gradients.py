@@ -11,7 +11,8 @@ from torch import nn
 
 from lm.backprop import NoRuleError, atomic, check, compare
 from lm.cli import common, parsing
-from lm.errors import CheckError, UserError
+from lm.data.module import IGNORED
+from lm.errors import CheckError, CommandError, UserError
 from lm.training import audit
 from lm.training.by_hand import compile_pass
 from lm.training.compute import compiler_missing
@@ -73,6 +74,8 @@ class Compare(parsing.Recipes):
         compare.stir(net)
         dataset = data.train_dataset(1)
         batches = [audit.cut(*dataset[i], TOKENS[config.against] // BATCHES) for i in range(BATCHES)]
+        for i, (_, targets) in enumerate(batches):  # micro-batches of other weights, as some data has
+            targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches
 
     def run(self) -> dict[str, list[compare.Row]]:
@@ -90,15 +93,20 @@ class Compare(parsing.Recipes):
                 raise UserError(f"model.compile: {missing} is missing here: set it to false")
             compiled = compile_pass()
         low = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-        with low:
-            if config.against == "differences":
-                return {"one step": audit.against_differences(net, batches, compiled)}
-            if config.level == "fused":
-                return audit.check(net, batches, compiled)
         try:
-            return {"one batch": atomic.against_autograd(net, *batches[0])}
+            with low:
+                if config.against == "differences":
+                    return {"one step": audit.against_differences(net, batches, compiled)}
+                if config.level == "fused":
+                    return audit.check(net, batches, compiled)
+                return {"one batch": atomic.against_autograd(net, *batches[0])}
         except ValueError as error:
-            raise UserError(f"--level atomic: {error}") from error
+            raise UserError(f"--level {config.level}: {error}") from error
+        except CommandError:
+            raise
+        except Exception as error:  # a rule may be wrong in any way
+            found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise CheckError(f"the gradients by hand could not be found: {found}: LM_DEBUG=1 shows where") from error
 
 
 def gradients(arguments: list[str]) -> None:

@@ -93,7 +93,7 @@ def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
     if targets.ndim == 2:
         tokens, targets = tokens[:, :count], targets[:, :count]
     rows = max(2, count // tokens.shape[1])
-    return tokens[:rows], targets[:rows]
+    return tokens[:rows], targets[:rows].clone(memory_format=torch.contiguous_format)
 
 
 def fitted(net: nn.Module) -> list[nn.Parameter]:
