@@ -113,6 +113,8 @@ def gigabytes(size: float) -> float:
 
 def spelled(number: float, units: dict[str, float]) -> str:
     """Return a number in the largest unit that it fills, or the smallest there is."""
+    if not number:
+        return "0"
     name, size = next((one for one in units.items() if number >= one[1]), list(units.items())[-1])
     amount = number / size
     return f"{amount:,.0f} {name}" if amount >= 100 or amount == int(amount) else f"{amount:.3g} {name}"
@@ -120,7 +122,10 @@ def spelled(number: float, units: dict[str, float]) -> str:
 
 BYTES = {"PB": 1e6, "TB": 1e3, "GB": 1.0, "MB": 1e-3, "KB": 1e-6}  # in GB
 FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "kFLOP": 1e3}
-TIMES = {"years": 365 * 24.0, "days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}  # in hours
+TIMES = {  # in hours
+    **{"years": 365 * 24.0, "days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600},
+    **{"milliseconds": 1e-3 / 3600, "microseconds": 1e-6 / 3600},
+}
 
 
 def plan(arguments: list[str]) -> None:
@@ -145,7 +150,8 @@ def plan(arguments: list[str]) -> None:
     say(f"a step: {batch} x {result['accumulate_grad_batches']} accumulated = {result['tokens_per_step']:,} tokens")
     sent = {name: spelled(size, BYTES) for name, size in result["communication_gb_per_step"].items()}
     say(f"sent by each device in a step: {sent['ddp']} by ddp, {sent['fsdp2']} by fsdp2")
-    say(f"{config.trainer.max_steps:,} steps: {spelled(result['hours'], TIMES)} at {config.mfu:.0%} of the GPU's speed")
+    hours = spelled(result["hours"], TIMES)
+    say(f"{config.trainer.max_steps:,} steps: {hours} of computation at {config.mfu:.0%} of the GPU's speed")
     say(
         f"none fits: {result['remedy']}"
         if result["strategy"] == "none fits"

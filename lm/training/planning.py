@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -128,16 +128,24 @@ class Recipe:
         with _DtypeContextManager(DTYPES.get(self.precision, torch.float32)):
             return self.make_net()
 
-    def forward_backward(self, net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        """Do what a micro-batch does."""
+    def forward_backward(
+        self,
+        net: nn.Module,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Do what a micro-batch does, and something else between the two passes."""
         with self.context:
             logits = net(tokens)
             loss = F.cross_entropy(precise(logits).flatten(0, -2), targets.flatten())
+        between()
         loss.backward()
 
 
 P = ParamSpec("P")
-R = TypeVar("R", int, float, "Memory")
+Moments = tuple[Memory, Memory, Memory]
+R = TypeVar("R", int, float, Moments)
 
 
 def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
@@ -149,8 +157,8 @@ def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concate
             return count(recipe, *args, **kwargs)
         assert recipe.layers is not None
         two, three = count(recipe.of(2), *args, **kwargs), count(recipe.of(3), *args, **kwargs)
-        if isinstance(two, Memory):
-            return three.after(two, recipe.layers)
+        if isinstance(two, tuple):
+            return tuple(b.after(a, recipe.layers) for a, b in zip(two, three, strict=True))  # type: ignore[arg-type]
         return two + (recipe.layers - 2) * (three - two)
 
     return counted
@@ -174,10 +182,26 @@ def flops_per_token(recipe: Recipe) -> float:
     return counter.get_total_flops() / tokens.numel()
 
 
-@extrapolated
 def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
     """Return the memory of a step of one process, the second one, when the optimizer has its state."""
+    return _worst(moments(recipe, recompute=recompute))
+
+
+@extrapolated
+def moments(recipe: Recipe, *, recompute: bool = False) -> Moments:
+    """Return the memory of a step when its backward pass begins, when it ends, and at the worst moment.
+
+    Of a deeper network, or a shared one, another moment may be the worst: many activations, or all gradients.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: list[Memory] = []
+
+    def look(when: str) -> None:
+        (found,) = tracker.get_tracker_snapshot(when).values()
+        sizes = {str(getattr(kind, "name", kind)).rpartition(".")[2]: float(size) for kind, size in found.items()}
+        weights, gradients, state = sizes["PARAM"] + sizes["BUFFER"], sizes["GRAD"], sizes["OPT"]
+        seen.append(Memory(weights, gradients, state, sizes["Total"] - weights - gradients - state))
 
     with FakeTensorMode():
         net = recipe.build()
@@ -191,14 +215,13 @@ def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
             for _ in range(2):
                 for _ in range(min(2, recipe.accumulate)):  # the gradients of the first are there during the second
                     tracker.reset_mod_stats()
-                    recipe.forward_backward(net, tokens, targets)
+                    recipe.forward_backward(net, tokens, targets, between=lambda: look("current"))
+                look("current")
                 optimizer.step()
                 optimizer.zero_grad()
-        (found,) = tracker.get_tracker_snapshot("peak").values()
-        sizes = {str(getattr(kind, "name", kind)).rpartition(".")[2]: float(size) for kind, size in found.items()}
-    total, weights, state = sizes["Total"], sizes["PARAM"] + sizes["BUFFER"], sizes["OPT"]
-    gradients = sizes["GRAD"]
-    return Memory(weights, gradients, state, total - weights - state - gradients)
+        look("peak")
+    begin, end, worst = seen[-3:]
+    return begin, end, worst
 
 
 def copied(alone: Memory, processes: int) -> Memory:
@@ -225,17 +248,21 @@ def at_once(recipe: Recipe) -> int:
     return sum(p.numel() for p in net.parameters()) - sum(sizes) + 3 * max(sizes, default=0)
 
 
+def _worst(moments: Iterable[Memory]) -> Memory:
+    return max(moments, key=lambda moment: moment.peak)
+
+
 def strategies(recipe: Recipe, processes: int) -> dict[str, Memory]:
     """Return a process's memory by strategy, of those that the network allows."""
     table = {}
     for suffix, again in {"": False, " + activation_checkpointing": True}.items():
         try:
-            alone = memory(recipe, recompute=again)
+            alone = moments(recipe, recompute=again)
         except UserError:  # this network has no blocks that can be computed twice
             continue
-        table["ddp" + suffix] = copied(alone, processes)
+        table["ddp" + suffix] = _worst(copied(one, processes) for one in alone)
         try:
-            table["fsdp2" + suffix] = sharded(recipe, alone, processes)
+            table["fsdp2" + suffix] = _worst(sharded(recipe, one, processes) for one in alone)
         except UserError:  # it has BatchNorm
             continue
     return table
@@ -279,14 +306,15 @@ def remedy(recipe: Recipe, room: float) -> str:
     for precision in dict.fromkeys((recipe.precision, "bf16-true")):
         smallest = replace(recipe, **shape, precision=precision)  # type: ignore[arg-type]
         try:
-            alone = memory(smallest, recompute=True)
-        except UserError:  # no blocks, so nothing to shard or to compute again
-            alone = memory(smallest)
-            needed = f"{alone.peak / 1e9:,.3g} GB"
+            alone = moments(smallest, recompute=True)
+            largest_share(smallest, 2)
+        except UserError:  # nothing to compute again, or BatchNorm, which is not sharded
+            needed = f"{memory(smallest).peak / 1e9:,.3g} GB"
             return f"micro-batches of 1 sequence need {needed}: a smaller network, or a shorter block_size"
-        whole = at_once(smallest) / parameters(smallest) * alone.weights + alone.activations
+        whole = max(moment.activations for moment in alone)
+        whole += at_once(smallest) / parameters(smallest) * alone[0].weights
         if whole < room:
-            shared = alone.weights * 2 + alone.optimizer
+            shared = 2 * alone[0].weights + alone[0].optimizer
             devices = 2 ** max(0, math.ceil(math.log2(shared / (room - whole))))
             return (
                 f"{devices:,} devices would do, with trainer.strategy fsdp2, model.activation_checkpointing true, "
