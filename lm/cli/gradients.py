@@ -73,7 +73,8 @@ class Compare(parsing.Recipes):
             raise UserError(f"model.net: {error}") from error
         compare.stir(net)
         dataset = data.train_dataset(1)
-        batches = [audit.cut(*dataset[i], TOKENS[config.against] // BATCHES) for i in range(BATCHES)]
+        count = TOKENS[config.against] // BATCHES
+        batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(BATCHES)]
         for i, (_, targets) in enumerate(batches):  # micro-batches of other weights, as some data has
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from lm.training.guard import share_gradient
 from lm.training.reduced import ReducedGradients
 
 Batch = tuple[Tensor, Tensor]
+PATIENCE = timedelta(minutes=30)  # of a rank for the other, which computes after it
 
 
 class Reference:
@@ -220,4 +222,4 @@ def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
 def _two_ranks() -> Iterator[tuple[list[Any], ThreadPoolExecutor]]:
     store = distributed.HashStore()
     with ThreadPoolExecutor(2) as pool:
-        yield list(pool.map(lambda rank: distributed.ProcessGroupGloo(store, rank, 2), range(2))), pool
+        yield list(pool.map(lambda rank: distributed.ProcessGroupGloo(store, rank, 2, PATIENCE), range(2))), pool

@@ -158,7 +158,7 @@ def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concate
         assert recipe.layers is not None
         two, three = count(recipe.of(2), *args, **kwargs), count(recipe.of(3), *args, **kwargs)
         if isinstance(two, tuple):
-            return tuple(b.after(a, recipe.layers) for a, b in zip(two, three, strict=True))  # type: ignore[arg-type]
+            return tuple(b.after(a, recipe.layers) for a, b in zip(two, three, strict=True))  # type: ignore[return-value]
         return two + (recipe.layers - 2) * (three - two)
 
     return counted

@@ -35,14 +35,14 @@ class ReducedGradients(Gradients):
         self.buckets: list[Tensor] = []
         self.parts: dict[int, tuple[int, Tensor]] = {}  # of a parameter: its bucket, and its view of that
         self.expected: list[Counter[int]] = []  # of a bucket: how often each of its parameters is added to
-        group: list[nn.Parameter] = []
+        bucket: list[nn.Parameter] = []
         for i, parameter in enumerate(parameters):
-            group.append(parameter)
-            full = sum(p.numel() * p.element_size() for p in group) >= BUCKET
+            bucket.append(parameter)
+            full = sum(p.numel() * p.element_size() for p in bucket) >= BUCKET
             following = parameters[i + 1] if i + 1 < len(parameters) else None
             if full or following is None or following.dtype != parameter.dtype:
-                self._make_bucket(group, uses)
-                group = []
+                self._make_bucket(bucket, uses)
+                bucket = []
         self.missing: list[Counter[int]] = []
         self.empty: set[int] = set()  # the parameters of which nothing has been added in this step
         self.open = self.reducing = False  # whether a step has begun; whether its last pass has
