@@ -4,33 +4,43 @@ The exercise of Karpathy's makemore part 4, in its names. Shapes: B batch, T tim
 channels, V vocabulary.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.compare import TOLERANCES, Row, rows
+from lm.backprop.compare import Row, rows, tolerances
 from lm.models import MLP
 from lm.models.layers import BatchNorm
 
 
-def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Row]:
+def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
     """Compare the gradient by every tensor with autograd's, from the loss back to the embedding.
 
     Args:
         net: An `MLP` of one hidden layer with BatchNorm, in training mode.
         tokens: int64 (B, T), T being the context.
         targets: int64 (B,).
-        dtype: Of the arithmetic, which says the tolerance.
 
     Raises:
         ValueError: It is another network.
     """
-    values = forward(net, tokens, targets)
-    names = [name for name in NAMES if name in values]
-    expected = torch.autograd.grad(values["loss"], [values[name] for name in names])
-    found = backward({name: value.detach() for name, value in values.items()}, tokens, targets)
-    return rows(dict(zip(names, expected, strict=True)), found, TOLERANCES[dtype])
+
+    def both(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values = forward(net, tokens, targets)
+        names = [name for name in NAMES if name in values]
+        expected = torch.autograd.grad(values["loss"], [values[name] for name in names])
+        found = backward({name: value.detach() for name, value in values.items()}, tokens, targets)
+        return dict(zip(names, expected, strict=True)), found
+
+    expected, found = both(net)
+    if next(net.parameters()).dtype == torch.float64:
+        return rows(expected, found, tolerances(expected, {}))
+    wide, right = both(copy.deepcopy(net).double())
+    table = rows(expected, found, tolerances(expected, wide))
+    wrong = {row.name: row for row in rows(wide, right, tolerances(wide, {})) if not row.approximate}
+    return [wrong.get(row.name, row) for row in table]
 
 
 NAMES = (  # noqa: SIM905  as a list, a page

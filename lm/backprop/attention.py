@@ -87,7 +87,7 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         all_q, all_k, all_v, all_dy = (
-            t.reshape(-1, T, D) for t in (q * scale, k, v, dy)
+            t.reshape(-1, T, D) for t in (q * scale, k, v, dy.to(v.dtype))
         )  # (B, H, T, D) -> (B H, T, D)
         dq, dk, dv = torch.empty_like(all_q), torch.empty_like(all_k), torch.empty_like(all_v)
         for start in reversed(range(0, T, BLOCK)):
@@ -100,7 +100,7 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
             dq[:, start:stop] = torch.bmm(dscores, k_) * scale  # (B H, t, s) @ (B H, s, D)
             old = 0 if stop == T else 1  # the last queries see all keys; what came before is added to
             dk[:, :stop].baddbmm_(dscores.mT, q_, beta=old)  # (B H, s, t) @ (B H, t, D)
-            dv[:, :stop].baddbmm_(weights.to(dy.dtype).mT, dy_, beta=old)
+            dv[:, :stop].baddbmm_(weights.to(v.dtype).mT, dy_, beta=old)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
     return y, backward

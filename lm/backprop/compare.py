@@ -1,23 +1,23 @@
 """Gradients by hand beside others: autograd's, or central differences of the loss."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.networks import loss_and_gradients
-from lm.backprop.rules import Gradients
+from lm.backprop.rules import precise
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""Largest relative disagreement that is rounding.
-
-Both sides round each number to half a unit in the last place (1e-16, 6e-8, 4e-3) and sum in another order. Through a
-deep network such errors grow to some hundred units, and to a few dozen where products alone are in bfloat16. A wrong
-formula is off by about 1.
-"""
+IGNORED = -100  # F.cross_entropy's own, and lm.data's
+EXACT = 1e-10
+"""The tolerance in float64, where a wrong formula has nowhere to hide: rounding is 1e-16, some hundred times."""
+SPARE = 4.0
+"""How many times autograd's own error the two may differ, where a wider arithmetic can tell that error."""
+UNITS = 4  # in the last place: the least error that a sum of many numbers has
 FLOOR = 0.01
 DIFFERENCES = 1e-5
 """The tolerance of central differences in float64: rounding 1e-16 / step, and the third derivative times step²."""
@@ -45,69 +45,70 @@ class Row:
     relative: float
 
 
-class Collected(Gradients):
-    """Keeps gradients aside, and leaves the parameters' `.grad` alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[Tensor, Tensor] = {}
-
-    def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Add to what was collected."""
-        if parameter.requires_grad:
-            old = self.found.get(parameter)
-            self.found[parameter] = gradient.to(parameter.dtype) if old is None else old + gradient
-
-    def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
-        """Add to rows of what was collected."""
-        place = index.unsqueeze(1).expand_as(rows)
-        self.add(table, torch.zeros_like(table).scatter_add_(0, place, rows.to(table.dtype)))
-
-
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Put the random state and the network's buffers, such as running statistics, back afterwards."""
+    """Put the random state and the network's buffers, such as running statistics, back; hooks see nothing of it."""
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
+    hooks = {module: dict(module._forward_hooks) for module in net.modules()}
+    for module in hooks:
+        module._forward_hooks.clear()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, seen in hooks.items():
+            module._forward_hooks.update(seen)
     with torch.no_grad():
         for name, buffer in net.named_buffers():
             buffer.copy_(buffers[name])
 
 
+def nats(net: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy, summed over all that is predicted."""
+    logits = precise(net(tokens)).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def by_autograd(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of the mean cross-entropy by each parameter; zeros where it plays no part."""
+    """Return the gradient of the mean cross-entropy by each parameter; zeros where it plays no part.
+
+    The random state, running statistics and `.grad` stay as they are.
+    """
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     with undisturbed(net), torch.enable_grad():
-        logits = net(tokens)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        loss = nats(net, tokens, targets) / (targets != IGNORED).sum().clamp(min=1)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
-def by_hand(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return the same, by the rules."""
-    grads = Collected()
-    with undisturbed(net), torch.no_grad():
-        loss_and_gradients(net, grads, tokens, targets)
-    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    return {name: grads.found.get(p, torch.zeros_like(p)) for name, p in parameters.items()}
+def in_float64(net: nn.Module) -> nn.Module:
+    """Return a copy of a network in float64, which no hook looks at."""
+    with undisturbed(net):
+        return copy.deepcopy(net).double()
 
 
-def along(net: nn.Module, tokens: Tensor, targets: Tensor, directions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the loss's slope along a direction of each parameter, by central differences.
+def wider(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor] | None:
+    """Return the same in an arithmetic with more digits, at the same weights; None where there is none.
+
+    That is float32 for products in bfloat16 under autocast, and float64 for float32.
+    """
+    device = tokens.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return by_autograd(net, tokens, targets)
+    if next(net.parameters()).dtype == torch.float64 or device == "mps":  # which has no float64
+        return None
+    return by_autograd(in_float64(net), tokens, targets)
+
+
+def along(net: nn.Module, loss: Callable[[], Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the slope of a loss along a direction of each parameter, by central differences.
 
     (L(w + h u) - L(w - h u)) / 2h is the derivative but for h² L''' / 6.
     """
-    step = 1e-6
-
-    def loss() -> Tensor:
-        with undisturbed(net), torch.enable_grad():  # without, dropout would draw other masks
-            return F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten()).detach()
-
-    slopes = {}
+    step, slopes = 1e-6, {}
     with torch.no_grad():
         for name, direction in directions.items():
             parameter = net.get_parameter(name)
@@ -121,8 +122,8 @@ def along(net: nn.Module, tokens: Tensor, targets: Tensor, directions: dict[str,
     return slopes
 
 
-def rows(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> list[Row]:
-    """Compare gradients of the same names."""
+def rows(expected: dict[str, Tensor], found: dict[str, Tensor], tolerances: dict[str, float]) -> list[Row]:
+    """Compare gradients of the same names, by each one's tolerance of the relative difference."""
     largest = max((float(value.abs().max()) for value in expected.values()), default=0.0)
     table = []
     for name, wanted in expected.items():
@@ -130,32 +131,25 @@ def rows(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float
         scale = max(float(wanted.abs().max()), FLOOR * largest)
         relative = difference / scale if scale else difference
         exact = torch.equal(wanted, found[name])
-        table.append(Row(name, list(wanted.shape), exact, relative <= tolerance, difference, relative))
+        table.append(Row(name, list(wanted.shape), exact, relative <= tolerances[name], difference, relative))
     return table
 
 
-def against_autograd(net: nn.Module, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> list[Row]:
-    """Compare a network's gradients by hand with autograd's, of the mean cross-entropy of a batch.
+def tolerances(rounded: dict[str, Tensor], wide: dict[str, Tensor]) -> dict[str, float]:
+    """Return by how much each gradient may differ from autograd's.
 
-    The random state, running statistics and `.grad` stay as they are; both sides draw the same dropout masks.
+    Autograd's own error is known where the same gradient was found with more digits. Ours rounds in other places, so
+    it may be off by a few times that, or by a few times what is typical of the network where autograd was lucky.
 
     Args:
-        net: Its mode, train or eval, is what is compared.
-        tokens: int64 (B, T).
-        targets: int64, (B, T) or (B,).
-        dtype: Of the arithmetic, which says the tolerance.
+        rounded: Autograd's gradients.
+        wide: The same with more digits; empty where there are none: of float64.
     """
-    expected, found = by_autograd(net, tokens, targets), by_hand(net, tokens, targets)
-    return rows(expected, found, TOLERANCES[dtype])
-
-
-def against_differences(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
-    """Compare slopes along a random direction of each parameter with central differences; for float64."""
-    found = by_hand(net, tokens, targets)
-    with torch.random.fork_rng():  # the losses that follow must draw the dropout masks that the gradients saw
-        directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
-    slopes = {name: (found[name] * direction).sum() for name, direction in directions.items()}
-    return rows(along(net, tokens, targets, directions), slopes, DIFFERENCES)
+    if not wide:
+        return dict.fromkeys(rounded, EXACT)
+    errors = {row.name: row.relative for row in rows(wide, rounded, dict.fromkeys(wide, 0.0))}
+    typical = max(median(errors.values()), UNITS * torch.finfo(next(iter(rounded.values())).dtype).eps)
+    return {name: SPARE * max(error, typical) for name, error in errors.items()}
 
 
 def stir(net: nn.Module, size: float = 0.1) -> None:

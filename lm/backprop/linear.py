@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, once, precise, rows_of, rule, run
 from lm.models.layers import FlattenConsecutive
 
 
@@ -63,7 +63,7 @@ def positions(layer: nn.Embedding, grads: Gradients, T: int) -> tuple[Tensor, Ba
     return layer.weight[:T], backward
 
 
-def convolution(x: Tensor, kernel: Tensor, dilation: int) -> tuple[Tensor, Backward]:
+def convolution(x: Tensor, kernel: Tensor, dilation: int, bias: Tensor | None = None) -> tuple[Tensor, Backward]:
     """A dilated convolution: y_bot = Σ_k Σ_i W_oik x_bi(t + k·dilation), of time T - (K - 1)·dilation.
 
     Tap k is a linear map of x shifted by s = k·dilation. So dW_k = Σ_bt dy_t x_(t+s)ᵀ, and x_(t+s) gets W_kᵀ dy_t from
@@ -73,11 +73,12 @@ def convolution(x: Tensor, kernel: Tensor, dilation: int) -> tuple[Tensor, Backw
         x: (B, I, T).
         kernel: (O, I, K).
         dilation: Distance of neighbouring taps.
+        bias: (O,), added to y; its gradient is left to who gives it.
 
     Returns:
         y (B, O, T'), and a function from dy to (dx, dkernel).
     """
-    y = F.conv1d(x, kernel, dilation=dilation)
+    y = F.conv1d(x, kernel, bias, dilation=dilation)
     T = y.shape[2]  # noqa: N806
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +95,7 @@ def convolution(x: Tensor, kernel: Tensor, dilation: int) -> tuple[Tensor, Backw
 @rule(nn.Conv1d)
 def conv1d(layer: nn.Conv1d, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """A `convolution` plus a bias that is broadcast over batch and time: db = Σ_bt dy_bt."""
-    y, backward_product = convolution(x, layer.weight, layer.dilation[0])
-    assert layer.bias is not None
+    y, backward_product = convolution(x, layer.weight, layer.dilation[0], layer.bias)
 
     def backward(dy: Tensor) -> Tensor:
         assert layer.bias is not None
@@ -104,7 +104,7 @@ def conv1d(layer: nn.Conv1d, grads: Gradients, x: Tensor) -> tuple[Tensor, Backw
         grads.add(layer.weight, dkernel)
         return dx
 
-    return y + layer.bias.unsqueeze(1), backward  # (B, O, T) + (O, 1)
+    return y, backward
 
 
 @rule(FlattenConsecutive)
@@ -146,6 +146,7 @@ def sequential(layer: nn.Sequential, grads: Gradients, x: Tensor) -> tuple[Tenso
 def chained(backwards: list[Backward]) -> Backward:
     """Return the backward pass of layers one after the other; each is let go, with what it kept, as soon as it ran."""
 
+    @once
     def backward(dy: Any) -> Any:
         while backwards:
             dy = backwards.pop()(dy)

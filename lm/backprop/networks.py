@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lm.backprop.linear import chained, convolution, positions
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.backprop.rules import Backward, Gradients, rule, run
+from lm.backprop.rules import Backward, Gradients, once, rule, run
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.gpt import Block
 from lm.models.layers import check_length, padded
@@ -193,6 +193,7 @@ def gated_wavenet(net: GatedWaveNet, grads: Gradients, tokens: Tensor) -> tuple[
     mixed, backward_mix = run(net.mix, grads, summed)
     y = F.relu(mixed)
 
+    @once
     def backward(dy: Tensor) -> None:
         dskip = (backward_mix(dy * (y > 0)) * (summed > 0)).mT  # (B, C, T)
         dstream = torch.zeros_like(dskip)
@@ -336,6 +337,7 @@ def seq2seq(net: Seq2Seq, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Bac
         decoders.append(backward)
     x, backward_ln_f = run(net.ln_f, grads, x)
 
+    @once
     def backward_all(dy: Tensor) -> None:
         dy = backward_ln_f(dy)
         dmemory = torch.zeros_like(dy)

@@ -47,22 +47,49 @@ class Gradients:
     def finish(self) -> None:
         """End a step: each parameter's gradient is whole."""
 
+    def known(self, parameter: Tensor) -> Tensor | None:
+        """Return what has been added so far, or None for nothing."""
+        return parameter.grad
+
+    def keep(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Let a tensor be the place that a parameter's gradients are added to."""
+        parameter.grad = gradient
+
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add a gradient to what is known of a parameter's, in the parameter's shape and type."""
         if not parameter.requires_grad:
             return
-        if parameter.grad is None:
-            parameter.grad = gradient.to(parameter.dtype)
+        known = self.known(parameter)
+        if known is None:
+            self.keep(parameter, gradient.to(parameter.dtype))
         else:
-            parameter.grad += gradient
+            known += gradient
 
     def add_rows(self, table: Tensor, index: Tensor, rows: Tensor) -> None:
         """Add rows (N, C) to the gradient of a table (V, C) at index (N,), where a row may occur many times."""
         if not table.requires_grad:
             return
-        if table.grad is None:
-            table.grad = torch.zeros_like(table)
-        table.grad.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype))
+        known = self.known(table)
+        if known is None:
+            known = torch.zeros_like(table)
+            self.keep(table, known)
+        known.scatter_add_(0, index.unsqueeze(1).expand_as(rows), rows.to(table.dtype))
+
+
+class Collected(Gradients):
+    """Adds in the same way, but into a dictionary: torch.compile prefers results to what is changed in passing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Tensor, Tensor] = {}
+
+    def known(self, parameter: Tensor) -> Tensor | None:
+        """Return what has been added so far, or None for nothing."""
+        return self.found.get(parameter)
+
+    def keep(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Let a tensor be the place that a parameter's gradients are added to."""
+        self.found[parameter] = gradient
 
 
 _rules: dict[type, Rule] = {}
@@ -117,6 +144,19 @@ def check(net: nn.Module) -> None:
     for module in net.modules():
         if type(module) not in _rules and not isinstance(module, nn.ModuleList):
             raise NoRuleError(explanation(type(module)))
+
+
+def once(backward: Backward) -> Backward:
+    """Return a backward function that lets go of what it kept while it runs, and so refuses to run again."""
+    ran: list[bool] = []
+
+    def guarded(*dy: Any) -> Any:
+        if ran:
+            raise RuntimeError("this backward pass has run and let go of what it kept: run the forward pass again")
+        ran.append(True)
+        return backward(*dy)
+
+    return guarded
 
 
 def precise(x: Tensor) -> Tensor:

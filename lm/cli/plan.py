@@ -1,6 +1,7 @@
 """`lm plan`: what a recipe will need of a cluster, before anything is started."""
 
 import difflib
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -53,14 +54,16 @@ class Plan(parsing.Recipes):
         size = data.divided(processes, trainer.accumulate_grad_batches)
         data.setup("fit")
         module = parsing.language_model(self.model)
-        tokens, targets = data.train_dataset(1)[0]
+        tokens, targets = data.training_examples()(0, 1)
+        make_net: Any = module.make_net
         return planning.Recipe(
-            lambda: module.make_net(data.vocab_size, data.block_size),
+            partial(make_net, data.vocab_size, data.block_size),
             module.make_optimizer,
             (size, *tokens.shape[1:]),
             (size, *targets.shape[1:]),
             str(trainer.precision or "32-true"),
             trainer.accumulate_grad_batches,
+            getattr(make_net, "keywords", {}).get("n_layer"),
         )
 
     def run(self) -> dict[str, Any]:
@@ -69,16 +72,14 @@ class Plan(parsing.Recipes):
         recipe, config = self.recipe(processes), self.config
         try:
             count, flops = planning.parameters(recipe), planning.flops_per_token(recipe)
+            table = planning.strategies(recipe, processes)
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
-        table: dict[str, planning.Memory] = {}
-        for suffix, again in {"": False, " + activation_checkpointing": True}.items():
-            try:
-                alone = planning.memory(recipe, recompute=again)
-            except UserError:  # this network has no blocks
-                continue
-            table["ddp" + suffix] = planning.copied(alone, processes)
-            table["fsdp2" + suffix] = planning.sharded(recipe, alone, processes)
+        except (RuntimeError, OverflowError) as error:  # torch's, of sizes that no tensor can have
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"model.net or data: no machine has tensors that large: {reason}: make it smaller"
+            ) from error
         room = (device.memory - planning.RESERVED) * 1e9
         order = sorted(table, key=lambda name: ("activation" in name, "fsdp2" in name))  # the fastest that fits
         chosen = next((name for name in order if table[name].peak <= room), None)
@@ -88,9 +89,9 @@ class Plan(parsing.Recipes):
         return {
             "parameters": count,
             "flops_per_token": flops,
-            "memory_gb_per_device": round(table[chosen or order[-1]].peak / 1e9, 3),
+            "memory_gb_per_device": gigabytes(table[chosen or order[-1]].peak),
             "memory_gb": {
-                name: {key: round(getattr(one, key) / 1e9, 4) for key in (*one.__dataclass_fields__, "peak")}
+                name: {key: gigabytes(getattr(one, key)) for key in (*one.__dataclass_fields__, "peak")}
                 for name, one in table.items()
             },
             "micro_batch_size": recipe.tokens[0],
@@ -98,10 +99,33 @@ class Plan(parsing.Recipes):
             "tokens_per_step": tokens,
             "hours": float(f"{seconds / 3600:.6g}"),
             "communication_gb_per_step": {
-                name: round(size / 1e9, 4) for name, size in planning.communication(weights, processes).items()
+                name: gigabytes(size) for name, size in planning.communication(weights, processes).items()
             },
             "strategy": chosen or "none fits",
+            "remedy": None if chosen else planning.remedy(recipe, room),
         }
+
+
+def gigabytes(size: float) -> float:
+    """Return bytes as GB, 10⁹ bytes, to six digits."""
+    return float(f"{size / 1e9:.6g}")
+
+
+def spelled(number: float, units: dict[str, float]) -> str:
+    """Return a number in the largest unit that it fills, or the smallest there is."""
+    if not number:
+        return "0"
+    name, size = next((one for one in units.items() if number >= one[1]), list(units.items())[-1])
+    amount = number / size
+    return f"{amount:,.0f} {name}" if amount >= 100 or amount == int(amount) else f"{amount:.3g} {name}"
+
+
+BYTES = {"PB": 1e6, "TB": 1e3, "GB": 1.0, "MB": 1e-3, "KB": 1e-6}  # in GB
+FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "kFLOP": 1e3}
+TIMES = {  # in hours
+    **{"years": 365 * 24.0, "days": 24.0, "hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600},
+    **{"milliseconds": 1e-3 / 3600, "microseconds": 1e-6 / 3600},
+}
 
 
 def plan(arguments: list[str]) -> None:
@@ -115,23 +139,23 @@ def plan(arguments: list[str]) -> None:
         print(line, file=stream)
 
     say(
-        f"{result['parameters']:,} parameters, {result['flops_per_token'] / 1e6:,.1f} MFLOP a token; "
+        f"{result['parameters']:,} parameters, {spelled(result['flops_per_token'], FLOPS)} a token; "
         f"{config.num_nodes} x {config.devices} {config.gpu}"
     )
-    say(f"{'GB on each device':<34} weights  gradients  optimizer  activations     peak")
+    parts = ("weights", "gradients", "optimizer", "activations", "peak")
+    say(f"{'on each device':<34}" + "".join(f"{part:>12}" for part in parts))
     for name, one in result["memory_gb"].items():
-        say(
-            f"{name:<34} {one['weights']:7.2f}  {one['gradients']:9.2f}  {one['optimizer']:9.2f}  "
-            f"{one['activations']:11.2f}  {one['peak']:7.2f}"
-        )
+        say(f"{name:<34}" + "".join(f"{spelled(one[part], BYTES):>12}" for part in parts))
     batch = f"{result['micro_batch_size']} sequences x {config.num_nodes * config.devices} devices"
     say(f"a step: {batch} x {result['accumulate_grad_batches']} accumulated = {result['tokens_per_step']:,} tokens")
-    sent = result["communication_gb_per_step"]
-    say(f"sent by each device in a step: {sent['ddp']:.2f} GB by ddp, {sent['fsdp2']:.2f} GB by fsdp2")
-    say(f"{config.trainer.max_steps:,} steps: {result['hours']:,.2f} hours at {config.mfu:.0%} of the GPU's speed")
-    if result["strategy"] == "none fits":
-        say("none fits: more accumulate_grad_batches make the micro-batch smaller, more devices the shares")
-    else:
-        say(f"use trainer.strategy {result['strategy']}")
+    sent = {name: spelled(size, BYTES) for name, size in result["communication_gb_per_step"].items()}
+    say(f"sent by each device in a step: {sent['ddp']} by ddp, {sent['fsdp2']} by fsdp2")
+    hours = spelled(result["hours"], TIMES)
+    say(f"{config.trainer.max_steps:,} steps: {hours} of computation at {config.mfu:.0%} of the GPU's speed")
+    say(
+        f"none fits: {result['remedy']}"
+        if result["strategy"] == "none fits"
+        else f"use trainer.strategy {result['strategy']}"
+    )
     if config.json:
         common.print_json(result)

@@ -74,7 +74,7 @@ class Guard:
 
 
 def share_loss(
-    losses: list[Tensor], targets: list[Tensor], world_size: int, others: list[float]
+    losses: list[Tensor], targets: list[Tensor], world_size: int, others: list[float], group: Any = None
 ) -> tuple[float, float, list[float]]:
     """Return the mean loss over the predictions of all micro-batches and ranks, and the gradient's missing factor.
 
@@ -89,6 +89,7 @@ def share_loss(
         world_size: Number of ranks.
         others: What else is to be added up over the ranks: whoever waits for them once need not do so twice. Returned
             third.
+        group: Of the ranks; all of this process's by default.
     """
     positions = sum(one.numel() for one in targets)
     nats = torch.stack([loss * one.numel() for loss, one in zip(losses, targets, strict=True)]).sum()
@@ -97,9 +98,17 @@ def share_loss(
     rest = torch.tensor(others, dtype=dtype, device=nats.device)
     sums = torch.cat([torch.stack([nats.to(dtype), predicted.to(dtype)]), rest])  # (2 + others,)
     if world_size > 1:
-        distributed.all_reduce(sums)
+        distributed.all_reduce(sums, group=group)
     total, count, *others = sums.tolist()
     return total / max(1, count), positions * world_size / max(1, count), others
+
+
+def share_gradient(gradients: list[Tensor], *step: Any) -> tuple[float, list[float]]:
+    """Share the loss of a step, `share_loss` of the rest, and give its gradient the missing factor, in place."""
+    loss, factor, others = share_loss(*step)
+    if factor != 1:
+        torch._foreach_mul_(local(gradients), factor)
+    return loss, others
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from lm.training.compute import compiler_missing, leave_constants, recompute_blo
 from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
-from lm.training.guard import Guard, clip, global_norm, local, share_loss
+from lm.training.guard import Guard, clip, global_norm, share_gradient
 from lm.training.optimizers import adamw, parameter_groups
 from lm.training.schedules import Constant, Schedule
 from lm.training.sharded import is_sharded, shard
@@ -306,10 +306,10 @@ class LanguageModel(Evaluated):
         loss: Tensor | float = self._step_losses[0]
         if self._divided:
             others = [ask() for ask in self.questions.values()]
-            loss, factor, others = share_loss(self._step_losses, self._step_targets, self.trainer.world_size, others)
+            ranks = self.trainer.world_size
+            loss, others = share_gradient(gradients, self._step_losses, self._step_targets, ranks, others)
             self.answers = dict(zip(self.questions, others, strict=True))
-            if factor != 1:
-                torch._foreach_mul_(local(gradients), factor)
+        self.check_gradients()
         if self._small and self.clip_norm is None and gradient_clip_val is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
@@ -326,6 +326,9 @@ class LanguageModel(Evaluated):
             clip(gradients, clip_norm, norm)
         for watcher in self._watching:
             watcher.before_update(self.net)
+
+    def check_gradients(self) -> None:
+        """See the step's gradient when it is whole, before it is clipped."""
 
     def optimizer_step(
         self,

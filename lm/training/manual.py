@@ -3,19 +3,17 @@
 Shapes: B sequences, T tokens, K steps.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
-from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients
-from lm.backprop.compare import Collected, against_autograd
-from lm.data.module import IGNORED
+from lm.backprop import Gradients, NoRuleError, check
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
-from lm.training import progress
+from lm.training import audit, progress
+from lm.training.by_hand import Compiled, StepByHand, compile_pass
 from lm.training.language_model import LanguageModel
 from lm.training.reduced import ReducedGradients, average
 from lm.training.sharded import is_sharded
@@ -31,7 +29,7 @@ class ManualLanguageModel(LanguageModel):
 
     Args:
         compile: Whether torch.compile makes one graph of the forward and the backward pass. It needs a C++ compiler
-            and a minute; dropout then draws other numbers.
+            and a minute.
         audit_every: Steps between audits, which compare the gradient by the rules with autograd's and stop the run
             where they disagree; null for none.
         settings: All that `LanguageModel` takes.
@@ -46,8 +44,8 @@ class ManualLanguageModel(LanguageModel):
         self.accumulate = 1
         """Micro-batches of a step. The Trainer's own number, which it refuses for manual optimization when it starts;
         the command line moves it here."""
-        self._grads = Gradients()
-        self._compiled: Callable[..., tuple[Tensor, list[Tensor | None]]] | None = None
+        self._compiled: Compiled | None = None
+        self._audit: audit.Reference | None = None  # of the step in progress, where it is due
 
     def setup(self, stage: str) -> None:
         """Refuse what the rules cannot do, and count micro-batches as `accumulate` says.
@@ -82,14 +80,17 @@ class ManualLanguageModel(LanguageModel):
             raise UserError(f"model.net: {error}") from error
 
     def _use_compiler(self) -> None:
-        self._compiled = torch.compile(_functional, dynamic=False, fullgraph=True)
+        self._compiled = compile_pass()
 
     def on_train_start(self) -> None:
-        """Make what gathers the gradients, of several processes in buckets."""
+        """Make what adds the gradients up, of several processes in buckets."""
         super().on_train_start()
         assert self.net is not None
-        if self.trainer.world_size > 1:
-            self._grads = ReducedGradients(self.net, self.trainer.world_size)
+        ranks = self.trainer.world_size
+        grads = ReducedGradients(self.net, ranks) if ranks > 1 else Gradients()
+        self._step = StepByHand(
+            self.net, self._fitted, grads, accumulate=self.accumulate, world_size=ranks, compiled=self._compiled
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add the gradient of a micro-batch, and update after the last of a step; or take several whole steps.
@@ -107,55 +108,42 @@ class ManualLanguageModel(LanguageModel):
     @torch.no_grad()
     def _find_gradients(self, tokens: Tensor, targets: Tensor, first: bool = True, last: bool = True) -> None:
         assert self.net is not None
+        step = self._step
         if first:
-            self._grads.begin(self._fitted)
-            if self.audit_every and (self.global_step + 1) % self.audit_every == 0:
-                self._audit(tokens, targets, self.global_step + 1)
-        if last:
-            self._grads.last_pass()
+            step.begin()
+            due = self.audit_every and (self.global_step + 1) % self.audit_every == 0
+            self._audit = audit.Reference(self.net) if due else None
+            self._rules = audit.rules_in_float64(self.net, tokens, targets) if due else []
+        if self._audit is not None:
+            self._audit.see(tokens, targets)
         for watcher in self._watching:
-            watcher.before_backward(self._grads)
-        try:
-            loss = self._pass(tokens, targets, self._scale(targets))
+            watcher.before_backward(step.grads)
+        try:  # what is looked at is not in a compiled graph
+            self._note(step.add(tokens, targets, last=last, eager=bool(self._watching)), targets)
         except ValueError as error:
             if "predictions" not in str(error):
                 raise
             raise UserError(f"model.net: {error}: see data.targets, and LinesData for fixed contexts") from error
-        self._note(loss * self._scale(targets) * self.accumulate if self._divided else loss, targets)
         if last:
-            self._grads.finish()
+            step.finish()
 
-    def _scale(self, targets: Tensor) -> float | Tensor:
-        """Return the weight of a micro-batch's mean loss in the step's, see `share_loss`."""
-        if not self._divided:
-            return 1.0
-        return (targets != IGNORED).sum().to(self._fitted[0].dtype) / (targets.numel() * self.accumulate)
-
-    def _pass(self, tokens: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
-        """Add scale times the gradient of the mean loss, and return that."""
-        assert self.net is not None
-        if self._compiled is None or self._watching:  # what is looked at is not in a compiled graph
-            return loss_and_gradients(self.net, self._grads, tokens, targets, ignore_index=IGNORED, scale=scale)
-        loss, found = self._compiled(self.net, self._fitted, tokens, targets, scale)
-        for parameter, gradient in zip(self._fitted, found, strict=True):
-            if gradient is not None:
-                self._grads.add(parameter, gradient)
-        return loss
-
-    def _audit(self, tokens: Tensor, targets: Tensor, step: int) -> None:
-        """Compare the gradient of a batch with autograd's.
+    def check_gradients(self) -> None:
+        """Compare the step's gradient with autograd's, where an audit is due.
 
         Raises:
             CheckError: They disagree, on any rank: all stop, or the others would wait for this one.
         """
-        assert self.net is not None
-        low = torch.is_autocast_enabled(tokens.device.type)
-        dtype = torch.bfloat16 if low else next(self.net.parameters()).dtype
-        table = against_autograd(self.net, tokens, targets, dtype)
-        worst = max(table, key=lambda row: row.relative)
+        if self._audit is None:
+            return
+        ranks, step = self.trainer.strategy, self.global_step + 1
+        alone = self.trainer.world_size == 1
+        table = self._audit.compare(total=None if alone else lambda sums: ranks.reduce(sums, reduce_op="sum"))
+        table += [row for row in self._rules if not row.approximate]
+        worst = max(table, key=lambda row: (not row.approximate, row.relative))
+        self._audit = None
         self.write({"audit/relative": worst.relative}, step)
-        wrong = torch.tensor(float(not all(row.approximate for row in table)), device=tokens.device)
-        if self.trainer.strategy.reduce(wrong, reduce_op="sum"):
+        wrong = torch.tensor(float(not worst.approximate), device=self.device)
+        if ranks.reduce(wrong, reduce_op="sum"):
             raise CheckError(
                 f"step {step}: the gradient by hand and autograd's disagree at {worst.name} by {worst.relative:.2g} of "
                 "its size: nothing was updated; compare them by lm gradients, and mend the rule"
@@ -177,15 +165,6 @@ class ManualLanguageModel(LanguageModel):
         for module in self.net.modules():
             if isinstance(module, BatchNorm):
                 average([module.running_mean, module.running_var])
-
-
-def _functional(
-    net: nn.Module, parameters: list[nn.Parameter], tokens: Tensor, targets: Tensor, scale: float | Tensor
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the loss and the gradients; torch.compile prefers results to what is changed in passing."""
-    grads = Collected()
-    loss = loss_and_gradients(net, grads, tokens, targets, ignore_index=IGNORED, scale=scale)
-    return loss, [grads.found.get(parameter) for parameter in parameters]
 
 
 def check_precision(precision: Any) -> None:

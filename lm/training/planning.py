@@ -5,10 +5,12 @@ A step is run on fake tensors, which have shapes and no values, so that what is 
 Shapes: B sequences, T tokens.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm.backprop.rules import precise
+from lm.errors import UserError
 from lm.training.compute import blocks, recompute_blocks
 from lm.training.optimizers import parameter_groups
 from lm.training.sharded import shard
@@ -52,6 +55,7 @@ DEVICES = {
     "H200": Device(141, 989),
     "B200": Device(180, 2250),
 }
+FEW = 6  # layers of a network that is counted as it is; of a deeper one, two and three
 RESERVED = 1.5  # GB of a GPU that CUDA, NCCL and the allocator's gaps take
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -71,26 +75,46 @@ class Memory:
         """Their sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
+    def after(self, two: "Memory", layers: int) -> "Memory":
+        """Return the memory of so many layers, where this is that of three."""
+        pairs = ((getattr(two, key), getattr(self, key)) for key in self.__dataclass_fields__)
+        return Memory(*(a + (layers - 2) * (b - a) for a, b in pairs))
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What of a recipe counts.
 
     Args:
-        make_net: Returns the network.
+        make_net: Returns the network; with `layers`, the one of n_layer layers.
         make_optimizer: Returns the optimizer of parameter groups.
         tokens: Shape of a micro-batch's tokens (B, T).
         targets: Shape of its targets, (B, T) or (B,).
         precision: Of the Trainer.
         accumulate: Micro-batches of a step.
+        layers: Its n_layer, where make_net takes another one.
     """
 
-    make_net: Callable[[], nn.Module]
+    make_net: Callable[..., nn.Module]
     make_optimizer: Callable[[Any], Optimizer]
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
     precision: str = "32-true"
     accumulate: int = 1
+    layers: int | None = None
+
+    @property
+    def deep(self) -> bool:
+        """Whether a few layers tell the rest: there are many, and they are alike."""
+        if self.layers is None or self.layers <= FEW:
+            return False
+        with torch.device("meta"):
+            lists = [part for part in self.make_net(n_layer=3).children() if isinstance(part, nn.ModuleList)]
+        return bool(lists) and all(len(part) == 3 and len({str(block) for block in part}) == 1 for part in lists)
+
+    def of(self, n_layer: int) -> "Recipe":
+        """Return the recipe with so few layers."""
+        return replace(self, make_net=partial(self.make_net, n_layer=n_layer), layers=n_layer)
 
     @property
     def context(self) -> AbstractContextManager[Any]:
@@ -104,33 +128,80 @@ class Recipe:
         with _DtypeContextManager(DTYPES.get(self.precision, torch.float32)):
             return self.make_net()
 
-    def forward_backward(self, net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        """Do what a micro-batch does."""
+    def forward_backward(
+        self,
+        net: nn.Module,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Do what a micro-batch does, and something else between the two passes."""
         with self.context:
             logits = net(tokens)
             loss = F.cross_entropy(precise(logits).flatten(0, -2), targets.flatten())
+        between()
         loss.backward()
 
 
+P = ParamSpec("P")
+Moments = tuple[Memory, Memory, Memory]
+R = TypeVar("R", int, float, Moments)
+
+
+def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
+    """Let what is counted of a deep network be counted of two layers and of three: each further one adds the same."""
+
+    @wraps(count)
+    def counted(recipe: Recipe, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not recipe.deep:
+            return count(recipe, *args, **kwargs)
+        assert recipe.layers is not None
+        two, three = count(recipe.of(2), *args, **kwargs), count(recipe.of(3), *args, **kwargs)
+        if isinstance(two, tuple):
+            return tuple(b.after(a, recipe.layers) for a, b in zip(two, three, strict=True))  # type: ignore[return-value]
+        return two + (recipe.layers - 2) * (three - two)
+
+    return counted
+
+
+@extrapolated
 def parameters(recipe: Recipe) -> int:
     """Return the number of parameters, tied ones once."""
     with torch.device("meta"):
         return sum(p.numel() for p in recipe.make_net().parameters())
 
 
+@extrapolated
 def flops_per_token(recipe: Recipe) -> float:
     """Return the multiplications and additions of a training step for a token: forward and backward pass."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net = recipe.make_net()
-        tokens = torch.zeros(1, *recipe.tokens[1:], dtype=torch.long)
-        targets = torch.zeros(1, *recipe.targets[1:], dtype=torch.long)
+        tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # of one, BatchNorm has no variance
+        targets = torch.zeros(2, *recipe.targets[1:], dtype=torch.long)
         F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten()).backward()
     return counter.get_total_flops() / tokens.numel()
 
 
 def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
     """Return the memory of a step of one process, the second one, when the optimizer has its state."""
+    return _worst(moments(recipe, recompute=recompute))
+
+
+@extrapolated
+def moments(recipe: Recipe, *, recompute: bool = False) -> Moments:
+    """Return the memory of a step when its backward pass begins, when it ends, and at the worst moment.
+
+    Of a deeper network, or a shared one, another moment may be the worst: many activations, or all gradients.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: list[Memory] = []
+
+    def look(when: str) -> None:
+        (found,) = tracker.get_tracker_snapshot(when).values()
+        sizes = {str(getattr(kind, "name", kind)).rpartition(".")[2]: float(size) for kind, size in found.items()}
+        weights, gradients, state = sizes["PARAM"] + sizes["BUFFER"], sizes["GRAD"], sizes["OPT"]
+        seen.append(Memory(weights, gradients, state, sizes["Total"] - weights - gradients - state))
 
     with FakeTensorMode():
         net = recipe.build()
@@ -144,14 +215,13 @@ def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
             for _ in range(2):
                 for _ in range(min(2, recipe.accumulate)):  # the gradients of the first are there during the second
                     tracker.reset_mod_stats()
-                    recipe.forward_backward(net, tokens, targets)
+                    recipe.forward_backward(net, tokens, targets, between=lambda: look("current"))
+                look("current")
                 optimizer.step()
                 optimizer.zero_grad()
-        (found,) = tracker.get_tracker_snapshot("peak").values()
-        sizes = {str(getattr(kind, "name", kind)).rpartition(".")[2]: float(size) for kind, size in found.items()}
-    total, weights, state = sizes["Total"], sizes["PARAM"] + sizes["BUFFER"], sizes["OPT"]
-    gradients = sizes["GRAD"]
-    return Memory(weights, gradients, state, total - weights - state - gradients)
+        look("peak")
+    begin, end, worst = seen[-3:]
+    return begin, end, worst
 
 
 def copied(alone: Memory, processes: int) -> Memory:
@@ -163,19 +233,42 @@ def copied(alone: Memory, processes: int) -> Memory:
 def sharded(recipe: Recipe, alone: Memory, processes: int) -> Memory:
     """Return a process's memory under FSDP2.
 
-    It has its share of weights, gradients and optimizer state; and, gathered, the parameters that are in no block, a
-    block's and the next one's, with the gradient of a block before it is reduced.
+    It has its share of weights, gradients and optimizer state; and, gathered, what `at_once` counts.
     """
-    share = largest_share(recipe, processes)
-    with torch.device("meta"):
-        net = recipe.build()
-    size = sum(p.numel() for p in net.parameters())
-    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks(net)), default=0)
-    rest = size - sum(p.numel() for block in blocks(net) for p in block.parameters())
-    part, gathered = share / size, (rest + 3 * largest) / size * alone.weights
+    size = parameters(recipe)
+    part, gathered = largest_share(recipe, processes) / size, at_once(recipe) / size * alone.weights
     return Memory(alone.weights * part, alone.weights * part, alone.optimizer * part, alone.activations + gathered)
 
 
+def at_once(recipe: Recipe) -> int:
+    """Return how many parameters a rank holds whole under FSDP2: those in no block, two blocks, and a gradient."""
+    with torch.device("meta"):
+        net = (recipe.of(3) if recipe.deep else recipe).build()
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(net)]
+    return sum(p.numel() for p in net.parameters()) - sum(sizes) + 3 * max(sizes, default=0)
+
+
+def _worst(moments: Iterable[Memory]) -> Memory:
+    return max(moments, key=lambda moment: moment.peak)
+
+
+def strategies(recipe: Recipe, processes: int) -> dict[str, Memory]:
+    """Return a process's memory by strategy, of those that the network allows."""
+    table = {}
+    for suffix, again in {"": False, " + activation_checkpointing": True}.items():
+        try:
+            alone = moments(recipe, recompute=again)
+        except UserError:  # this network has no blocks that can be computed twice
+            continue
+        table["ddp" + suffix] = _worst(copied(one, processes) for one in alone)
+        try:
+            table["fsdp2" + suffix] = _worst(sharded(recipe, one, processes) for one in alone)
+        except UserError:  # it has BatchNorm
+            continue
+    return table
+
+
+@extrapolated
 def largest_share(recipe: Recipe, processes: int) -> int:
     """Return the most parameters that a rank keeps: the sharding itself, dry-run by torch's fake process group."""
     from torch import distributed
@@ -200,3 +293,34 @@ def communication(weights: float, processes: int) -> dict[str, float]:
     """
     part = (processes - 1) / processes * weights
     return {"ddp": 2 * part, "fsdp2": 3 * part}
+
+
+def remedy(recipe: Recipe, room: float) -> str:
+    """Return what would let a recipe fit, which fits with no strategy as it is.
+
+    Args:
+        recipe: Its precision and network are kept where they can be.
+        room: Bytes that a device has for it.
+    """
+    shape = {"tokens": (1, *recipe.tokens[1:]), "targets": (1, *recipe.targets[1:])}
+    for precision in dict.fromkeys((recipe.precision, "bf16-true")):
+        smallest = replace(recipe, **shape, precision=precision)  # type: ignore[arg-type]
+        try:
+            alone = moments(smallest, recompute=True)
+            largest_share(smallest, 2)
+        except UserError:  # nothing to compute again, or BatchNorm, which is not sharded
+            needed = f"{memory(smallest).peak / 1e9:,.3g} GB"
+            return f"micro-batches of 1 sequence need {needed}: a smaller network, or a shorter block_size"
+        whole = max(moment.activations for moment in alone)
+        whole += at_once(smallest) / parameters(smallest) * alone[0].weights
+        if whole < room:
+            shared = 2 * alone[0].weights + alone[0].optimizer
+            devices = 2 ** max(0, math.ceil(math.log2(shared / (room - whole))))
+            return (
+                f"{devices:,} devices would do, with trainer.strategy fsdp2, model.activation_checkpointing true, "
+                f"trainer.precision {precision} and micro-batches of 1 sequence"
+            )
+    return (
+        f"not on any number of these, as one layer and one sequence need {whole / 1e9:,.4g} GB at once: "
+        "a device with more memory, a smaller n_embd, or a shorter block_size"
+    )

@@ -5,6 +5,7 @@ issue 9237: no error, and weights that drift apart).
 """
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,27 +24,28 @@ class ReducedGradients(Gradients):
     Args:
         net: The network.
         world_size: Number of ranks.
+        group: In which they reduce; all of this process's by default.
     """
 
-    def __init__(self, net: nn.Module, world_size: int) -> None:
+    def __init__(self, net: nn.Module, world_size: int, group: Any = None) -> None:
         super().__init__()
-        self.world_size = world_size
+        self.world_size, self.group = world_size, group
         uses = Counter(id(p) for _, p in net.named_parameters(remove_duplicate=False))
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
         self.buckets: list[Tensor] = []
         self.parts: dict[int, tuple[int, Tensor]] = {}  # of a parameter: its bucket, and its view of that
         self.expected: list[Counter[int]] = []  # of a bucket: how often each of its parameters is added to
-        group: list[nn.Parameter] = []
+        bucket: list[nn.Parameter] = []
         for i, parameter in enumerate(parameters):
-            group.append(parameter)
-            full = sum(p.numel() * p.element_size() for p in group) >= BUCKET
+            bucket.append(parameter)
+            full = sum(p.numel() * p.element_size() for p in bucket) >= BUCKET
             following = parameters[i + 1] if i + 1 < len(parameters) else None
             if full or following is None or following.dtype != parameter.dtype:
-                self._make_bucket(group, uses)
-                group = []
+                self._make_bucket(bucket, uses)
+                bucket = []
         self.missing: list[Counter[int]] = []
         self.empty: set[int] = set()  # the parameters of which nothing has been added in this step
-        self.reducing = False
+        self.open = self.reducing = False  # whether a step has begun; whether its last pass has
         self.work: dict[int, distributed.Work | None] = {}
 
     def _make_bucket(self, group: list[nn.Parameter], uses: Counter[int]) -> None:
@@ -55,6 +57,7 @@ class ReducedGradients(Gradients):
 
     def begin(self, parameters: list[nn.Parameter]) -> None:
         """Begin a step: each parameter's gradient is a view of its bucket, to be written by what is added first."""
+        self.open, self.reducing = True, False
         self.work.clear()
         self.empty = set(self.parts)
         for parameter in parameters:
@@ -87,6 +90,8 @@ class ReducedGradients(Gradients):
         self._added(table)
 
     def _added(self, parameter: Tensor) -> None:
+        if not self.open:
+            raise RuntimeError("a gradient came before its step began or after it ended: no rank would see it")
         self.empty.discard(id(parameter))
         if not self.reducing:
             return
@@ -101,7 +106,7 @@ class ReducedGradients(Gradients):
             self._reduce(number)
 
     def _reduce(self, number: int) -> None:
-        self.work[number] = distributed.all_reduce(self.buckets[number], async_op=True)
+        self.work[number] = distributed.all_reduce(self.buckets[number], group=self.group, async_op=True)
 
     def finish(self) -> None:
         """Reduce what is left, parameters that played no part, and wait."""
@@ -113,7 +118,7 @@ class ReducedGradients(Gradients):
         for work in self.work.values():
             if work is not None:
                 work.wait()
-        self.reducing = False
+        self.open = self.reducing = False
 
 
 def average(tensors: list[Tensor]) -> None:

@@ -3,15 +3,20 @@
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from lm.models.layers import BatchNorm
+from lm.training import audit
 from tests.backprop.test_rules import (
     LAYERS,
     NETWORKS,
+    T,
+    V,
     assert_same,
     batch,
     make,
@@ -20,6 +25,7 @@ from tests.backprop.test_rules import (
     test_layer_against_autograd,
     test_loss_and_head_in_chunks,
 )
+from tests.test_networks import recipe
 
 MUTANTS = [
     ("linear", "rows.mT @ rows_of(x).to", "2 * rows.mT @ rows_of(x).to", "linear: dW doubled"),
@@ -33,8 +39,8 @@ MUTANTS = [
     ("linear", "dy.reshape(x.shape)", "dy.reshape(x.shape).flip(1)", "flatten: places exchanged"),
     ("linear", "dy * kept * (1 / (1 - p))", "dy * kept", "dropout: scale forgotten"),
     ("linear", "dy = backwards.pop()(dy)", "dy = backwards.pop(0)(dy)", "sequential: order not reversed"),
-    ("rules", "table.grad.scatter_add_(", "table.grad.scatter_(", "embedding: += forgotten for a token seen twice"),
-    ("rules", "parameter.grad += gradient", "parameter.grad = gradient", "tied weights: += forgotten"),
+    ("rules", "known.scatter_add_(", "known.scatter_(", "embedding: += forgotten for a token seen twice"),
+    ("rules", "known += gradient", "known = gradient", "tied weights: += forgotten"),
     ("activations", "dy - dy * y * y", "dy - dy * y", "tanh: square forgotten"),
     ("activations", "dy * y * (1 - y)", "dy * (1 - y)", "sigmoid: factor y dropped"),
     ("activations", "(x > 0).to(x.dtype)", "torch.ones_like(x)", "relu: gradient where it is off"),
@@ -87,10 +93,40 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+UNTIED = ("--model.init_args.net.init_args.tie_weights", "false")  # else the head is the first to add to the table
+RULES, STEP, REDUCED = "backprop.rules", "training.by_hand", "training.reduced"
+ACCUMULATION = [
+    (RULES, "known.scatter_add_(", "known.scatter_(", "a token seen twice counts once"),
+    (RULES, "            known += gradient", "            self.keep(parameter, gradient)", "the last one wins"),
+    (RULES, "            known += gradient", "            pass", "the first one wins"),
+    (RULES, "        if known is None:\n            known = torch.zeros", "        if True:\n            known = torch.zeros", "table anew"),
+    (RULES, "torch.zeros_like(table)", "torch.ones_like(table)", "a table that begins at one"),
+    (RULES, "            parameter.grad = None", "            pass", "the step before is not forgotten"),
+    (STEP, "self.grads.begin(self.parameters)", "pass", "a step is not begun"),
+    (STEP, "(targets.numel() * self.accumulate)", "targets.numel()", "not divided by micro-batches"),
+    (STEP, "(targets.numel() * self.accumulate)", "(targets.numel() * self.accumulate**2)", "divided by them twice"),
+    (STEP, "        scale = self._scale(targets)\n", "        scale = self._scale(targets) * last\n", "a micro-batch lost"),
+    (STEP, "        scale = self._scale(targets)\n", "        self.begin()\n        scale = self._scale(targets)\n", "all but one lost"),
+    (STEP, "for parameter, gradient in zip(self", "for parameter, gradient in () and zip(self", None),  # compiled alone
+    ("training.guard", "positions * world_size / max(1, count)", "1.0", "ignored targets count"),
+    (REDUCED, "torch.mul(gradient, 1 / self.world_size, out=part)", "part.copy_(gradient)", "a first gradient not divided"),
+    (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.add_(gradient)", "a later one not divided"),
+    (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.copy_(gradient / self.world_size)", "overwritten"),
+    (REDUCED, "part.scatter_add_(", "part.scatter_(", "ranks: a token seen twice counts once"),
+    (REDUCED, "rows.to(table.dtype) / self.world_size", "rows.to(table.dtype)", "rows not divided"),
+    (REDUCED, "            part.zero_()\n        part", "            pass\n        part", "rows of the step before"),
+    (REDUCED, "self.empty = set(self.parts)", "self.empty = set()", "ranks: the step before is not forgotten"),
+    (REDUCED, "= distributed.all_reduce(self.buckets[number], group=self.group, async_op=True)", "= None", "not reduced"),
+    (REDUCED, "        if not self.reducing:", "        if False:", "reduced after each micro-batch"),
+    (REDUCED, "uses[id(p)] for p in group", "1 for p in group", "a tied weight reduced before it is whole"),
+    ("training.guard", "positions * world_size / max(1, count)", "positions / max(1, count)", "divided by ranks twice"),
+]  # fmt: skip
+
+
 @contextmanager
 def broken(module: str, old: str, new: str) -> Iterator[None]:
     """Put a changed rule where the right one is, wherever it is used."""
-    target = importlib.import_module(f"lm.backprop.{module}")
+    target = importlib.import_module(f"lm.{module}" if "." in module else f"lm.backprop.{module}")
     source = Path(str(target.__file__)).read_text()
     assert source.count(old) >= 1, f"{module} no longer has: {old}"
     users = [m for name, m in sys.modules.items() if name.startswith(("lm.", "tests.backprop."))]
@@ -106,14 +142,14 @@ def broken(module: str, old: str, new: str) -> Iterator[None]:
     registry = importlib.import_module("lm.backprop.rules")._rules
     rules = dict(registry)
     changed = source.replace(old, new)
-    if module == "rules":  # its registry must outlive the change
+    if module.endswith("rules"):  # its registry must outlive the change
         changed, source = (text.replace("_rules: dict[type, Rule] = {}", "") for text in (changed, source))
     try:
         load(changed)
         yield
     finally:
         load(source)
-        registry.update(rules if module == "rules" else {})
+        registry.update(rules if module.endswith("rules") else {})
 
 
 def checks() -> Iterator[object]:
@@ -151,3 +187,97 @@ def test_the_checks_accept_the_rules_and_reject_every_mutant() -> None:
     assert [name for name, text in verdicts.items() if text == "accepted"] == []
     torch.manual_seed(0)
     assert verdict() == "accepted"  # all is as before
+
+
+def sequence(layer: nn.Module, shape: tuple[int, ...]) -> nn.Sequential:
+    """Put a layer between a table and a head, so that it is a network."""
+    with torch.no_grad():
+        channels = layer(torch.zeros(shape)).shape[-1]
+    return nn.Sequential(nn.Embedding(V, shape[-1]), layer, nn.Linear(channels, V))
+
+
+def checked(dtype: torch.dtype) -> Iterator[str]:
+    """Yield what `lm gradients` would find wrong, network after network."""
+    torch.manual_seed(1)
+    layers = [sequence(build(), shape) for build, shape in LAYERS.values()]
+    nets = [make(name, torch.float32) for name in (*FIRST, *(NETWORKS.keys() - FIRST))]
+    for net in [*nets[: len(FIRST)], *layers, *nets[len(FIRST) :]]:
+        if isinstance(net, nn.Sequential):
+            time = 6 if isinstance(net[1], nn.Conv1d) else T - 3
+            tokens = torch.randint(V, (4, 8, time))
+            with torch.no_grad():
+                kind = net(tokens[0]).shape[:-1]
+            batches = list(zip(tokens, torch.randint(V, (4, *kind)), strict=True))
+        else:
+            batches = [batch(net, 5, ignored=True) for _ in range(4)]
+        for mode in (True, False) if any(isinstance(part, BatchNorm) for part in net.modules()) else (True,):
+            low = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+            with low:
+                tables = audit.check(
+                    net.train(mode).to(torch.float64 if dtype == torch.float64 else torch.float32), batches
+                )
+            for way, table in tables.items():
+                yield from (f"{way}: {row.name}" for row in table if not row.approximate)
+
+
+FIRST = ("gpt today", "mlp by hand", "gated wavenet", "wavenet dense", "seq2seq", "gpt separate", "gpt post norm")
+
+
+def found(dtype: torch.dtype) -> str | None:
+    """Return the first thing that is found wrong."""
+    try:
+        return next(checked(dtype), None)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        return type(error).__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_checker_finds_every_mutant_in_each_arithmetic(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs long sequences, many logits or ignored targets has them."""
+    monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
+    monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
+    assert found(dtype) is None
+    wrong = {}
+    for module, old, new, name in [*MUTANTS, *ACCUMULATION]:
+        if name is not None:
+            with broken(module, old, new):
+                monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
+                monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
+                wrong[f"{module}: {name}"] = found(dtype)
+    print(*wrong.items(), sep="\n")
+    assert [name for name, what in wrong.items() if what is None] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "name"), [one for one in ACCUMULATION if one[3]], ids=lambda v: str(v)[:40]
+)
+def test_lm_gradients_finds_every_wrong_sum(lm, workplace: Path, module: str, old: str, new: str, name: str) -> None:
+    with broken(module, old, new):
+        code, _, err = lm("gradients", "--config", "tiny.yaml", "--json", *UNTIED * ("table" in old or "zero_" in old))
+    assert code == 1, name
+    assert "disagree with autograd (" in err or "could not be found" in err
+
+
+def test_lm_gradients_finds_them_in_bfloat16_too(lm, workplace: Path) -> None:
+    recipe("MLP")
+    for words in ((), ("--model.init_args.net.init_args.bessel", "true")):
+        assert lm("gradients", "--config", "net.yaml", "--dtype", "bfloat16", *words)[0] == 0
+    for module, old, new, _ in [one for one in MUTANTS if "bessel" in one[1]] + ACCUMULATION[:1]:
+        with broken(module, old, new):
+            code, _, err = lm("gradients", "--config", "net.yaml", "--dtype", "bfloat16", *words)
+        assert code == 1 and "in float64" in err, new
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "name"),
+    [o for o in ACCUMULATION if o[0] in (RULES, STEP) and o[3]],
+    ids=lambda v: str(v)[:40],
+)
+def test_an_audit_finds_a_wrong_sum(lm, workplace: Path, module: str, old: str, new: str, name: str) -> None:
+    words = ["--model", "lm.training.ManualLanguageModel", "--model.init_args.audit_every", 2]
+    words += ["--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 3]
+    with broken(module, old, new):
+        code, _, err = lm("fit", "--config", "tiny.yaml", *words, *UNTIED * ("table" in old))
+    assert code == 1, name
+    assert "step 2: the gradient by hand and autograd's disagree at " in err

@@ -1,5 +1,7 @@
 """Every rule and every network against autograd in float64; autograd is here the judge, central differences below."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -242,3 +244,40 @@ def test_a_layer_without_rule_is_named() -> None:
         run(Mine(2, 2), Gradients(), torch.zeros(1, 2))
     for name in NETWORKS:
         check(NETWORKS[name]())
+
+
+def assert_repeatable(forward: Callable[[Gradients], tuple[torch.Tensor, Callable]]) -> None:
+    """A backward pass that is run again says the same, or refuses to: what it kept is gone."""
+    with torch.no_grad():
+        y, backward = forward(Gradients())
+        dy = torch.randn_like(y)
+        first = backward(dy)
+        try:
+            again = backward(dy)
+        except RuntimeError as error:
+            if "run the forward pass again" not in str(error):
+                raise
+        else:
+            assert torch.equal(again, first) if isinstance(first, torch.Tensor) else again is first is None
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layers_backward_pass_a_second_time(name: str) -> None:
+    build, shape = LAYERS[name]
+    layer, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    assert_repeatable(lambda grads: run(layer, grads, x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_networks_backward_pass_a_second_time(name: str) -> None:
+    net = make(name)
+    tokens, _ = batch(net, 5)
+    assert_repeatable(lambda grads: run(net, grads, tokens))
+
+
+def test_a_chain_refuses_a_second_time_even_if_it_is_empty() -> None:
+    for layers in ((), (nn.Tanh(),), (nn.Linear(3, 3), nn.Tanh())):
+        _, backward = run(nn.Sequential(*layers), Gradients(), torch.randn(2, 3))
+        backward(torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match="run the forward pass again"):
+            backward(torch.ones(2, 3))

@@ -21,7 +21,7 @@ def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
     if sizes.get("corpus") in ("shakespeare", "names"):
         request.getfixturevalue("reference")
     words = ["gradients", "--config", config, "--json"]
-    if config.stem in ("gpt2-124m", "shakespeare"):  # at their size, by hand: a minute each
+    if config.stem in ("gpt2-124m", "shakespeare") or config.parent.name == "gpt3":  # at their size: minutes each
         words += [word for name, value in SMALL.items() for word in (f"{NET}.{name}", value)]
         words += ["--data.init_args.block_size", 16]
     code, out, err = lm(*words)
@@ -84,7 +84,7 @@ def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
     for parameter in net.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     tokens, targets = torch.randint(7, (6, 3)), torch.randint(7, (6,))
-    assert all(row.approximate for row in atomic.against_autograd(net, tokens, targets, torch.float64))
+    assert all(row.approximate for row in atomic.against_autograd(net, tokens, targets))
     source = Path(atomic.__file__).read_text()
     tried = 0
     for old, new in BREAKS.items():
@@ -93,7 +93,7 @@ def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
         space: dict = {"__name__": "broken"}
         exec(compile(source.replace(line, line.split("#")[0].replace(old, new, 1)), "broken", "exec"), space)
         try:
-            good = all(row.approximate for row in space["against_autograd"](net, tokens, targets, torch.float64))
+            good = all(row.approximate for row in space["against_autograd"](net, tokens, targets))
         except (RuntimeError, KeyError):
             good = False
         assert not good, (line, old, new)
@@ -108,7 +108,49 @@ def test_disagreement_is_exit_1(lm, workplace: Path, monkeypatch: pytest.MonkeyP
     code, out, err = lm("gradients", "--config", "net.yaml", "--json")
     assert code == 1
     assert json.loads(out.splitlines()[-1])["ok"] is False
-    assert "disagree with autograd: " in err and "h.0.ln_1.weight" in err
+    assert "disagree with autograd (one batch; 4 micro-batches; 2 ranks): " in err and "h.0.ln_1.weight" in err
+    lines = lm("gradients", "--config", "net.yaml")[1].splitlines()
+    assert lines[0].split() == ["gradient", "shape", "agrees", "difference", "relative"]
+    said = {line.split()[0]: line.split()[-3] for line in lines[1:]}
+    assert said["h.0.ln_1.weight"] == "NO" and said["lm_head.weight"] == "yes"
+
+
+def test_a_compiled_graph_is_compared_where_training_has_one(
+    lm, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler itself is tried by a slow test; here a wrong one stands in."""
+    from lm.training import by_hand
+
+    recipe("GPT")
+
+    def wrong() -> by_hand.Compiled:
+        def compiled(*arguments: object) -> tuple:
+            loss, found = by_hand._functional(*arguments)
+            return loss, [None if gradient is None else 1.01 * gradient for gradient in found]
+
+        return compiled
+
+    monkeypatch.setattr("lm.cli.gradients.compile_pass", wrong)
+    assert lm("gradients", "--config", "net.yaml")[0] == 0
+    code, _, err = lm("gradients", "--config", "net.yaml", "--model.init_args.compile", "true")
+    assert code == 1 and "disagree with autograd (one batch; 4 micro-batches): " in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_what_the_compiler_makes_agrees(lm, workplace: Path, dtype: str) -> None:
+    """With dropout: the graph draws the masks that autograd draws."""
+    recipe("GPT")
+    words = ("--dtype", dtype, "--model.init_args.compile", "true")
+    code, out, err = lm("gradients", "--config", "net.yaml", *words)
+    assert code == 0, out + err
+
+
+def test_a_rule_that_fails_is_one_line(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe("GPT")
+    monkeypatch.setitem(_rules, torch.nn.LayerNorm, lambda layer, grads, x: (layer(x), lambda dy: dy[0, 0, 0, 0]))
+    code, _, err = lm("gradients", "--config", "net.yaml")
+    assert code == 1 and len(err.strip().splitlines()) == 1 and "could not be found: IndexError" in err
 
 
 @pytest.mark.parametrize(("words", "says"), [

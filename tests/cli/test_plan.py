@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import distributed
 from torch.optim import AdamW
 
-from lm.models import GPT
+from lm.cli.plan import BYTES, TIMES, spelled
+from lm.models import GPT, GatedWaveNet, Seq2Seq
 from lm.training import planning
 from tests.conftest import ROOT
+from tests.test_configs import CONFIGS
 
 MEASURE = """
 import json, sys, torch
@@ -98,6 +103,8 @@ def test_memory_of_strategies_adds_up() -> None:
     assert planning.copied(alone, 1) == alone
     assert planning.copied(alone, 64).gradients == alone.weights
     assert planning.sharded(recipe, alone, 64).peak < alone.peak < planning.copied(alone, 64).peak
+    begin, end, worst = planning.moments(recipe)
+    assert worst == alone and begin.activations > end.activations and begin.gradients == 0 < end.gradients
     assert planning.memory(recipe, recompute=True).activations < alone.activations
     half = recipe_of(5000, BIG, 2, "bf16-true")
     assert planning.memory(half).weights == alone.weights / 2 and torch.get_default_dtype() == torch.float32
@@ -129,3 +136,106 @@ def test_the_command(lm, workplace: Path) -> None:
 def test_bad_input(lm, workplace: Path, words: tuple, expected: str) -> None:
     code, _, err = lm("plan", "--config", "tiny.yaml", *words)
     assert code == 2 and expected in err and len(err.splitlines()) == 1
+
+
+DEEP = {
+    "gpt": (GPT, {"n_head": 2, "n_embd": 32}, "32-true", 1),
+    "gpt, wide": (GPT, {"n_head": 2, "n_embd": 128}, "bf16-mixed", 2),
+    "seq2seq": (Seq2Seq, {"n_head": 2, "n_embd": 32, "start_token": 1}, "bf16-true", 8),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
+    kind, size, precision, batch = DEEP[name]
+    shape, make_net = (batch, 16), partial(kind, 50, 16, n_layer=8, **size)
+    deep = planning.Recipe(make_net, lambda groups: AdamW(groups, fused=True), shape, shape, precision, 1, 8)
+    whole = replace(deep, layers=None)
+    assert deep.deep and not whole.deep
+    assert planning.parameters(deep) == planning.parameters(whole) == sum(p.numel() for p in make_net().parameters())
+    assert planning.flops_per_token(deep) == planning.flops_per_token(whole)
+    assert planning.largest_share(deep, 3) == planning.largest_share(whole, 3)
+    assert planning.at_once(deep) == planning.at_once(whole)
+    for again in (False, True):
+        exact, found = (planning.moments(recipe, recompute=again) for recipe in (whole, deep))
+        for a, b in zip(exact[:2], found[:2], strict=True):
+            assert (b.weights, b.gradients, b.optimizer) == (a.weights, a.gradients, a.optimizer)
+            assert b.activations == pytest.approx(a.activations, rel=1e-3, abs=1000)
+        assert planning.memory(deep, recompute=again).peak == pytest.approx(max(m.peak for m in exact), rel=0.03)
+
+
+def test_layers_that_differ_are_counted_one_by_one() -> None:
+    """The dilation of a gated WaveNet's layers doubles, so a few do not tell the rest."""
+    make_net = partial(GatedWaveNet, 50, 16, n_layer=7, n_embd=8)
+    assert not planning.Recipe(make_net, AdamW, (2, 16), (2, 16), layers=7).deep
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_recipe_is_planned(lm, reference: Path, config: Path) -> None:
+    code, out, err = lm("plan", "--config", config, "--num_nodes", 64 if config.stem == "175b" else 1, "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert {"parameters", "memory_gb_per_device", "tokens_per_step", "hours", "strategy"} <= found.keys()
+    assert found["memory_gb_per_device"] > 0 and found["hours"] > 0
+    assert " 0.00 " not in err and ("none fits" in err) == (found["remedy"] is not None)
+
+
+GPT3 = {  # Brown et al. 2020, table 2.1: millions of parameters; layers, width, thousands of tokens a step, rate
+    "125m": (125, 12, 768, 500, 6.0e-4),
+    "350m": (350, 24, 1024, 500, 3.0e-4),
+    "760m": (760, 24, 1536, 500, 2.5e-4),
+    "1.3b": (1300, 24, 2048, 1000, 2.0e-4),
+    "2.7b": (2700, 32, 2560, 1000, 1.6e-4),
+    "6.7b": (6700, 32, 4096, 2000, 1.2e-4),
+    "13b": (13000, 40, 5140, 2000, 1.0e-4),
+    "175b": (175000, 96, 12288, 3200, 0.6e-4),
+}
+
+
+@pytest.mark.parametrize("name", GPT3)
+def test_gpt3s_sizes_are_the_papers(lm, reference: Path, name: str) -> None:
+    """One head of 13B makes its width 5120; the paper rounds counts and batches."""
+    millions, layers, width, thousands, rate = GPT3[name]
+    text = yaml.safe_load((ROOT / f"configs/gpt3/{name}.yaml").read_text())
+    net, data = text["model"]["init_args"]["net"]["init_args"], text["data"]["init_args"]
+    assert net["n_layer"] == layers and net["n_embd"] == pytest.approx(width, rel=0.004)
+    assert data["batch_size"] * 2048 == pytest.approx(1000 * thousands, rel=0.05)
+    assert text["model"]["init_args"]["optimizer"]["init_args"]["lr"] == rate
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(50257, 2048, **{**net, "n_layer": 1}).parameters())
+        block = sum(p.numel() for p in GPT(50257, 2048, **{**net, "n_layer": 2}).parameters()) - count
+    assert count + (layers - 1) * block == pytest.approx(1e6 * millions, rel=0.025)
+    assert text["trainer"]["max_steps"] * data["batch_size"] * 2048 == pytest.approx(300e9, rel=0.001)
+
+
+def test_one_that_fits_nowhere_is_told_what_would_do(lm, reference: Path) -> None:
+    words = ("plan", "--config", ROOT / "configs/gpt3/175b.yaml")
+    code, out, err = lm(*words)
+    assert code == 0, err
+    assert "none fits: 32 devices would do, with trainer.strategy fsdp2, model.activation_checkpointing true" in out
+    net = ("--model.init_args.net.init_args.n_embd", 96 * 4096, "--data.init_args.batch_size", 1)
+    assert "none fits: not on any number of these, as one layer and one sequence need" in lm(*words, *net)[1]
+
+
+@pytest.mark.parametrize("size", [10**9, 10**12, 10**19])
+def test_sizes_that_no_tensor_can_have(lm, workplace: Path, size: int) -> None:
+    code, _, err = lm("plan", "--config", "tiny.yaml", "--model.init_args.net.init_args.n_embd", 2 * size)
+    assert code == 2 and len(err.splitlines()) == 1 and "model.net" in err
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (0.0, "0"),
+        (1e-9, "3.6 microseconds"),
+        (0.5, "30 minutes"),
+        (2.0, "2 hours"),
+        (36.0, "1.5 days"),
+        (8760.0, "1 years"),
+    ],
+)
+def test_units_fit_the_number(hours: float, text: str) -> None:
+    assert spelled(hours, TIMES) == text
+    assert (
+        spelled(2e-5, BYTES) == "20 KB" and spelled(1536.0, BYTES) == "1.54 TB" and spelled(1e-9, BYTES) == "0.001 KB"
+    )

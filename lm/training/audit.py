@@ -1,0 +1,225 @@
+"""Gradients by hand, as training finds them, beside autograd's.
+
+What is checked is `StepByHand`: the rules, what adds their gradients up, its reduction over ranks, and the compiled
+graph where training has one. What must come out is added up here, apart from all of that.
+
+Shapes: B sequences, T tokens.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lm.backprop import Gradients
+from lm.backprop.compare import (
+    DIFFERENCES,
+    Row,
+    along,
+    by_autograd,
+    in_float64,
+    nats,
+    rows,
+    tolerances,
+    undisturbed,
+    wider,
+)
+from lm.data.module import IGNORED
+from lm.training.by_hand import Compiled, StepByHand
+from lm.training.guard import share_gradient
+from lm.training.reduced import ReducedGradients
+
+Batch = tuple[Tensor, Tensor]
+PATIENCE = timedelta(minutes=30)  # of a rank for the other, which computes after it
+
+
+class Reference:
+    """What the gradient of a step must be: that of the mean cross-entropy over all that it predicts, by autograd.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.predictions = 0
+        self.mean: dict[str, Tensor] = {}
+        self.wide: dict[str, Tensor] = {}  # the same with more digits, which shows autograd's own error
+
+    def see(self, tokens: Tensor, targets: Tensor) -> None:
+        """Look at a micro-batch before it is trained on: at the same weights, with the same random numbers."""
+        count = int((targets != IGNORED).sum())
+        self.predictions += count
+        part = count / max(1, self.predictions)
+        for mean, find in ((self.mean, by_autograd), (self.wide, wider)):
+            for name, gradient in (find(self.net, tokens, targets) or {}).items():
+                mean[name] = torch.lerp(mean[name], gradient, part) if name in mean else gradient
+
+    def compare(self, net: nn.Module | None = None, total: Callable[[Tensor], Tensor] | None = None) -> list[Row]:
+        """Compare with the `.grad` of a network's parameters.
+
+        Args:
+            net: The same network or a copy.
+            total: Returns the sum over the ranks, of those that each saw their own micro-batches.
+        """
+        mean, wide = self.mean, self.wide
+        if total is not None:
+            own = torch.tensor(float(self.predictions), device=next(self.net.parameters()).device)
+            part = self.predictions / max(1.0, float(total(own.clone())))
+            mean, wide = ({name: total(g * part) for name, g in one.items()} for one in (mean, wide))
+        found = {name: p.grad for name, p in (net or self.net).named_parameters() if p.requires_grad}
+        whole = {name: torch.zeros_like(mean[name]) if g is None else g for name, g in found.items()}
+        return rows(mean, whole, tolerances(mean, wide))
+
+
+def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
+    """Compare the rules with autograd on some tokens in float64, where a wrong formula cannot pass for rounding.
+
+    Returns:
+        The comparison; nothing where the network is in float64 itself, or its device has none.
+    """
+    parameter = next(net.parameters())
+    if parameter.dtype == torch.float64 or parameter.device.type == "mps":
+        return []
+    with torch.autocast(parameter.device.type, enabled=False):
+        return _alone(in_float64(net), [cut(tokens, targets, 1024)], None)
+
+
+def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
+    """Return some tokens of a batch: as many sequences as that makes, at least two, and long ones from their begin."""
+    if targets.ndim == 2:
+        tokens, targets = tokens[:, :count], targets[:, :count]
+    rows = max(2, count // tokens.shape[1])
+    return tokens[:rows], targets[:rows].clone(memory_format=torch.contiguous_format)
+
+
+def fitted(net: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient."""
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> dict[str, list[Row]]:
+    """Compare a network's gradients by hand with autograd's, in each way in which training finds them.
+
+    In fewer digits than float64, the rules are checked in float64 too: what rounding hides, shows there. The network,
+    its random state and its running statistics stay as they are.
+
+    Args:
+        net: Its mode, train or eval, is what is compared; its type and autocast say the arithmetic.
+        batches: Four micro-batches of a shape: tokens int64 (B, T) and targets int64, (B, T) or (B,).
+        compiled: What training finds the gradients of a micro-batch with, where it compiles.
+
+    Returns:
+        The comparison by the way that the gradients were found; the first is the plainest.
+    """
+    net, tables = copy.deepcopy(net), {}
+    rounded = torch.is_autocast_enabled("cpu") or next(net.parameters()).dtype != torch.float64
+    note = ""
+    if rounded:
+        tables["one batch"] = _usual([_alone(net, [batch], compiled) for batch in batches])
+        net, compiled, note = net.double(), None, ", in float64"
+    with torch.autocast("cpu", enabled=False):
+        grads = Gradients()  # one for both: what the first step leaves must not be in the second
+        tables[f"one batch{note}"] = _alone(net, batches[:1], compiled, grads)
+        tables[f"{len(batches)} micro-batches{note}"] = _alone(net, batches, compiled, grads)
+        if distributed.is_gloo_available():
+            tables[f"2 ranks{note}"] = _on_two_ranks(net, batches)
+    return tables
+
+
+def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> list[Row]:
+    """Compare slopes of a step's loss along a random direction of each parameter with central differences.
+
+    Args:
+        net: In float64: fewer digits show nothing. It stays as it is, but for its gradients.
+        batches: Micro-batches of a shape, as `check` takes them.
+        compiled: What training finds the gradients of a micro-batch with, where it compiles.
+    """
+    predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+
+    def loss() -> Tensor:
+        with undisturbed(net), torch.enable_grad():  # without, attention's kernels would draw other dropout masks
+            sums = [nats(net, tokens, targets).detach() for tokens, targets in batches]
+        return torch.stack(sums).sum() / predictions
+
+    step = StepByHand(net, fitted(net), Gradients(), accumulate=len(batches), compiled=compiled)
+    with undisturbed(net):
+        _end(step, _add(step, batches), batches)
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters() if p.requires_grad
+    }
+    with torch.random.fork_rng():  # the losses that follow must draw the dropout masks that the gradients saw
+        directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
+    slopes = {name: (found[name] * direction).sum() for name, direction in directions.items()}
+    return rows(along(net, loss, directions), slopes, dict.fromkeys(found, DIFFERENCES))
+
+
+def _alone(
+    net: nn.Module, batches: list[Batch], compiled: Compiled | None, grads: Gradients | None = None
+) -> list[Row]:
+    """Check a step of one process."""
+    step = StepByHand(net, fitted(net), grads or Gradients(), accumulate=len(batches), compiled=compiled)
+    reference = Reference(net)
+    with undisturbed(net):
+        losses = _add(step, batches, reference)
+        _end(step, losses, batches)
+    return reference.compare()
+
+
+def _usual(tables: list[list[Row]]) -> list[Row]:
+    """Return the first of several comparisons, with the verdict of most: a wrong rule is wrong on every batch.
+
+    Right ones can differ on one where rounding takes a ReLU to the other side of its kink.
+    """
+    chosen = []
+    for found in zip(*tables, strict=True):
+        wrong = [row for row in found if not row.approximate]
+        right = [row for row in found if row.approximate]
+        chosen.append(wrong[0] if len(wrong) > len(right) else right[0])
+    return chosen
+
+
+def _add(step: StepByHand, batches: list[Batch], reference: Reference | None = None) -> list[Tensor]:
+    step.begin()
+    losses = []
+    for i, batch in enumerate(batches):
+        if reference is not None:
+            reference.see(*batch)
+        losses.append(step.add(*batch, last=i + 1 == len(batches)))
+    return losses
+
+
+def _end(step: StepByHand, losses: list[Tensor], batches: list[Batch], group: Any = None) -> None:
+    step.finish()
+    if step.divided:
+        gradients = [p.grad for p in step.parameters if p.grad is not None]
+        share_gradient(gradients, losses, [targets for _, targets in batches], step.world_size, [], group)
+
+
+def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
+    """Check a step of two ranks, after another step: both are in this process, where they meet by gloo as elsewhere."""
+    reference = Reference(net)
+    nets, shares = [net, copy.deepcopy(net)], [batches[:2], batches[2:]]
+    with _two_ranks() as (groups, pool):
+        steps = [
+            StepByHand(one, fitted(one), ReducedGradients(one, 2, group), accumulate=2, world_size=2)
+            for one, group in zip(nets, groups, strict=True)
+        ]
+        for seen in (None, reference):
+            with undisturbed(net):
+                losses = [_add(step, share, seen) for step, share in zip(steps, shares, strict=True)]
+            list(pool.map(_end, steps, losses, shares, groups))  # each waits for the other
+    first, second = (reference.compare(one) for one in nets)
+    return [b if a.approximate and not b.approximate else a for a, b in zip(first, second, strict=True)]
+
+
+@contextmanager
+def _two_ranks() -> Iterator[tuple[list[Any], ThreadPoolExecutor]]:
+    store = distributed.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        yield list(pool.map(lambda rank: distributed.ProcessGroupGloo(store, rank, 2, PATIENCE), range(2))), pool

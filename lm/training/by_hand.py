@@ -1,0 +1,95 @@
+"""StepByHand: a step's gradient by the rules of lm.backprop. Training takes it from here, and so does its check.
+
+Shapes: B sequences, T tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lm.backprop import Gradients, loss_and_gradients
+from lm.backprop.rules import Collected
+from lm.data.module import IGNORED
+
+Compiled = Callable[..., tuple[Tensor, list[Tensor | None]]]
+
+
+class StepByHand:
+    """Adds up the gradient of a step: `begin`, `add` for each of its micro-batches, `finish`.
+
+    Args:
+        net: The network.
+        parameters: Those that are fitted.
+        grads: Where gradients are added up.
+        accumulate: Micro-batches of a step on each rank.
+        world_size: Number of ranks.
+        compiled: What `compile_pass` returned; None for no compiler.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        parameters: list[nn.Parameter],
+        grads: Gradients,
+        *,
+        accumulate: int = 1,
+        world_size: int = 1,
+        compiled: Compiled | None = None,
+    ) -> None:
+        self.net, self.parameters, self.grads = net, parameters, grads
+        self.accumulate, self.world_size, self.compiled = accumulate, world_size, compiled
+        self.divided = accumulate * world_size > 1
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin a step: nothing is known of the gradients."""
+        self.grads.begin(self.parameters)
+
+    @torch.no_grad()
+    def add(self, tokens: Tensor, targets: Tensor, *, last: bool, eager: bool = False) -> Tensor:
+        """Add the gradient of a micro-batch.
+
+        Args:
+            tokens: int64 (B, T).
+            targets: int64, (B, T) or (B,).
+            last: Whether it is this rank's last of the step.
+            eager: Whether each layer is to be seen, so that no compiled graph may be used.
+
+        Returns:
+            The loss, as `share_loss` wants it.
+        """
+        if last:
+            self.grads.last_pass()
+        scale = self._scale(targets)
+        if self.compiled is None or eager:
+            loss = loss_and_gradients(self.net, self.grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+        else:
+            loss, found = self.compiled(self.net, self.parameters, tokens, targets, scale)
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                if gradient is not None:
+                    self.grads.add(parameter, gradient)
+        return loss * scale * self.accumulate if self.divided else loss
+
+    def finish(self) -> None:
+        """End the step on this rank: its gradients are whole, the mean over the ranks."""
+        self.grads.finish()
+
+    def _scale(self, targets: Tensor) -> float | Tensor:
+        """Return the weight of a micro-batch's mean loss in the step's, see `share_loss`."""
+        if not self.divided:
+            return 1.0
+        return (targets != IGNORED).sum().to(self.parameters[0].dtype) / (targets.numel() * self.accumulate)
+
+
+def compile_pass() -> Compiled:
+    """Return the forward and the backward pass as one graph; it draws the random numbers that it would uncompiled."""
+    return torch.compile(_functional, dynamic=False, fullgraph=True, options={"fallback_random": True})
+
+
+def _functional(
+    net: nn.Module, parameters: list[nn.Parameter], tokens: Tensor, targets: Tensor, scale: float | Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    grads = Collected()
+    loss = loss_and_gradients(net, grads, tokens, targets, ignore_index=IGNORED, scale=scale)
+    return loss, [grads.found.get(parameter) for parameter in parameters]
