@@ -123,7 +123,7 @@ class Fit(parsing.Recipes):
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
-        lightning_callbacks.mend(trainer)
+        lightning_callbacks.mend(trainer, self.say)
         for logger in trainer.loggers:
             harmless.guard(logger)
         # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours

@@ -39,8 +39,6 @@ def quiet() -> None:
     """Silence what Lightning and torch say that a user of `lm` can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):  # what was asked for
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists.*",

@@ -4,6 +4,7 @@ docs/lightning.md lists all of them. Lightning counts batches and epochs where a
 steps are put right in one place, see `Loop`.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as parts
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lm.errors import CommandError, UserError
@@ -91,7 +93,7 @@ def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
         run: Folder of the run's checkpoints.
     """
     for callback in callbacks:
-        name = f"trainer.callbacks: {type(callback).__name__}"
+        name = "trainer.max_time" if isinstance(callback, MaxTime) else f"trainer.callbacks: {type(callback).__name__}"
         for kind, reason in CALLBACKS.items():
             if isinstance(callback, kind):
                 raise UserError(f"{name}: {reason}")
@@ -118,15 +120,25 @@ def take_over(settings: dict[str, Any], run: Path) -> None:
     callbacks = settings["callbacks"] or []
     settings["callbacks"] = callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     if settings["max_time"] is not None:
-        callbacks.append(MaxTime(settings["max_time"]))
+        callbacks.append(_max_time(settings["max_time"]))
         settings["max_time"] = None
+    settings["min_epochs"] = 0  # with min_steps, Lightning would wait for the end of an epoch that has none
     refuse_callbacks(callbacks, run)
     if any(isinstance(callback, parts.ProgressBar) for callback in callbacks):
         settings["enable_progress_bar"] = True
 
 
-def mend(trainer: Trainer) -> None:
-    """Let Lightning's loop, bars and monitors count steps."""
+def mend(trainer: Trainer, say: Callable[[str], None]) -> None:
+    """Let Lightning's loop, bars and monitors count steps, and print what they are asked for.
+
+    Args:
+        trainer: Has them.
+        say: Prints a line.
+    """
+    for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        logger.handlers, logger.propagate = [Said(say)], False
+        logger.setLevel(logging.INFO)  # Lightning's others are kept quiet
     trainer.fit_loop.epoch_loop.__class__ = Loop
     trainer._logger_connector.__class__ = Connector
     mixins: dict[type[Callback], type[Callback]] = {
@@ -138,6 +150,22 @@ def mend(trainer: Trainer) -> None:
             if isinstance(callback, kind):
                 own = type(callback)
                 callback.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+
+
+class Said(logging.Handler):
+    """Prints what a part of Lightning logs as any other line of the run.
+
+    Args:
+        say: Prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print."""
+        self.say(record.getMessage())
 
 
 class Loop(_TrainingEpochLoop):
@@ -211,6 +239,9 @@ class StepBar(parts.ProgressBar):
 class AfterTheStep(Callback):
     """Mixed into a monitor that looks before a step, when its learning rate is not set yet: it looks after it."""
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: there is but one epoch."""
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Wait."""
 
@@ -233,6 +264,13 @@ class MaxTime(parts.Timer):
         """Do nothing."""
 
 
+def _max_time(duration: Any) -> MaxTime:
+    try:
+        return MaxTime(duration)
+    except (MisconfigurationException, TypeError, OverflowError) as error:
+        raise UserError(f"trainer.max_time is {duration}: say DD:HH:MM:SS, or a mapping as hours: 2") from error
+
+
 class Endings(Callback):
     """Sees that what other callbacks need is there, ends an early end between two steps, and says why it came.
 
@@ -242,7 +280,7 @@ class Endings(Callback):
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self._wanted = self._between = False
+        self._wanted = self._begun = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the schedule at all steps, and that what is monitored will be there."""
@@ -265,24 +303,24 @@ class Endings(Callback):
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that a step is under way."""
-        self._between = False
+        """Note that this start has begun a step."""
+        self._begun = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put off an end that a callback wants in the middle of a step: random numbers of half a step are drawn."""
         self._wanted |= trainer.should_stop
-        self._between = progress.step_finished(trainer, batch_idx)
-        trainer.should_stop = self._wanted and self._between
+        trainer.should_stop = self._wanted and progress.step_finished(trainer, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let `Checkpoints` save where something failed between two steps, a callback or the data: no step is lost.
 
         Of several ranks, which save together, the others do not know; a GPU that failed has nothing to save.
         """
+        finished = self._begun and trainer.global_step == trainer.fit_loop.epoch_loop._batches_that_stepped
         unknown = isinstance(exception, Exception) and not isinstance(exception, CommandError | torch.AcceleratorError)
-        if self._between and trainer.world_size == 1 and unknown:
+        if finished and unknown and trainer.world_size == 1:
             exception.at_boundary = True  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
