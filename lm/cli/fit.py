@@ -55,6 +55,7 @@ class Fit(parsing.Recipes):
         log.take_over(name)
         limits = config.trainer
         lightning_callbacks.refuse_settings(limits)
+        lightning_callbacks.fill_in(limits.callbacks)
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.max_steps < 1 and not limits.fast_dev_run:
@@ -110,7 +111,7 @@ class Fit(parsing.Recipes):
         callbacks = [
             _Opening(self),
             RandomState(self.config_init.seed_everything),
-            Console(self.stream, self.name),
+            Console(self.stream, self.name, bar=not settings["enable_progress_bar"]),
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,

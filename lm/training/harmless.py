@@ -43,6 +43,10 @@ def guard(logger: Logger) -> None:
 
 def _say_once(owner: Any, error: Exception) -> None:
     """Print a line about an error, unless the same object has had one of its kind."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # TensorBoardLogger makes a ValueError of a full disk
+        cause = cause.__cause__ or cause.__context__
+    error = cause if isinstance(cause, Exception) else error
     said = vars(owner).setdefault("_errors_said", set())
     kind = (type(error), getattr(error, "errno", None))
     if kind in said:

@@ -85,6 +85,18 @@ def refuse_settings(settings: Any) -> None:
         raise UserError("trainer.profiler xla is for TPUs, which lm does not use: simple, advanced or pytorch")
 
 
+def fill_in(callbacks: Any) -> None:
+    """Say for ThroughputMonitor, where a recipe does not, how many sequences and tokens a batch has.
+
+    Args:
+        callbacks: As they stand in the parsed recipe, changed in place.
+    """
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if str(getattr(callback, "class_path", "")).endswith(".ThroughputMonitor"):
+            for name, count in (("batch_size_fn", sequences), ("length_fn", tokens)):
+                callback.init_args[name] = callback.init_args.get(name) or count
+
+
 def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
     """Raise a UserError for a callback that would make another training of this, or could do nothing in it.
 
@@ -349,7 +361,7 @@ def _reason(callback: Callback) -> str | None:
 
 
 def sequences(batch: tuple[Tensor, Tensor]) -> int:
-    """Return how many sequences a batch has; of several steps' batches, all of them. For ThroughputMonitor.
+    """Return how many sequences a batch has; of several steps' batches, all of them.
 
     Args:
         batch: tokens (B, T) or (K, B, T), and targets.
@@ -358,5 +370,5 @@ def sequences(batch: tuple[Tensor, Tensor]) -> int:
 
 
 def tokens(batch: tuple[Tensor, Tensor]) -> int:
-    """Return how many tokens a batch has, (B, T) or (K, B, T). For ThroughputMonitor."""
+    """Return how many tokens a batch has, (B, T) or (K, B, T)."""
     return batch[0].numel()

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ WAYS = {
     "two steps a call": ["--model.init_args.steps_per_call", 2],
 }
 OWN = """
-import os, signal
+import contextlib, os, signal
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lm.training import schedules
@@ -57,6 +59,13 @@ class Killed(CSVLogger):
     def log_metrics(self, metrics, step=None):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+
+class Fills(Callback):  # the disk of the logs
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            with open("logs/filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 12))
 
 class Late(schedules.Constant):
     def after_warmup(self, step, max_steps):
@@ -404,13 +413,9 @@ def device_stats(fit: Run, *way: object) -> None:
 
 
 def throughput(fit: Run, *way: object) -> None:
-    functions = {f"{a}_fn": f"lm.training.lightning_callbacks.{b}" for a, b in THROUGHPUT.items()}
-    assert "flops" not in done(fit(*way, *named("ThroughputMonitor", window_size=2, **functions)))
+    assert "flops" not in done(fit(*way, *named("ThroughputMonitor", window_size=2)))
     found = {int(row["step"]): float(row["train/samples"]) for row in rows() if row["train/samples"]}
     assert found == ({2: 8.0, 4: 16.0} if "steps_per_call" in str(way) else {1: 4.0, 2: 8.0, 3: 12.0, 4: 16.0})
-
-
-THROUGHPUT = {"batch_size": "sequences", "length": "tokens"}
 
 
 def bar(kind: str) -> Callable[..., None]:
@@ -488,6 +493,23 @@ def test_a_logger_that_fails_is_said_once_and_costs_nothing(fit: Run) -> None:
         assert err.count(f"note: Broken failed ({kind}): training goes on") == 1
     assert err.count("\n") == 3
     assert equal(weights(), weights(Path("checkpoints/other/last.ckpt")))
+
+
+def test_a_full_disk_of_the_logs_costs_no_step(fit: Run, workplace: Path) -> None:
+    (workplace / "logs").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "logs"]
+    if os.getuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        code, _, err = fit(*named("own.Fills"), "--trainer.max_steps", 40)
+        assert code == 0, err
+        assert 0 < err.count("note: ") == err.count("No space left on device") == err.count("\n") < 5, err
+        assert checkpoint.peek(LAST)["step"] == 40
+        Path("logs/filler").unlink()
+        done(fit("--ckpt_path", "last", "--trainer.max_steps", 42))
+        assert [int(row["step"]) for row in rows()][-2:] == [41, 42]
+    finally:
+        subprocess.run(["umount", "logs"], check=True)
 
 
 def test_a_signal_inside_a_logger_comes_through(fit: Run) -> None:
