@@ -55,7 +55,6 @@ class Fit(parsing.Recipes):
         log.take_over(name)
         limits = config.trainer
         lightning_callbacks.refuse_settings(limits)
-        lightning_callbacks.fill_in(limits.callbacks)
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.max_steps < 1 and not limits.fast_dev_run:

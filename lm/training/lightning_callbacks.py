@@ -85,18 +85,6 @@ def refuse_settings(settings: Any) -> None:
         raise UserError("trainer.profiler xla is for TPUs, which lm does not use: simple, advanced or pytorch")
 
 
-def fill_in(callbacks: Any) -> None:
-    """Say for ThroughputMonitor, where a recipe does not, how many sequences and tokens a batch has.
-
-    Args:
-        callbacks: As they stand in the parsed recipe, changed in place.
-    """
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if str(getattr(callback, "class_path", "")).endswith(".ThroughputMonitor"):
-            for name, count in (("batch_size_fn", sequences), ("length_fn", tokens)):
-                callback.init_args[name] = callback.init_args.get(name) or count
-
-
 def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
     """Raise a UserError for a callback that would make another training of this, or could do nothing in it.
 
@@ -361,7 +349,7 @@ def _reason(callback: Callback) -> str | None:
 
 
 def sequences(batch: tuple[Tensor, Tensor]) -> int:
-    """Return how many sequences a batch has; of several steps' batches, all of them.
+    """Return how many sequences a batch has, of several steps' batches all; ThroughputMonitor wants such a function.
 
     Args:
         batch: tokens (B, T) or (K, B, T), and targets.
@@ -370,5 +358,5 @@ def sequences(batch: tuple[Tensor, Tensor]) -> int:
 
 
 def tokens(batch: tuple[Tensor, Tensor]) -> int:
-    """Return how many tokens a batch has, (B, T) or (K, B, T)."""
+    """Return how many tokens a batch has, (B, T) or (K, B, T); see `sequences`."""
     return batch[0].numel()
