@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, compute, disk, folders, loggers
+from lm.training import (
+    ManualLanguageModel,
+    checkpoint,
+    compute,
+    disk,
+    folders,
+    harmless,
+    lightning_callbacks,
+    loggers,
+)
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -51,10 +60,12 @@ class Fit(parsing.Recipes):
         """Find the run's folders and the checkpoint to start from, before anything costs time."""
         config = self.config
         name = parsing.run_name(config)
-        self.checkpoints, self.logs, self.name = Path("checkpoints") / name, Path("logs") / name, name
+        root = Path(config.trainer.default_root_dir or "")
+        self.checkpoints, self.logs, self.name = root / "checkpoints" / name, root / "logs" / name, name
         self.stream = common.output(config.json)
         log.take_over(name)
         limits = config.trainer
+        lightning_callbacks.refuse_settings(limits)
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.max_steps < 1 and not limits.fast_dev_run:
@@ -89,6 +100,7 @@ class Fit(parsing.Recipes):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
+        lightning_callbacks.take_over(settings, self.checkpoints)
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
@@ -107,13 +119,13 @@ class Fit(parsing.Recipes):
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
         self.files = checkpoint.AtomicCheckpointIO(self.ckpt_path)
         settings["plugins"] = [*_listed(settings["plugins"]), self.files]
-        settings["default_root_dir"] = settings["default_root_dir"] or str(self.logs)
+        settings["default_root_dir"] = str(self.logs)  # where Lightning's own parts put what they write
         keeper: Checkpoints = self.config_init.checkpoint
         keeper.folder, keeper.start = self.checkpoints, self.start
         callbacks = [
             _Opening(self),
             RandomState(self.config_init.seed_everything),
-            Console(self.stream, self.name),
+            Console(self.stream, self.name, bar=not settings["enable_progress_bar"]),
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,
@@ -121,10 +133,14 @@ class Fit(parsing.Recipes):
             FrozenHeap(),
             KeptMemory(),
             OwnCores(),
+            lightning_callbacks.Endings(self.say),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
+        lightning_callbacks.mend(trainer, self.say)
+        for logger in trainer.loggers:
+            harmless.guard(logger)
         # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
@@ -201,7 +217,8 @@ class Fit(parsing.Recipes):
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
                     checkpoint.renew_last(self.checkpoints, self.ckpt_path)
-            self._fit(module)
+            with redirect_stdout(self.stream):  # Lightning's bars and tables, too
+                self._fit(module)
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
         tokens = module.step_log.tokens_since_start(step)

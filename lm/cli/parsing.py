@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def quiet() -> None:
         ".*It is recommended to use .self.log.*sync_dist.*",  # our metric has summed over the ranks already
         ".*fp16 is not supported on CPU.*",  # it is refused, in a line
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*you need to define a `flops_per_batch` attribute.*",  # throughput is measured without it
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -73,7 +75,7 @@ class Recipes(LightningCLI):
         deny_what_runs_code()
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
-            with trainer_errors(None), common.one_line_errors(lambda: self.parser, recipe_names):
+            with common.one_line_errors(lambda: self.parser, recipe_names), trainer_errors(None):
                 super().__init__(
                     model_class=LightningModule,
                     datamodule_class=LightningDataModule,
@@ -90,6 +92,12 @@ class Recipes(LightningCLI):
                 )
         finally:
             sys.argv = argv
+
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        """Make Lightning's parser, with our `dump`."""
+        parser = super().init_parser(**settings)
+        parser.__class__ = _Parser
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
@@ -110,6 +118,24 @@ class Recipes(LightningCLI):
             for key, value in values.items()
             if key not in ("config", "ckpt_path", "init_from", "json", "split")
         }
+
+
+class _Parser(LightningArgumentParser):
+    """Writes settings that a class has an enum for, as Lightning's Timer, as the string that a recipe would say."""
+
+    def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
+        """Return a recipe as text."""
+        return super().dump(_without_enums(cfg), *args, **settings)
+
+
+def _without_enums(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _without_enums(one) for key, one in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _without_enums(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_enums(one) for one in value]
+    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
 
 
 def _seed(value: int | bool) -> int:
@@ -145,11 +171,22 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
                 "--trainer.accelerator cpu, or let a container have it (docker run --gpus all)"
             ) from error
         raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:
+        if not (package := re.search(r"Requirement '(\w+)", str(error))):
+            raise
+        raise UserError(f"trainer: {str(error).partition(' Requirement')[0]}: pip install {package[1]}") from error
     except RuntimeError as error:
         if str(error).startswith("You set `--ntasks"):
             raise UserError(f"SLURM_NTASKS: {error}") from error
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"trainer.callbacks: {error}") from error
         raise
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
+        cause: BaseException | None = error
+        while cause is not None:  # jsonargparse's, around what a class of Lightning says of its arguments
+            if isinstance(cause, MisconfigurationException):
+                raise UserError(f"trainer: {cause}") from error
+            cause = cause.__cause__ or cause.__context__
         if str(error).startswith("BatchNorm in training mode"):
             raise UserError(f"data.batch_size: {error}") from error
         if str(error).startswith("You set `"):  # SLURM's variables say otherwise

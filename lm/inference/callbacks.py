@@ -6,7 +6,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lm.errors import UserError
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+from lm.training.harmless import harmless
 from lm.training.sharded import is_sharded
 
 
@@ -27,10 +29,14 @@ class SampleText(Callback):
         self.sampler = Sampler(temperature=temperature)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the prompt can be encoded, before training and not at its first evaluation."""
+        """Check before training, and not at its first evaluation, that prompt and seed can be used."""
         module: Any = pl_module
+        self._generator()
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # bytes of the command line that are no UTF-8
+            raise UserError(f"samples.prompt {self.prompt!r}: it is no UTF-8 text")
         start_tokens(module.tokenizer, self.prompt, option="--samples.prompt")
 
+    @harmless
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and write."""
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -41,7 +47,7 @@ class SampleText(Callback):
         module: Any = pl_module
         prompt = torch.tensor([start_tokens(module.tokenizer, self.prompt)], device=module.device)  # (1, T)
         stream = TextStream(module.tokenizer, [])
-        tokens = generate(module.net, prompt, sampler=self.sampler, generator=torch.Generator().manual_seed(self.seed))
+        tokens = generate(module.net, prompt, sampler=self.sampler, generator=self._generator())
         with trainer.precision_plugin.forward_context():
             text = self.prompt
             for _ in range(self.max_new_tokens):
@@ -51,3 +57,9 @@ class SampleText(Callback):
         for board in boards if trainer.is_global_zero else []:  # indented by four: Markdown shows it as it is
             lines = (text + stream.finish()).splitlines()
             board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)
+
+    def _generator(self) -> torch.Generator:
+        try:
+            return torch.Generator().manual_seed(self.seed)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise UserError(f"samples.seed is {self.seed}: it must fit into 64 bits") from error

@@ -142,10 +142,11 @@ class Console(Callback):
     Args:
         stream: Where to; standard output by default, standard error where results are printed as JSON.
         run: The run's name, said in lines that are JSON.
+        bar: Whether a terminal gets a bar; not where Lightning draws one.
     """
 
-    def __init__(self, stream: IO[str] | None = None, run: str | None = None) -> None:
-        self.stream, self.run = stream or sys.stdout, run
+    def __init__(self, stream: IO[str] | None = None, run: str | None = None, *, bar: bool = True) -> None:
+        self.stream, self.run, self.with_bar = stream or sys.stdout, run, bar
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +168,7 @@ class Console(Callback):
             step=trainer.global_step,
             parameters=count,
         )
-        if self.stream.isatty() and not log.as_json():
+        if self.with_bar and self.stream.isatty() and not log.as_json():
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self.bar = tqdm(total=total, initial=trainer.global_step, file=self.stream, unit="step", dynamic_ncols=True)
 

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 import math
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,6 +71,7 @@ class Evaluated(LightningModule):
         self.on_validation_epoch_end()
 
     def write(self, values: dict[str, Any], step: int) -> None:
-        """Give values to the loggers, under the number of finished steps."""
+        """Give values to the loggers, under the number of finished steps, and to callbacks that monitor them."""
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in self.trainer.loggers:
             logger.log_metrics({k: v for k, v in values.items() if not math.isnan(v)}, step=step)

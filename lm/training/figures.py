@@ -6,6 +6,7 @@ Shapes: B batch, H heads, T time.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lm.backprop import Gradients
 from lm.errors import UserError
+from lm.training.harmless import harmless
 from lm.training.sharded import is_sharded
 
 SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
@@ -76,6 +78,7 @@ class Figures(Callback):
         """Return whether the step of that number, counted from 1, is shown."""
         return bool(self._boards) and (step == 1 or step % self.every_n_steps == 0)
 
+    @harmless
     def before_step(self, net: Any) -> None:
         """Begin to look at what the layers put out."""
         if self._handles:  # of an earlier micro-batch of the step
@@ -88,19 +91,22 @@ class Figures(Callback):
                 self._handles.append(module.register_forward_hook(self._look(name)))
 
     def _look(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        @harmless
+        def look(self: Figures, module: nn.Module, inputs: Any, output: Tensor) -> None:
             if self.activations:
                 self._seen[name] = output.detach().clone()  # a later layer may work in place
             if self.saturation and isinstance(module, nn.Tanh):
                 self._saturated[name] = (output.detach().abs() > SATURATED).float().mean()
 
-        return look
+        return partial(look, self)
 
+    @harmless
     def before_backward(self, grads: Gradients) -> None:
         """Ask a pass by hand for what autograd does not show."""
         grads.keep_dlogits, grads.shares = True, {}
         self._grads = grads
 
+    @harmless
     def before_update(self, net: Any) -> None:
         """Keep the gradients and the matrices as they are before the update."""
         for name, parameter in net.named_parameters():
@@ -109,8 +115,15 @@ class Figures(Callback):
             if self.updates and parameter.ndim >= 2:
                 self._before[name] = parameter.detach().clone()
 
+    @harmless
     def after_step(self, net: Any, step: int) -> None:
         """Write what was seen, and look no longer."""
+        try:
+            self._write(net, step)
+        finally:
+            self._forget()
+
+    def _write(self, net: Any, step: int) -> None:
         for board in self._boards:
             for name, value in self._seen.items():
                 _histogram(board, f"activations/{name}", value, step)
@@ -124,7 +137,6 @@ class Figures(Callback):
                     if ratio > 0 and math.isfinite(ratio):
                         board.add_scalar(f"update_ratio/{name}", math.log10(ratio), step)
             self._write_by_hand(board, net, step)
-        self._forget()
 
     def _write_by_hand(self, board: Any, net: Any, step: int) -> None:
         """Write the gradient by the logits as an image, and each residual branch's share of the gradient."""
@@ -151,6 +163,7 @@ class Figures(Callback):
         """Look no longer."""
         self._forget()
 
+    @harmless
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the attention maps of one validation sequence."""
         net: Any = pl_module.net
@@ -166,6 +179,7 @@ class Figures(Callback):
             for board in self._boards:
                 board.add_image(f"attention/block_{i}", image, trainer.global_step)
 
+    @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the token embedding into the projector, each row under its token."""
         net: Any = pl_module.net

@@ -132,10 +132,15 @@ class MetricsCSV(_File):
         elif not self._columns or not metrics.keys() <= set(self._columns):
             self._open([*metrics])
         self._row = (self._row if self._row.get("step") == str(step) else self._next()) | metrics | {"step": str(step)}
-        with self.path.open("r+", newline="") as file:
-            file.seek(self._offset)
-            file.truncate()
-            csv.DictWriter(file, self._columns, restval="").writerow(self._row)
+        try:
+            with self.path.open("r+", newline="") as file:
+                file.seek(self._offset)
+                file.truncate()
+                csv.DictWriter(file, self._columns, restval="").writerow(self._row)
+        except OSError:  # half a row on a full disk would spoil the next
+            self._row = {}
+            os.truncate(self.path, self._offset)
+            raise
 
     def _is_there(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size >= self._offset
@@ -144,13 +149,15 @@ class MetricsCSV(_File):
         """Rewrite the table with columns for these metrics, and stand before its last row."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns, rows = read_csv(self.path)
-        self._columns = [*dict.fromkeys((*columns, *metrics))]
+        columns = [*dict.fromkeys((*columns, *metrics))]
+        self._columns = []  # where the disk refuses, the next row tries again
         self._row = rows.pop() if rows else {}
-        write_csv(self.path, self._columns, rows)
+        write_csv(self.path, columns, rows)
         self._offset = self.path.stat().st_size
         if self._row:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns, restval="").writerow(self._row)
+                csv.DictWriter(file, columns, restval="").writerow(self._row)
+        self._columns = columns
 
     def _next(self) -> dict[str, Any]:
         self._offset = self.path.stat().st_size

@@ -6,6 +6,7 @@ length of the run.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from lm.errors import UserError
 
@@ -35,6 +36,22 @@ class Schedule(ABC):
     def _progress(self, step: int, max_steps: int) -> float:
         """Return how far the decay is, from 0 at the end of the warm-up to 1 at max_steps and after."""
         return min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+
+
+def check(schedule: Callable[[int, int], float], first: int, max_steps: int) -> None:
+    """Check a schedule before the first step, at a thousand of a run's steps and at the last.
+
+    Raises:
+        UserError: It fails there, or gives no finite factor of at least 0.
+    """
+    name = f"model.schedule {type(schedule).__name__}"
+    for step in (*range(first, max_steps, 1 + (max_steps - first) // 1000), max_steps - 1):
+        try:
+            factor = float(schedule(step, max_steps))
+        except Exception as error:  # of a user's own class anything may come
+            raise UserError(f"{name} fails at step {step + 1} of {max_steps}: {error!r}") from error
+        if not 0 <= factor < math.inf:
+            raise UserError(f"{name} gives {factor:g} at step {step + 1} of {max_steps}: it must be finite, at least 0")
 
 
 class Constant(Schedule):

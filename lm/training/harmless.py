@@ -1,0 +1,59 @@
+"""What only shows a training never costs it a step: the one place where errors of figures, samples and loggers end."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from tqdm import tqdm
+
+from lm import log
+from lm.errors import Stopped
+
+WRITES = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
+
+
+def harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method of what shows a training fail without harm: the error is said, and training goes on.
+
+    A second signal is no error of the method's, and comes through.
+    """
+
+    @wraps(hook)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(self, *args, **kwargs)
+        except Stopped:
+            raise
+        except Exception as error:
+            _say_once(self, error)
+            return None
+
+    return guarded
+
+
+def guard(logger: Logger) -> None:
+    """Make a logger's methods harmless, whoever calls them: this program, Lightning or a callback."""
+    for name in WRITES:
+        setattr(logger, name, harmless(getattr(type(logger), name)).__get__(logger))
+
+
+def _say_once(owner: Any, error: Exception) -> None:
+    """Print a line about an error, unless the same object has had one of its kind."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # TensorBoardLogger makes a ValueError of a full disk
+        cause = cause.__cause__ or cause.__context__
+    error = cause if isinstance(cause, Exception) else error
+    said = vars(owner).setdefault("_errors_said", set())
+    kind = (type(error), getattr(error, "errno", None))
+    if kind in said:
+        return
+    said.add(kind)
+    if os.environ.get("LM_DEBUG"):
+        traceback.print_exception(error)
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    line = f"note: {type(owner).__name__} failed ({what}): training goes on; more errors of this kind are not shown"
+    tqdm.write(log.line(line, level="warning"), file=sys.stderr)  # above a progress bar, where there is one

@@ -1,0 +1,362 @@
+"""Lightning's own callbacks and Trainer arguments in `lm fit`: which are refused and why, and what is mended.
+
+docs/lightning.md lists all of them. Lightning counts batches and epochs where a training here has steps: numbers of
+steps are put right in one place, see `Loop`.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as parts
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lm.errors import CommandError, UserError
+from lm.training import progress, schedules
+
+NO_EPOCHS = "training has no epochs"
+SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "barebones": ((False,), "it leaves out checkpoints, logs and evaluation: switch off by itself what is not wanted"),
+    "check_val_every_n_epoch": ((None,), f"{NO_EPOCHS}: say the steps between evaluations, trainer.val_check_interval"),
+    "enable_checkpointing": ((None, True), "a run without checkpoints is lost when it ends: to try, fast_dev_run"),
+    "gradient_clip_algorithm": ((None, "norm"), "gradients are clipped by norm here"),
+    "limit_predict_batches": ((None, 1.0), "nothing is predicted: lm sample prints text"),
+    "min_epochs": ((None,), f"{NO_EPOCHS}: say trainer.min_steps"),
+    "model_registry": ((None,), "checkpoints are written to checkpoints/RUN alone: copy them from there"),
+    "overfit_batches": ((0,), f"{NO_EPOCHS} whose batches could come again: train on a short text, data.corpus"),
+    "reload_dataloaders_every_n_epochs": ((0,), NO_EPOCHS),
+    "use_distributed_sampler": ((False,), "the data is divided over the ranks already, each token once"),
+}
+"""What a Trainer's argument may be, and why nothing else."""
+
+OWN_STEP = "what a step is would change under way, and a resumed run be another one"
+OWN_WEIGHTS = "what is evaluated and saved would be other weights than those that are trained"
+CALLBACKS: dict[type[Callback], str] = {
+    parts.BasePredictionWriter: "nothing is predicted: lm sample prints text",
+    parts.BatchSizeFinder: f"{OWN_STEP}: say data.batch_size, which lm plan can find",
+    parts.GradientAccumulationScheduler: f"{OWN_STEP}: say trainer.accumulate_grad_batches",
+    parts.BaseFinetuning: "each parameter belongs to the optimizer from the first step on: begin with --init_from",
+    parts.LearningRateFinder: f"{OWN_STEP}: try learning rates in runs of their own, --model.init_args.optimizer",
+    parts.ModelPruning: "a pruned network's parameters have other names, and no checkpoint of it would load",
+    parts.OnExceptionCheckpoint: "each stop between two steps is saved already: continue with --ckpt_path last",
+    parts.SpikeDetection: "it ends the run unsaved: say model.init_args.spike, which stops before the update or skips",
+    parts.StochasticWeightAveraging: f"{OWN_WEIGHTS}; and the learning rate is the schedule's",
+    parts.WeightAveraging: OWN_WEIGHTS,
+}
+"""Callbacks that are refused, those derived from them too, and why."""
+
+EPOCHS: tuple[tuple[type[Callback], str, Any], ...] = (
+    (parts.EarlyStopping, "check_on_train_epoch_end", True),
+    (parts.LearningRateMonitor, "logging_interval", "epoch"),
+    (parts.ModelCheckpoint, "save_on_train_epoch_end", True),
+    (parts.Timer, "interval", "epoch"),
+)
+"""Settings of callbacks that would let them do nothing at all, or the same once at the end."""
+
+TRAINING = ("loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
+"""What every logged step has, under train/: see `LanguageModel.metrics`."""
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+
+def refuse_settings(settings: Any) -> None:
+    """Raise a UserError for a Trainer's argument that is not for training in steps.
+
+    Args:
+        settings: The Trainer's arguments, a mapping.
+    """
+    for name, (allowed, reason) in SETTINGS.items():
+        if settings[name] not in allowed:
+            raise UserError(f"trainer.{name} is {settings[name]}: {reason}")
+    if isinstance(settings["val_check_interval"], float):
+        raise UserError(
+            f"trainer.val_check_interval is {settings['val_check_interval']}: {NO_EPOCHS} of which it could be a part: "
+            "say a number of steps"
+        )
+    if settings["profiler"] == "xla":
+        raise UserError("trainer.profiler xla is for TPUs, which lm does not use: simple, advanced or pytorch")
+
+
+def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
+    """Raise a UserError for a callback that would make another training of this, or could do nothing in it.
+
+    Args:
+        callbacks: The recipe's.
+        run: Folder of the run's checkpoints.
+    """
+    for callback in callbacks:
+        name = "trainer.max_time" if isinstance(callback, MaxTime) else f"trainer.callbacks: {type(callback).__name__}"
+        for kind, reason in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UserError(f"{name}: {reason}")
+        if type(callback) is parts.ProgressBar:
+            raise UserError(f"{name} draws nothing: say TQDMProgressBar or RichProgressBar")
+        for kind, setting, value in EPOCHS:
+            found = getattr(callback, f"_{setting}", getattr(callback, setting, None))
+            if isinstance(callback, kind) and found == value:
+                raise UserError(f"{name}: {setting} is {value}: {NO_EPOCHS}: leave it out")
+        if isinstance(callback, parts.Timer) and callback._duration is not None and callback._duration <= 0:
+            raise UserError(f"{name}: duration is {callback._duration:g} s: it must be above 0")
+        folder = getattr(callback, "dirpath", None)
+        if isinstance(callback, parts.ModelCheckpoint) and folder and Path(folder).resolve() == run.resolve():
+            raise UserError(f"{name}: dirpath {run} is where lm keeps its own: say another folder")
+
+
+def take_over(settings: dict[str, Any], run: Path) -> None:
+    """Check a Trainer's callbacks, and add those that its other arguments stand for.
+
+    Args:
+        settings: The Trainer's arguments, changed in place.
+        run: Folder of the run's checkpoints.
+    """
+    callbacks = settings["callbacks"] or []
+    settings["callbacks"] = callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    if settings["max_time"] is not None:
+        callbacks.append(_max_time(settings["max_time"]))
+        settings["max_time"] = None
+    settings["min_epochs"] = 0  # with min_steps, Lightning would wait for the end of an epoch that has none
+    refuse_callbacks(callbacks, run)
+    if any(isinstance(callback, parts.ProgressBar) for callback in callbacks):
+        settings["enable_progress_bar"] = True
+
+
+def mend(trainer: Trainer, say: Callable[[str], None]) -> None:
+    """Let Lightning's loop, bars and monitors count steps, and print what they are asked for.
+
+    Args:
+        trainer: Has them.
+        say: Prints a line.
+    """
+    for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        logger.handlers, logger.propagate = [Said(say)], False
+        logger.setLevel(logging.INFO)  # Lightning's others are kept quiet
+    trainer.fit_loop.epoch_loop.__class__ = Loop
+    trainer._logger_connector.__class__ = Connector
+    mixins: dict[type[Callback], type[Callback]] = {
+        parts.ProgressBar: StepBar,
+        parts.LearningRateMonitor: AfterTheStep,
+    }
+    for callback in cast(list[Callback], trainer.callbacks):  # type: ignore[attr-defined]
+        for kind, mixin in mixins.items():
+            if isinstance(callback, kind):
+                own = type(callback)
+                callback.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+
+
+class Said(logging.Handler):
+    """Prints what a part of Lightning logs as any other line of the run.
+
+    Args:
+        say: Prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print."""
+        self.say(record.getMessage())
+
+
+class Loop(_TrainingEpochLoop):
+    """Lightning's loop over batches, that numbers what is logged by steps.
+
+    Lightning counts from 0, by batches of which one may be many steps, and from 0 again after a resume.
+    """
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
+        batches = self.batch_progress.total.ready
+        steps = math.ceil(batches / self.trainer.accumulate_grad_batches) * progress.steps_per_call(self.trainer)
+        return min(steps, self.max_steps) if self.max_steps > 0 else steps
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, value: int) -> None:
+        """Do nothing: it follows from the batches."""
+
+
+class Connector(_LoggerConnector):
+    """Lets callbacks log at the steps that this program logs."""
+
+    @property
+    def should_update_logs(self) -> bool:
+        """Whether the step under way, or one of the call's, is logged."""
+        trainer = self.trainer
+        if trainer._active_loop is not trainer.fit_loop:
+            return super().should_update_logs
+        last = trainer.fit_loop.epoch_loop._batches_that_stepped
+        steps = range(last, last - progress.steps_per_call(trainer), -1)
+        every = trainer.log_every_n_steps or trainer.max_steps  # type: ignore[attr-defined]
+        return trainer.should_stop or any(step % every == 0 or step in (1, trainer.max_steps) for step in steps)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log under the number of the step, without Lightning's count of epochs."""
+        if step is None and "step" not in metrics:
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        super().log_metrics(metrics, step)
+
+
+class StepBar(parts.ProgressBar):
+    """Mixed into a progress bar: it counts steps from 0 to max_steps, also of a resumed run."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """All steps of the run."""
+        return self.trainer.max_steps if self.trainer.max_steps > 0 else super().total_train_batches
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the step where training goes on."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if isinstance(self, parts.TQDMProgressBar):
+            self.train_progress_bar.set_description(self.train_description)
+        self._show(trainer, pl_module, None, None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move to the number of finished steps."""
+        if progress.step_finished(trainer, batch_idx):
+            self._show(trainer, pl_module, outputs, batch)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{self.train_description:{len(self.validation_description)}}"
+
+
+class AfterTheStep(Callback):
+    """Mixed into a monitor that looks before a step, when its learning rate is not set yet: it looks after it."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: there is but one epoch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Wait."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look."""
+        if progress.step_finished(trainer, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+class MaxTime(parts.Timer):
+    """Ends a run after a time. Each start has all of it: Lightning's would end a resumed run where it begins."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def _max_time(duration: Any) -> MaxTime:
+    try:
+        return MaxTime(duration)
+    except (MisconfigurationException, TypeError, OverflowError) as error:
+        raise UserError(f"trainer.max_time is {duration}: say DD:HH:MM:SS, or a mapping as hours: 2") from error
+
+
+class Endings(Callback):
+    """Sees that what other callbacks need is there, ends an early end between two steps, and says why it came.
+
+    Args:
+        say: Prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self._wanted = self._begun = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the schedule at all steps, and that what is monitored will be there."""
+        module: Any = pl_module
+        schedules.check(module.schedule, trainer.global_step, trainer.max_steps)
+        known = {"val_loss", *(f"train/{name}" for name in TRAINING)}
+        known |= {f"val/{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+        if module.exact_match is not None:
+            known.add("val/exact_match")
+        callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+        others = [one for one in callbacks if not type(one).__module__.startswith(("lightning.pytorch.", "lm."))]
+        logs = any(isinstance(one, parts.LearningRateMonitor) for one in callbacks)
+        for callback in callbacks:
+            name = getattr(callback, "monitor", None)
+            strict = getattr(callback, "strict", True)
+            if isinstance(name, str) and strict and name not in known and not others and not logs:
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__}: monitor is {name}: there are "
+                    f"{', '.join(sorted(known))}"
+                )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that this start has begun a step."""
+        self._begun = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put off an end that a callback wants in the middle of a step: random numbers of half a step are drawn."""
+        self._wanted |= trainer.should_stop
+        trainer.should_stop = self._wanted and progress.step_finished(trainer, batch_idx)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let `Checkpoints` save where something failed between two steps, a callback or the data: no step is lost.
+
+        Of several ranks, which save together, the others do not know; a GPU that failed has nothing to save.
+        """
+        finished = self._begun and trainer.global_step == trainer.fit_loop.epoch_loop._batches_that_stepped
+        unknown = isinstance(exception, Exception) and not isinstance(exception, CommandError | torch.AcceleratorError)
+        if finished and unknown and trainer.world_size == 1:
+            exception.at_boundary = True  # type: ignore[attr-defined]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why training ended early, and which files Lightning's own callback has written."""
+        if not trainer.is_global_zero:
+            return
+        callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.should_stop and trainer.global_step < trainer.max_steps:
+            reasons = [reason for callback in callbacks if (reason := _reason(callback))]
+            why = "; ".join(reasons) or "a callback set trainer.should_stop"
+            self.say(f"note: ended after step {trainer.global_step} of {trainer.max_steps}: {why}")
+        for callback in callbacks:
+            if isinstance(callback, parts.ModelCheckpoint) and callback.best_model_path:
+                self.say(f"note: {type(callback).__name__}: {callback.best_model_path}")
+
+
+def _reason(callback: Callback) -> str | None:
+    """Return why a callback has ended a training; None where it has not."""
+    name = type(callback).__name__
+    if isinstance(callback, parts.EarlyStopping) and callback.stopping_reason_message:
+        return f"{name}: {callback.stopping_reason_message.removesuffix(' Signaling Trainer to stop.')}"
+    if isinstance(callback, parts.Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+        what = "trainer.max_time" if isinstance(callback, MaxTime) else f"{name}: duration"
+        return f"{what} {timedelta(seconds=callback._duration or 0)} is over"
+    return None
+
+
+def sequences(batch: tuple[Tensor, Tensor]) -> int:
+    """Return how many sequences a batch has, of several steps' batches all; ThroughputMonitor wants such a function.
+
+    Args:
+        batch: tokens (B, T) or (K, B, T), and targets.
+    """
+    return batch[0].shape[:-1].numel()
+
+
+def tokens(batch: tuple[Tensor, Tensor]) -> int:
+    """Return how many tokens a batch has, (B, T) or (K, B, T); see `sequences`."""
+    return batch[0].numel()
