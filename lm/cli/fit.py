@@ -1,5 +1,6 @@
 """`lm fit`: train a network."""
 
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
-from lm.training import ManualLanguageModel, checkpoint, compute, folders, loggers
+from lm.training import ManualLanguageModel, checkpoint, compute, folders, loggers, progress
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -50,7 +51,7 @@ class Fit(parsing.Recipes):
         config = self.config
         name = parsing.run_name(config)
         self.checkpoints, self.logs, self.name = Path("checkpoints") / name, Path("logs") / name, name
-        self.stream = common.output(config.json)
+        self.stream: Any = common.output(config.json)
         log.take_over(name)
         limits = config.trainer
         if limits.max_epochs not in (-1, None):
@@ -111,14 +112,15 @@ class Fit(parsing.Recipes):
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,
-            StopSignals(),
+            StopSignals(lambda: self.stream.unread),
             FrozenHeap(),
             KeptMemory(),
             OwnCores(),
         ]
-        if not settings["fast_dev_run"]:
+        if not settings["fast_dev_run"] and settings["enable_checkpointing"] is not False:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
+        progress.begin_and_end_always(trainer)
         # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
@@ -205,8 +207,20 @@ class Fit(parsing.Recipes):
             "seconds": round(seconds, 3),
             "tokens": int(tokens),
             "tokens_per_second": round(tokens / seconds, 1),
-            "ckpt_path": str(self.checkpoints / "last.ckpt"),
+            "ckpt_path": str(last) if (last := self.last_checkpoint()) else None,
         }
+
+    def last_checkpoint(self) -> Path | None:
+        """Return last.ckpt, where this run keeps checkpoints and has written one."""
+        last, callbacks = self.checkpoints / "last.ckpt", self.trainer.checkpoint_callbacks
+        return last if any(isinstance(one, Checkpoints) for one in callbacks) and last.exists() else None
+
+    def where_metrics_are(self) -> str:
+        """Return where the loggers write, for the last line; nothing where there are none."""
+        ours = any(isinstance(logger, loggers.MetricsCSV) for logger in self.trainer.loggers)
+        places = [self.logs] if ours else [logger.log_dir or logger.save_dir for logger in self.trainer.loggers]
+        named = ", ".join(dict.fromkeys(str(place) for place in places if place))
+        return f"; metrics in {named}" if named else ""
 
     def _fit(self, module: LightningModule) -> None:
         launcher, watch = self.trainer.strategy.launcher, self.config_init.watch
@@ -261,28 +275,40 @@ def _listed(value: Any) -> list[Any]:
 def fit(arguments: list[str]) -> None:
     """Run `lm fit`."""
     parsing.quiet()
-    cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
-    try:
-        result = cli.run()
-    except Stopped as stop:
-        raise _where_it_stopped(stop, cli) from None
-    except CommandError as error:
-        error.run = cli.name
-        raise
-    if not cli.trainer.is_global_zero:
-        return
+    with log.losing_output():  # a step is worth more than a line
+        cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
+        try:
+            result = cli.run()
+        except Stopped as stop:
+            raise _where_it_stopped(stop, cli) from None
+        except CommandError as error:
+            error.run = cli.name
+            raise
+        if cli.trainer.is_global_zero:
+            _done(cli, result)
+
+
+def _done(cli: Fit, result: dict[str, Any]) -> None:
     if cli.config.json:
         common.print_json(result)
     else:
-        text = f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}"
-        cli.say(text, **result)
+        saved = result["ckpt_path"] or "no checkpoint is kept"
+        cli.say(f"done: step {result['step']}, {result['seconds']:.0f} s; {saved}{cli.where_metrics_are()}", **result)
+    lost = sys.stdout.error  # type: ignore[union-attr]
+    if isinstance(lost, BrokenPipeError):
+        raise lost
+    if lost is not None:
+        raise UserError(f"standard output: {lost.strerror}; the run is finished")
 
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
     stop.run = cli.name
+    files: Any = cli.trainer.strategy.checkpoint_io
+    files.writer.finish()  # a second signal may have come while it wrote
     if not cli.trainer.is_global_zero:  # the first rank says it
         return stop
-    last = cli.checkpoints / "last.ckpt"
-    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last.exists() else "nothing was saved yet"
-    stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}: continue with --ckpt_path auto",)
+    last = cli.last_checkpoint()
+    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last else "nothing was saved"
+    goes_on = ": continue with --ckpt_path auto" if last else ""
+    stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}{goes_on}",)
     return stop
