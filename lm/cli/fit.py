@@ -10,7 +10,6 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lm import log
 from lm.cli import common, parsing
@@ -24,7 +23,6 @@ from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
 from lm.training.sharded import Sharded
 from lm.training.signals import StopSignals
-from lm.training.watch import Launcher, is_lost_contact
 
 
 class Fit(parsing.Recipes):
@@ -121,8 +119,7 @@ class Fit(parsing.Recipes):
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
         progress.begin_and_end_always(trainer)
-        # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.config_init.watch.attach(trainer)
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
         with parsing.trainer_errors(None):
             trainer._accelerator_connector.cluster_environment.validate_settings(trainer.num_devices, trainer.num_nodes)
@@ -132,9 +129,6 @@ class Fit(parsing.Recipes):
             )
         if isinstance(trainer.strategy, DDPStrategy):
             compute.tune(trainer.strategy)
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-            trainer.strategy._launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes)
         return trainer
 
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
@@ -196,7 +190,12 @@ class Fit(parsing.Recipes):
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
                     checkpoint.renew_last(self.checkpoints, self.ckpt_path)
-            self._fit(module)
+            self.config_init.watch.over(
+                self.trainer,
+                lambda: self.trainer.fit(
+                    module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True
+                ),
+            )
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
         tokens = (step - self.first_step) * metrics.get("tokens", 0) // max(1, metrics.get("step", 1))
@@ -221,22 +220,6 @@ class Fit(parsing.Recipes):
         places = [self.logs] if ours else [logger.log_dir or logger.save_dir for logger in self.trainer.loggers]
         named = ", ".join(dict.fromkeys(str(place) for place in places if place))
         return f"; metrics in {named}" if named else ""
-
-    def _fit(self, module: LightningModule) -> None:
-        launcher, watch = self.trainer.strategy.launcher, self.config_init.watch
-        if isinstance(launcher, Launcher):
-            watch.children = launcher.children
-        watch.meet(self.trainer)
-        try:
-            watch.meet_again(self.trainer)
-            self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-        except RuntimeError as error:
-            if self.trainer.world_size == 1 or not is_lost_contact(error):
-                raise
-            raise watch.name_the_lost(error) from error
-        finally:
-            if isinstance(launcher, Launcher):
-                launcher.end(patience=min(10, watch.timeout / 2))  # before they take this one for lost
 
     def _inherit_tokenizer(self) -> None:
         """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""

@@ -110,8 +110,9 @@ class StopWhileSaving(Callback):
             write = checkpoint.write
 
             def slow(*arguments: Any) -> None:
+                time.sleep(0.3)
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.5)
+                time.sleep(0.3)
                 write(*arguments)
                 checkpoint.write = write
 
