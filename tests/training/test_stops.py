@@ -1,10 +1,14 @@
 """Stops at every moment: a signal, a closed terminal or a reader that goes lose nothing, and say what is there."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -155,3 +159,71 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_under_nohup(workplace: Path,
             time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def done(lm, *words: object) -> tuple[str, dict]:
+    """Fit, once for people and once as JSON; return the last line of both."""
+    for_people, for_machines = lm(*FIT, *words), lm(*FIT, *words, "--name", "json", "--json")
+    assert for_people[0] == for_machines[0] == 0, for_people[2] + for_machines[2]
+    return for_people[1].splitlines()[-1], json.loads(for_machines[1].splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "saved", "metrics"),
+    [
+        ([], f"; {LAST}", "; metrics in logs/tiny"),
+        (["--trainer.fast_dev_run", "true"], "; no checkpoint is kept", ""),
+        (["--trainer.enable_checkpointing", "false"], "; no checkpoint is kept", "; metrics in logs/tiny"),
+        (["--trainer.logger", "false"], f"; {LAST}", ""),
+        (
+            ["--trainer.logger", '{"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "x"}}'],
+            f"; {LAST}",
+            "; metrics in mine/x/version_0",
+        ),
+    ],
+)
+def test_the_last_line_names_what_is_there(lm, workplace: Path, words: list[str], saved: str, metrics: str) -> None:
+    line, values = done(lm, *words)
+    assert line.startswith("done: step ") and line.endswith(f" s{saved}{metrics}")
+    assert values["ckpt_path"] == ("checkpoints/json/last.ckpt" if LAST in saved else None)
+    assert files("tiny") == files("json") and ("last.ckpt" in files("tiny")) == (LAST in saved)
+
+
+def test_a_new_run_that_begins_at_the_end_has_its_own_checkpoints(lm, workplace: Path) -> None:
+    assert lm(*FIT)[0] == 0
+    code, out, _ = lm(*FIT, "--name", "new", "--ckpt_path", LAST)
+    assert code == 0 and "step 4 is done, trainer.max_steps is 4: no step is left to train" in out
+    assert out.splitlines()[-1].endswith("; checkpoints/new/last.ckpt; metrics in logs/new")
+    assert files("new") == ["best.ckpt", "last.ckpt", "step=0000004.ckpt"]
+    assert table("new")[-1]["step"] == "4" and table("new")[-1]["val/loss"] == table("tiny")[-1]["val/loss"]
+
+
+def test_a_last_step_below_what_is_done_is_said_and_nothing_is_written_again(lm, workplace: Path) -> None:
+    assert lm(*FIT)[0] == 0
+    before = Path(LAST).read_bytes()
+    code, out, _ = lm(*FIT, "--ckpt_path", "last", "--trainer.max_steps", 2)
+    assert code == 0 and "step 4 is done, trainer.max_steps is 2: no step is left to train" in out
+    assert "done: step 4" in out and Path(LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_narrow_terminal_shows_the_loss_and_ctrl_c_leaves_one_bar(workplace: Path, columns: int) -> None:
+    terminal, other = os.openpty()
+    termios.tcsetwinsize(other, (25, columns))
+    words = map(str, long("--trainer.val_check_interval", 100_000, "--model.init_args.steps_per_call", 2))
+    process = start(*words, "--checkpoint.every_n_steps", 1000, cwd=workplace, stdout=other, stderr=other)
+    os.close(other)
+    shown = b""
+    while shown.count(b" loss ") < 3:
+        shown += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    with suppress(OSError):  # EIO is the end
+        while more := os.read(terminal, 4096):
+            shown += more
+    assert process.wait(60) == 130
+    *lines, bar, stopped, rest = shown.decode().replace("\r\n", "\n").split("\n")
+    assert stopped.startswith("stopped by SIGINT after step ") and rest == "" and "/100000" not in "".join(lines)
+    states = bar.split("\r")
+    step = checkpoint.peek(Path(LAST))["step"]
+    assert states[-1].startswith(f"{step}/100000 loss ") and f"after step {step};" in stopped
+    assert all(re.match(r"\d+/100000 loss \d\.\d{4} \|", one) and len(one) <= columns for one in states[2:])
