@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
             raise
         level = "warning" if isinstance(error, Stopped) else "error"
-        if log.first_to_say(str(error)):
+        if str(error) and log.first_to_say(str(error)):
             with suppress(OSError):  # nobody reads it any more
                 print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
         write_exit_code(error.exit_code)

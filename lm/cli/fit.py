@@ -288,7 +288,8 @@ def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
     stop.run = cli.name
     files: Any = cli.trainer.strategy.checkpoint_io
     files.writer.finish()  # a second signal may have come while it wrote
-    if not cli.trainer.is_global_zero:  # the first rank says it
+    if not cli.trainer.is_global_zero:
+        stop.args = ("",)  # the first rank says it
         return stop
     last = cli.last_checkpoint()
     saved = f"{last} has step {checkpoint.peek(last)['step']}" if last else "nothing was saved"
