@@ -51,18 +51,18 @@ WORDS = ("fit", "--config", "faults.yaml", "--ckpt_path", "auto", "--trainer.dev
 class Job:
     """A run and its newest process, the first rank."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.folder, self.name = folder, name
         self.checkpoints = folder / "checkpoints" / name
-        self.start()
+        self.start(*words)
 
-    def start(self) -> None:
-        """Start it, or let it go on."""
-        self.process = self.launch()
+    def start(self, *words: str) -> None:
+        """Start it, or let it go on, with more words on its command line."""
+        self.process = self.launch(*words)
 
-    def launch(self) -> subprocess.Popen[bytes]:
+    def launch(self, *more: str) -> subprocess.Popen[bytes]:
         """Start a process for it."""
-        words = [sys.executable, "-m", "lm", *WORDS, "--name", self.name]
+        words = [sys.executable, "-m", "lm", *WORDS, "--name", self.name, *more]
         return subprocess.Popen(
             words, cwd=self.folder, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL, stderr=(self.folder / f"{self.name}.err").open("ab"), start_new_session=True,
@@ -117,7 +117,7 @@ def alive(group: int) -> list[str]:
 
 
 def listens(process: int) -> bool:
-    """Return whether a process catches SIGUSR1; one that has gone counts as well."""
+    """Return whether a process catches signals yet, SIGUSR1 say; one that has gone counts as well."""
     try:
         caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
     except OSError:
@@ -158,6 +158,15 @@ def terminate_a_rank(job: Job) -> Iterator[None]:
     while job.process.poll() is None and not all(map(listens, job.ranks())):  # Python itself is still starting
         time.sleep(0.001)
     job.signal_a_rank(signal.SIGTERM, signal.SIGUSR1)
+    yield
+
+
+def close_the_terminal(job: Job) -> Iterator[None]:
+    while job.process.poll() is None and not all(map(listens, job.ranks())):
+        time.sleep(0.001)
+    for _ in range(2):  # the shell and the kernel both send it, to all
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGHUP)
     yield
 
 
@@ -219,6 +228,7 @@ FAULTS: dict[str, tuple[Fault, set[int] | None]] = {  # and the exit codes that 
     "SIGKILL of the whole job": (kill_the_job, None),
     "SIGKILL of the whole job while it saves": (kill_the_job_in_a_save, None),
     "SIGTERM or SIGUSR1 to a rank": (terminate_a_rank, {143}),
+    "SIGHUP to the whole job, twice": (close_the_terminal, {129}),
     "SIGSTOP of a rank": (stop_a_rank, None),
     "disk full": (fill_the_disk, {2}),
     "checkpoints read-only, then back": (forbid_writing, {2}),
@@ -245,11 +255,78 @@ def trial(folder: Path, name: str, fault: Fault, codes: set[int] | None, length:
         if codes and code not in {0, *codes}:
             problem = f"exit code {code}"
         next(harm, None)
+    return go_on(job) or problem, took
+
+
+def go_on(job: Job) -> str | None:
+    """Finish a run; return what went wrong."""
     for _ in range(2):
         job.start()
         if job.end(120) and job.process.returncode == 0:
-            return problem, took
-    return f"does not go on: {(folder / (name + '.err')).read_text()[-500:]}", took
+            return None
+    return f"does not go on: {(job.folder / (job.name + '.err')).read_text()[-500:]}"
+
+
+def at_forward(number: int, signum: int, rank: int) -> tuple[str, str]:
+    """Return the words that let a rank send itself a signal at a forward pass, counted from 1; 0 for none."""
+    arguments = {"number": number, "signum": signum, "rank": rank}
+    return "--trainer.callbacks", yaml.safe_dump(
+        [{"class_path": "tests.training.stop.StopAtForward", "init_args": arguments}], default_flow_style=True
+    )
+
+
+def stop_at_a_forward_pass(folder: Path, name: str, number: int) -> tuple[str | None, float]:
+    """Stop a run at a forward pass of its last steps or evaluation, then finish it."""
+    signum, began = random.choice((signal.SIGTERM, signal.SIGHUP, signal.SIGINT)), time.monotonic()
+    job = Job(folder, name, *at_forward(number, signum, random.randrange(2)))
+    problem = None if job.end(120) else "still there after 120 s"
+    took = time.monotonic() - began
+    if job.process.returncode not in (0, 128 + signum):
+        problem = f"exit code {job.process.returncode}"
+    return go_on(job) or problem, took
+
+
+WRITERS = {
+    "prepare": ("--source", "text.txt", "--tokenizer", "byte", "--workers", "1", "--output", "disk/corpus"),
+    "tokenizer": ("--source", "text.txt", "--vocab_size", "300", "--output", "disk/words.tiktoken"),
+    "export": ("--ckpt_path", "whole.ckpt", "--format", "safetensors", "--output", "disk/exported"),
+    "import": ("--source", "exported", "--output", "disk/imported.ckpt"),
+}
+"""The other commands that write, and their words."""
+
+
+def refuse(folder: Path, command: str, full: bool) -> str | None:
+    """Let the disk refuse what a command writes, then take it; return what went wrong."""
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return "no file system can be mounted here"
+    try:
+        if full:
+            left = random.randrange(4) << 12 if command != "tokenizer" else 0  # which writes a page or two
+            (disk / "filler").write_bytes(bytes((8 << 20) - left - (1 << 12)))
+            with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+                file.write(bytes(1 << 12))
+        else:
+            remount(disk, "ro")
+        refused = call(folder, command)
+        if refused.returncode != 2 or len(refused.stderr.splitlines()) != 1:
+            return f"exit code {refused.returncode}: {refused.stderr[-500:]}"
+        if full:
+            (disk / "filler").unlink()
+        else:
+            remount(disk, "rw")
+        taken = call(folder, command)
+        return f"exit code {taken.returncode}, with room: {taken.stderr[-500:]}" if taken.returncode else None
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def call(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "lm", command, *WRITERS[command]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def outcome(folder: Path, name: str) -> tuple[dict, list]:
@@ -336,6 +413,45 @@ def run(folder: Path, times: int, only: str) -> None:
             shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
         os.environ.pop("LD_PRELOAD", None)
         print(f"| {what} | {times} | {survived} | {longest:.1f} s |", flush=True)
+    run_last_passes(folder, times, only, wanted)
+    run_writers(folder, times, only)
+
+
+def run_last_passes(folder: Path, times: int, only: str, wanted: tuple[dict, list]) -> None:
+    """Stop at each of the last forward passes, the last first."""
+    what = "SIGTERM, SIGHUP or SIGINT at each forward pass of the last steps and evaluation"
+    if not re.search(only, what):
+        return
+    if not Job(folder, "passes", *at_forward(0, signal.SIGTERM, 0)).end(300):
+        raise SystemExit((folder / "passes.err").read_text())
+    passes, survived, longest = int((folder / "passes").read_text()), 0, 0.0
+    for number in range(passes, passes - times, -1):
+        name = f"pass-{number}"
+        problem, took = stop_at_a_forward_pass(folder, name, number)
+        if problem is None and not equal(wanted, outcome(folder, name)):
+            problem = "goes on, to other numbers"
+        if problem:
+            print(f"{name}: {problem}", file=sys.stderr, flush=True)
+        survived, longest = survived + (problem is None), max(longest, took)
+        shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
+    print(f"| {what} | {times} | {survived} | {longest:.1f} s |", flush=True)
+
+
+def run_writers(folder: Path, times: int, only: str) -> None:
+    """Let the disk refuse what the other commands write."""
+    rows = {f"disk {how} under lm {command}": (command, how == "full") for command in WRITERS for how in ("full", "ro")}
+    rows = {what.replace("disk ro", "disk read-only"): row for what, row in rows.items() if re.search(only, what)}
+    if not rows:
+        return
+    checkpoint.copy(folder / "checkpoints/whole/last.ckpt", folder / "whole.ckpt")
+    words = ("export", "--ckpt_path", "whole.ckpt", "--format", "safetensors", "--output", "exported")
+    subprocess.run([sys.executable, "-m", "lm", *words], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for what, (command, full) in rows.items():
+        began, problems = time.monotonic(), [refuse(folder, command, full) for _ in range(times)]
+        for problem in filter(None, problems):
+            print(f"{what}: {problem}", file=sys.stderr, flush=True)
+        each = (time.monotonic() - began) / times
+        print(f"| {what}, then with room | {times} | {problems.count(None)} | {each:.1f} s |", flush=True)
 
 
 if __name__ == "__main__":

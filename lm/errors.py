@@ -1,6 +1,10 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
 import signal
+from typing import Any
+
+STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""The signals that stop a command: a terminal that is closed, Ctrl-C, SLURM ahead of a job's end, kill."""
 
 
 class CommandError(Exception):
@@ -33,5 +37,14 @@ class Stopped(CommandError):  # noqa: N818
 
     def __init__(self, signum: int, *, at_boundary: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+        self.exit_code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it ahead of that
         self.at_boundary = at_boundary
+
+
+def take_stops(handler: Any) -> dict[int, Any]:
+    """Let a handler take the signals that stop a command; return who had them before.
+
+    SIGHUP stays ignored where it is: under nohup.
+    """
+    taken = [signum for signum in STOPS if (signum, signal.getsignal(signum)) != (signal.SIGHUP, signal.SIG_IGN)]
+    return {signum: signal.signal(signum, handler) for signum in taken}

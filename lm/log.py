@@ -1,5 +1,6 @@
 """Lines that lm prints while it works: for people, or with LM_LOG=json as JSON, one object a line, for machines."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -7,7 +8,9 @@ import os
 import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, Any
 
 
 def as_json() -> bool:
@@ -78,3 +81,51 @@ def take_over(run: str) -> None:
         logging.getLogger(name).handlers = [Lines()]
     logging.captureWarnings(True)
     warnings.formatwarning = lambda message, *_, **__: str(message)
+
+
+class Output:
+    """A standard stream that may be lost, `| head` say, while work goes on: what is written to it then is dropped.
+
+    Args:
+        stream: The stream; None where the process was started without it.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.error: OSError | None = None
+        """Why a write failed."""
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's own."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, unless that is impossible."""
+        with self._losing():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless that is impossible."""
+        with self._losing():
+            self.stream.flush()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered must go somewhere
+
+    @property
+    def unread(self) -> bool:
+        """Whether its reader has gone."""
+        return self.error is not None and self.error.errno == errno.EPIPE
+
+
+@contextmanager
+def losing_output() -> Iterator[None]:
+    """Let standard output and standard error be lost without an error."""
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        yield

@@ -13,6 +13,7 @@ import yaml
 from torch import distributed
 
 from lm.cli import main
+from lm.errors import STOPS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser().resolve()
@@ -70,7 +71,7 @@ def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tupl
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         before = dict(os.environ)
-        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        handlers = {signum: signal.getsignal(signum) for signum in STOPS}
         code = main([str(a) for a in arguments])
         for signum, handler in handlers.items():  # a pool's forked workers would have lm's, and survive its end
             signal.signal(signum, handler)

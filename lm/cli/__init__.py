@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 from lm import __version__, log
-from lm.errors import CommandError, Stopped, UserError
+from lm.errors import CommandError, Stopped, UserError, take_stops
 
 COMMANDS = {
     "fit": ("lm.cli.fit:fit", "train a network; writes checkpoints/RUN and logs/RUN"),
@@ -67,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
             raise
         level = "warning" if isinstance(error, Stopped) else "error"
-        if log.first_to_say(str(error)):
-            print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
+        if str(error) and log.first_to_say(str(error)):
+            with suppress(OSError):  # nobody reads it any more
+                print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
         write_exit_code(error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone; say no more
@@ -89,11 +91,11 @@ def write_exit_code(code: int) -> None:
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     # an exception here would come up inside whatever is being imported, and be taken for that code's own
-    line = log.line(f"stopped by {signal.Signals(signum).name}", level="warning")
-    os.write(2, f"{line}\n".encode())
-    code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it ahead of SIGTERM
-    write_exit_code(code)
-    os._exit(code)
+    stop = Stopped(signum)
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{log.line(str(stop), level='warning')}\n".encode())
+    write_exit_code(stop.exit_code)
+    os._exit(stop.exit_code)
 
 
 def _run(words: list[str]) -> int:
@@ -105,8 +107,7 @@ def _run(words: list[str]) -> int:
         print(usage(), file=sys.stderr)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"unknown command {name}: {f'did you mean {near[0]}?' if near else 'see above'}")
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, _stop)
+    take_stops(_stop)
     module, function = COMMANDS[name][0].split(":")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come with fifty lines of stack each
     gc.disable()  # what is imported stays; to search it for garbage, again and again, takes half a second

@@ -52,7 +52,9 @@ class Evaluate(parsing.Recipes):
         """Make the Trainer without what the recipe says of checkpoints and samples."""
         settings = {**self.config_init.trainer, **kwargs}
         self.files = checkpoint.AtomicCheckpointIO(Path(self.config.ckpt_path))
-        return self._instantiate_trainer(settings | {"plugins": [self.files]}, [])
+        trainer = self._instantiate_trainer(settings | {"plugins": [self.files]}, [self.config_init.watch])
+        self.config_init.watch.attach(trainer)
+        return trainer
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""
@@ -63,11 +65,14 @@ class Evaluate(parsing.Recipes):
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
         module.config, module.resumes = self.resolved(), True
-        if self.config.split == "test" and not getattr(data, "test_fraction", 1):
+        if self.trainer.is_global_zero and self.config.split == "test" and not getattr(data, "test_fraction", 1):
             print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
         with checkpoint.restored(self.files):
-            self.trainer.validate(
-                module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
+            self.config_init.watch.over(
+                self.trainer,
+                lambda: self.trainer.validate(
+                    module, datamodule=data, ckpt_path=self.config.ckpt_path, verbose=False, weights_only=True
+                ),
             )
         values = {name: value for name, value in module.validation.items() if name != "step"}
         if not math.isfinite(values["loss"]):
@@ -95,6 +100,8 @@ def _evaluate(arguments: list[str], split: str) -> None:
     parsing.quiet()
     cli = Evaluate(arguments, split)
     result = cli.run()
+    if not cli.trainer.is_global_zero:
+        return
     if cli.config.json:
         common.print_json(result)
     else:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -11,7 +12,6 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lm import log
 from lm.cli import common, parsing
@@ -28,13 +28,13 @@ from lm.training import (
     harmless,
     lightning_callbacks,
     loggers,
+    progress,
 )
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
 from lm.training.sharded import Sharded
 from lm.training.signals import StopSignals
-from lm.training.watch import Launcher, is_lost_contact
 
 
 class Fit(parsing.Recipes):
@@ -62,7 +62,7 @@ class Fit(parsing.Recipes):
         name = parsing.run_name(config)
         root = Path(config.trainer.default_root_dir or "")
         self.checkpoints, self.logs, self.name = root / "checkpoints" / name, root / "logs" / name, name
-        self.stream = common.output(config.json)
+        self.stream: Any = common.output(config.json)
         log.take_over(name)
         limits = config.trainer
         lightning_callbacks.refuse_settings(limits)
@@ -129,20 +129,20 @@ class Fit(parsing.Recipes):
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,
-            StopSignals(),
+            StopSignals(lambda: self.stream.unread),
             FrozenHeap(),
             KeptMemory(),
             OwnCores(),
             lightning_callbacks.Endings(self.say),
         ]
-        if not settings["fast_dev_run"]:
+        if not settings["fast_dev_run"] and settings["enable_checkpointing"] is not False:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
         lightning_callbacks.mend(trainer, self.say)
         for logger in trainer.loggers:
             harmless.guard(logger)
-        # Lightning's own handlers talk to other ranks inside the handler, save there, and exit 0: StopSignals has ours
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        progress.begin_and_end_always(trainer)
+        self.config_init.watch.attach(trainer)
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
         with parsing.trainer_errors(None):
             trainer._accelerator_connector.cluster_environment.validate_settings(trainer.num_devices, trainer.num_nodes)
@@ -152,9 +152,6 @@ class Fit(parsing.Recipes):
             )
         if isinstance(trainer.strategy, DDPStrategy):
             compute.tune(trainer.strategy)
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-            trainer.strategy._launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes)
         return trainer
 
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
@@ -217,8 +214,14 @@ class Fit(parsing.Recipes):
                 checkpoint.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
                     checkpoint.renew_last(self.checkpoints, self.ckpt_path)
-            with redirect_stdout(self.stream):  # Lightning's bars and tables, too
-                self._fit(module)
+            # Lightning's bars and tables go where ours do
+            with redirect_stdout(self.stream), checkpoint.restored(self.files):
+                self.config_init.watch.over(
+                    self.trainer,
+                    lambda: self.trainer.fit(
+                        module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True
+                    ),
+                )
         seconds = time.monotonic() - began
         metrics, step = module.metrics, self.trainer.global_step
         tokens = module.step_log.tokens_since_start(step)
@@ -229,25 +232,20 @@ class Fit(parsing.Recipes):
             "seconds": round(seconds, 3),
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
-            "ckpt_path": str(self.checkpoints / "last.ckpt"),
+            "ckpt_path": str(last) if (last := self.last_checkpoint()) else None,
         }
 
-    def _fit(self, module: LightningModule) -> None:
-        launcher, watch = self.trainer.strategy.launcher, self.config_init.watch
-        if isinstance(launcher, Launcher):
-            watch.children = launcher.children
-        watch.meet(self.trainer)
-        try:
-            watch.meet_again(self.trainer)
-            with checkpoint.restored(self.files):
-                self.trainer.fit(module, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-        except RuntimeError as error:
-            if self.trainer.world_size == 1 or not is_lost_contact(error):
-                raise
-            raise watch.name_the_lost(error) from error
-        finally:
-            if isinstance(launcher, Launcher):
-                launcher.end(patience=min(10, watch.timeout / 2))  # before they take this one for lost
+    def last_checkpoint(self) -> Path | None:
+        """Return last.ckpt, where this run keeps checkpoints and has written one."""
+        last, callbacks = self.checkpoints / "last.ckpt", self.trainer.checkpoint_callbacks
+        return last if any(isinstance(one, Checkpoints) for one in callbacks) and last.exists() else None
+
+    def where_metrics_are(self) -> str:
+        """Return where the loggers write, for the last line; nothing where there are none."""
+        ours = any(isinstance(logger, loggers.MetricsCSV) for logger in self.trainer.loggers)
+        places = [self.logs] if ours else [logger.log_dir or logger.save_dir for logger in self.trainer.loggers]
+        named = ", ".join(dict.fromkeys(str(place) for place in places if place))
+        return f"; metrics in {named}" if named else ""
 
     def _inherit_tokenizer(self) -> None:
         """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""
@@ -294,28 +292,41 @@ def _listed(value: Any) -> list[Any]:
 def fit(arguments: list[str]) -> None:
     """Run `lm fit`."""
     parsing.quiet()
-    cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
-    try:
-        result = cli.run()
-    except Stopped as stop:
-        raise _where_it_stopped(stop, cli) from None
-    except CommandError as error:
-        error.run = cli.name
-        raise
-    if not cli.trainer.is_global_zero:
-        return
+    with log.losing_output():  # a step is worth more than a line
+        cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
+        try:
+            result = cli.run()
+        except Stopped as stop:
+            raise _where_it_stopped(stop, cli) from None
+        except CommandError as error:
+            error.run = cli.name
+            raise
+        if cli.trainer.is_global_zero:
+            _done(cli, result)
+
+
+def _done(cli: Fit, result: dict[str, Any]) -> None:
     if cli.config.json:
         common.print_json(result)
     else:
-        text = f"done: step {result['step']}, {result['seconds']:.0f} s; {result['ckpt_path']}; metrics in {cli.logs}"
-        cli.say(text, **result)
+        saved = result["ckpt_path"] or "no checkpoint is kept"
+        cli.say(f"done: step {result['step']}, {result['seconds']:.0f} s; {saved}{cli.where_metrics_are()}", **result)
+    lost = sys.stdout.error  # type: ignore[union-attr]
+    if isinstance(lost, BrokenPipeError):
+        raise lost
+    if lost is not None:
+        raise UserError(f"standard output: {lost.strerror}; the run is finished")
 
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
     stop.run = cli.name
-    if not cli.trainer.is_global_zero:  # the first rank says it
+    files: Any = cli.trainer.strategy.checkpoint_io
+    files.writer.finish()  # a second signal may have come while it wrote
+    if not cli.trainer.is_global_zero:
+        stop.args = ("",)  # the first rank says it
         return stop
-    last = cli.checkpoints / "last.ckpt"
-    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last.exists() else "nothing was saved yet"
-    stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}: continue with --ckpt_path auto",)
+    last = cli.last_checkpoint()
+    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last else "nothing was saved"
+    goes_on = ": continue with --ckpt_path auto" if last else ""
+    stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}{goes_on}",)
     return stop

@@ -12,7 +12,7 @@ from lm.cli import common
 from lm.data import shards
 from lm.data.prepare import Preparation, prepare, summary
 from lm.data.reading import Settings
-from lm.errors import Stopped, UserError
+from lm.errors import Stopped, UserError, take_stops
 
 
 def make_parser() -> ArgumentParser:
@@ -71,8 +71,7 @@ def prepare_command(arguments: list[str]) -> None:
             **chosen,
         )
         folder = job.output
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, _stop)
+        take_stops(_stop)
         done, said = prepare(job), "prepared"
     seconds = time.monotonic() - began
     out = common.output(options.json)
@@ -89,8 +88,7 @@ def prepare_command(arguments: list[str]) -> None:
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     # once: what is under way ends the worker processes, and is not to be stopped itself
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
+    take_stops(signal.SIG_IGN)
     raise Stopped(signum)
 
 

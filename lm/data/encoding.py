@@ -137,7 +137,8 @@ def ordered(
 
 def _follow_parent() -> None:
     """Leave signals to the parent, and end with it, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all; a pool that fails sends SIGTERM
+        signal.signal(signum, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lm.data.chunks import IGNORED as IGNORED
 from lm.data.chunks import Batch, From, Stream, nothing
 from lm.data.tokenizers import Tokenizer
-from lm.errors import UserError
+from lm.errors import UserError, take_stops
 
 
 class TokenData(LightningDataModule, ABC):
@@ -200,5 +200,4 @@ def _end_workers() -> None:
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Let a signal to the whole process group stop the trainer, which then ends its workers, and not them first."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+    take_stops(signal.SIG_IGN)

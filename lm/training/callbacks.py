@@ -136,6 +136,10 @@ class OwnCores(Callback):
                     os.sched_setaffinity(int(thread), own)
 
 
+BAR = "{n_fmt}/{total_fmt} {desc}|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+"""Of tqdm: where a terminal is narrow, it is cut from the right, and the loss must not be."""
+
+
 class Console(Callback):
     """Shows how training goes: a progress bar on a terminal, elsewhere a line for each logged step and evaluation.
 
@@ -159,18 +163,22 @@ class Console(Callback):
         if module.differences:
             found = ", ".join(map(str, module.differences))
             self._line(f"note: the recipe differs from the checkpoint: {found}", level="warning")
-        start = f"from step {trainer.global_step} " if trainer.global_step else ""
+        done = trainer.global_step
+        what = f"training {f'from step {done} ' if done else ''}to step {trainer.max_steps}"
+        if progress.nothing_left(trainer):
+            what = f"step {done} is done, trainer.max_steps is {trainer.max_steps}: no step is left to train"
         name = type(net).__name__.removeprefix("FSDP")  # which sharding puts there
         self._line(
-            f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: training "
-            f"{start}to step {trainer.max_steps} on {trainer.world_size} x {trainer.strategy.root_device.type}"
-            f"{module.origin}",
+            f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: "
+            f"{what} on {trainer.world_size} x {trainer.strategy.root_device.type}{module.origin}",
             step=trainer.global_step,
             parameters=count,
         )
         if self.with_bar and self.stream.isatty() and not log.as_json():
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self.bar = tqdm(total=total, initial=trainer.global_step, file=self.stream, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, initial=done, file=self.stream, unit="step", dynamic_ncols=True, bar_format=BAR
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -185,7 +193,7 @@ class Console(Callback):
         logged = metrics.get("step", 0) > trainer.global_step - progress.steps_per_call(trainer)
         if self.bar is not None:
             if logged:
-                self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+                self.bar.set_description_str(f"loss {metrics['loss']:.4f} ", refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
         elif logged:
             self._line(
@@ -210,8 +218,15 @@ class Console(Callback):
     def _step(self, trainer: Trainer, step: int) -> str:
         return f"step {step:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar before anything else is said; Lightning tears no callback down then."""
+        self._close()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -39,7 +39,10 @@ class Checkpoints(Checkpoint):
         self.folder = Path("checkpoints")  # the command line sets both
         self.start = 0
         self.best: float = math.inf
-        self.saved_step = self.validated_step = -1
+        self.validated_step = -1
+        self.saved = (-1, -1)
+        """The step of last.ckpt, and the one that had last been evaluated."""
+        self._origin: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best validation loss and the step that was last evaluated."""
@@ -52,13 +55,34 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Number the start that writes this checkpoint: one that went back to an earlier step is still the newer."""
         checkpoint["start"] = self.start
+        checkpoint["epoch"] = 0  # training has none; Lightning counts an end of it, and one that went on from there not
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember which one training goes on from."""
+        self._origin = checkpoint.get("start", 0), checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run's best loss: best.ckpt is this run's own. Make up for an evaluation that was cut short."""
-        origin = Path(trainer.ckpt_path or self.folder / "none").resolve()
-        if origin.parent != self.folder.resolve() or not (self.folder / "best.ckpt").exists():
+        found = self._found(trainer) if trainer.is_global_zero else (False, False)
+        own, is_last = trainer.strategy.broadcast(found)  # ranks that look by themselves may see different files
+        if not own:
             self.best = math.inf
-        if trainer.global_step and progress.validation_due(trainer) and self.validated_step != trainer.global_step:
+            if progress.nothing_left(trainer):  # a new run that begins at the end evaluates it for itself
+                self.validated_step = -1
+        if is_last:
+            self.saved = trainer.global_step, self.validated_step
+        if trainer.global_step and progress.validation_due(trainer):
+            self._validate(trainer)
+
+    def _found(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Return whether training goes on in a run that has a best.ckpt, and whether from its last.ckpt."""
+        if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.folder.resolve():
+            return False, False
+        last = files.newest_first(self.folder).get(self.last)
+        return (self.folder / "best.ckpt").exists(), last is not None and (last["start"], last["step"]) == self._origin
+
+    def _validate(self, trainer: Trainer) -> None:
+        if self.validated_step != trainer.global_step:
             progress.validate(trainer)
 
     def on_train_batch_end(
@@ -85,16 +109,18 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and save the last step, whatever the intervals; wait until all is written."""
-        if progress.validates(trainer) and self.validated_step != trainer.global_step:
-            progress.validate(trainer)
-        if self.saved_step != trainer.global_step:
+        if progress.validates(trainer):
+            self._validate(trainer)
+        if self.saved != (trainer.global_step, self.validated_step):
             self._save(trainer, [self.last])
         _writer(trainer).wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where training stopped between two steps: by a signal, or before the update of one not to be trusted."""
-        if getattr(exception, "at_boundary", False) and self.saved_step != trainer.global_step:
-            self._save(trainer, [self.last])
+        if getattr(exception, "at_boundary", False) and self.saved[0] != trainer.global_step:
+            owes = progress.validation_due(trainer) and self.validated_step != trainer.global_step
+            due = [] if owes else self._due(trainer)
+            self._save(trainer, due or [self.last])
         _writer(trainer).wait()
 
     @property
@@ -105,7 +131,7 @@ class Checkpoints(Checkpoint):
     def _due(self, trainer: Trainer) -> list[Path]:
         """Return the periodic checkpoint's paths, where it is due."""
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 and step != self.saved_step
+        due = step % self.every_n_steps == 0 and self.saved != (step, self.validated_step)
         return [self.folder / f"step={step:07d}.ckpt", self.last] if due else []
 
     def _save(self, trainer: Trainer, targets: list[Path]) -> None:
@@ -122,7 +148,7 @@ class Checkpoints(Checkpoint):
             if self.keep_last is not None:
                 _writer(trainer).submit(self._retain)
         if self.last in targets:
-            self.saved_step = trainer.global_step
+            self.saved = trainer.global_step, self.validated_step
 
     def _retain(self) -> None:
         """Delete the periodic checkpoints that are not to be kept."""

@@ -8,6 +8,23 @@ number, the count of finished optimizer steps, says it all: batches are a pure f
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+
+class WholeFit(_FitLoop):
+    """Lightning's loop, that begins and ends a training also where no step is left: what else is due is done then."""
+
+    @property
+    def skip(self) -> bool:
+        """Never."""
+        return False
+
+
+def begin_and_end_always(trainer: Trainer) -> None:
+    """Let training begin and end, with all that callbacks do there, also where all steps have been taken before."""
+    loop = trainer.fit_loop
+    trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
+    trainer.fit_loop.epoch_loop = loop.epoch_loop
 
 
 def steps_per_call(trainer: Trainer) -> int:
@@ -46,12 +63,21 @@ def validate(trainer: Trainer) -> None:
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Return whether the Trainer evaluates after the step that has just been finished."""
+    """Return whether an evaluation follows the step that has just been finished: at its interval, or after the last."""
     interval = trainer.val_check_batch
-    if not isinstance(interval, int) or not validates(trainer):
+    if not validates(trainer):
+        return False
+    if nothing_left(trainer):
+        return True
+    if not isinstance(interval, int):
         return False
     batches, rest = divmod(trainer.global_step * trainer.accumulate_grad_batches, steps_per_call(trainer))
     return not rest and batches % interval == 0
+
+
+def nothing_left(trainer: Trainer) -> bool:
+    """Return whether all steps have been taken."""
+    return 0 < trainer.max_steps <= trainer.global_step
 
 
 def validates(trainer: Trainer) -> bool:

@@ -1,6 +1,7 @@
-"""Stopping a run by a signal: at a step boundary, on all ranks."""
+"""Stopping a run by a signal, or because nobody reads its output any more: at a step boundary, on all ranks."""
 
 import signal
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -8,39 +9,51 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm.errors import Stopped
+from lm.errors import STOPS, Stopped, take_stops
 from lm.training import progress
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+REASONS = (*STOPS, signal.SIGPIPE)
 
 
 class StopSignals(Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C, stops at the next step boundary, and `Checkpoints` saves. A second stops at once.
+    """On one of the signals that stop a command, stops at the next step boundary, and `Checkpoints` saves.
 
-    SIGUSR1 is what SLURM sends ahead of a job's end (`--signal=USR1@120`); the run stops as by SIGTERM. A signal may
-    reach one rank alone: the ranks agree at every step, when they share its loss, and inside an evaluation after every
-    batch.
+    A second one stops at once, and a third ends the process. SIGHUP never counts as a second: a terminal that is closed
+    may send it twice, or just after SIGTERM. A signal may reach one rank alone: the ranks agree at every step, when
+    they share its loss, and inside an evaluation after every batch.
 
     Lightning's own handler saves nothing, or saves inside the handler in the middle of a step, and exits 0 (Lightning
     issues 21406, 20542, 19916). The command line keeps it out.
+
+    Args:
+        unread: Returns whether the reader of standard output has gone: the run stops as by a signal, SIGPIPE.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, unread: Callable[[], bool] = lambda: False) -> None:
+        self.unread = unread
+        self.signum = 0
         self.before: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the signals over; one that comes before the first step stops after it."""
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.before[signum] = signal.signal(signum, self._receive)
+        self.before = take_stops(self._receive)
         module: Any = pl_module
         if stage == "fit":
-            module.questions |= {signum: partial(self._has_received, signum) for signum in STOPS}
+            module.questions |= {signum: partial(self._has_received, signum) for signum in REASONS}
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
+        if signum == signal.SIGHUP:
+            self.signum = self.signum or signum
+        elif self.signum in (0, signal.SIGHUP):
+            self.signum = signum
+        else:
+            self._give_back()
             raise Stopped(signum)
-        self.received = signal.SIGTERM if signum == signal.SIGUSR1 else signum
+
+    @property
+    def received(self) -> int:
+        """The signal that came, or 0."""
+        return self.signum or (signal.SIGPIPE if self.unread() else 0)
 
     def _has_received(self, signum: int) -> bool:
         return self.received == signum
@@ -51,7 +64,7 @@ class StopSignals(Callback):
         """Stop where a step has been finished."""
         if progress.step_finished(trainer, batch_idx):
             module: Any = pl_module
-            told = [signum for signum in STOPS if module.answers.get(signum)]
+            told = [signum for signum in REASONS if module.answers.get(signum)]
             if received := self.received if trainer.world_size == 1 else max(told, default=0):
                 raise Stopped(received, at_boundary=True)
 
@@ -77,5 +90,8 @@ class StopSignals(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         while self.before:
             signal.signal(*self.before.popitem())

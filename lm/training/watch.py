@@ -7,60 +7,20 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
 from lm import log
 from lm.errors import CheckError, UserError
 from lm.training import progress
 from lm.training.drift import check_drift
-
-STARTER = "LM_STARTED_BY"
-"""Of the environment: the process that started this rank."""
-
-
-class Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks of this machine, and leaves watching them to `Watch`.
-
-    Lightning's own observer kills this process, without a word and within five seconds, when another rank ends: also
-    when that one has stopped as it should, while this one still writes the checkpoint.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.children: list[Any] = []
-        self.met = threading.Event()
-
-    def _call_children_scripts(self) -> None:
-        os.environ[STARTER] = str(os.getpid())
-        if place := log.shared_memory():
-            os.environ["LM_SAID"] = place  # what is wrong for all ranks is said once
-        super()._call_children_scripts()
-        self.children += self.procs
-        self.procs = []  # the observer sees none
-        threading.Thread(target=self._see_them_meet, daemon=True, name="meeting").start()
-
-    def _see_them_meet(self) -> None:
-        while not self.met.wait(0.5):
-            lost = lost_child(self.children)
-            if lost and not self.met.wait(5):  # what ended it may end this process too, with a line of its own
-                end(f"{lost[0]} before the processes had met", self.children, lost[1])
-
-    def end(self, patience: float) -> None:
-        """Wait for the other ranks, and kill those that do not end."""
-        self.met.set()
-        deadline = time.monotonic() + patience
-        for child in self.children:
-            try:
-                child.wait(max(0, deadline - time.monotonic()))
-            except Exception:  # it does not end
-                child.kill()
+from lm.training.meeting import Launcher, Meeting, end, end_starter, lost_child
 
 
 class Watch(Callback):
@@ -96,72 +56,41 @@ class Watch(Callback):
         self.progress = 0
         """What this rank has begun and finished, counted: batches, and the parts of a step between which ranks wait."""
         self.children: list[Any] = []
-        """The ranks that this one has started; set by the launcher's owner."""
+        """The ranks that this one has started."""
         self._lives: Lives | None = None
-        self._waiting: threading.Timer | None = None
+        self._meeting: Meeting | None = None
 
-    def meet(self, trainer: Trainer) -> None:
-        """See, before torch waits for half an hour, that the place where the processes meet can be reached.
+    def attach(self, trainer: Trainer) -> None:
+        """Start this machine's ranks by a launcher that leaves them to this watch; keep Lightning from the signals.
+
+        Its own handlers talk to other ranks inside the handler, save there, and exit 0: the command line has ours.
+        """
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+            launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes, self.meet_timeout)
+            trainer.strategy._launcher, self._meeting, self.children = launcher, launcher.meeting, launcher.children
+
+    def over(self, trainer: Trainer, work: Callable[[], object]) -> None:
+        """Let a Trainer work, and end what it has started.
 
         Raises:
-            UserError: It cannot; the first process, which the others did not reach, ends with the same exit code.
-            CheckError: The process that started this one, and which it was to meet, has died.
+            CheckError: Another rank was lost.
         """
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if trainer.world_size == 1 or environment is None:
-            return
-        place = f"{environment.main_address}:{environment.main_port}"
-        if trainer.is_global_zero:
-            self._wait(f"the other processes did not come to {place} in {self.meet_timeout:g} s: start them too")
-            return
-        deadline, reason = time.monotonic() + self.meet_timeout, ""
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection((environment.main_address, environment.main_port), timeout=5).close()
-                self._wait(f"rank {trainer.global_rank}: rank 0 did not answer at {place} in {self.meet_timeout:g} s")
-                return
-            except OSError as error:
-                reason = error.strerror or str(error)
-                if os.environ.get(STARTER, str(os.getppid())) != str(os.getppid()):
-                    raise CheckError(f"rank {trainer.global_rank}: rank 0, which started it, is gone") from error
-                time.sleep(min(1, self.meet_timeout / 10))
-        raise UserError(
-            f"rank {trainer.global_rank}: {place}, where the processes meet, was not reached in "
-            f"{self.meet_timeout:g} s ({reason}): see MASTER_ADDR, MASTER_PORT, and whether the first process runs"
-        )
-
-    def _wait(self, what: str) -> None:
-        def give_up() -> None:
-            end_starter()
-            end(what, self.children, 2)
-
-        self._waiting = threading.Timer(self.meet_timeout, give_up)
-        self._waiting.daemon = True
-        self._waiting.start()
-
-    def meet_again(self, trainer: Trainer) -> None:
-        """Let processes that torchrun has started anew meet in a part of its store of their own.
-
-        Its static rendezvous keeps one store for all its restarts (torch 2.13), where they would find the addresses of
-        the processes that have died.
-        """
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if trainer.world_size == 1 or attempt == "0":
-            return
-        strategy: Any = trainer.strategy
-        rank, world_size = trainer.global_rank, trainer.world_size
-        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=self.meet_timeout)))
-        distributed.init_process_group(
-            strategy._get_process_group_backend(),
-            store=distributed.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=world_size,
-        )
+        try:
+            work()
+        except RuntimeError as error:
+            if trainer.world_size == 1 or not is_lost_contact(error):
+                raise
+            raise self.name_the_lost(error) from error
+        finally:
+            if isinstance(trainer.strategy.launcher, Launcher):
+                trainer.strategy.launcher.end(patience=min(10, self.timeout / 2))  # before they take this one for lost
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch, once the ranks have met."""
-        if self._waiting is not None:
-            self._waiting.cancel()
+        if self._meeting is not None:
+            self._meeting.over()
         if trainer.world_size == 1 or self._lives is not None:
             return
         if isinstance(trainer.strategy.launcher, Launcher):
@@ -329,29 +258,6 @@ class Lives:
             return
         line = f"rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with --ckpt_path auto"
         end(line, self.watch.children, code)
-
-
-def lost_child(children: list[Any]) -> tuple[str, int] | None:
-    """Return which of the ranks that this one started has failed and how, and an exit code; None where none has."""
-    for rank, child in enumerate(children, start=1):
-        if code := child.poll():
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return f"rank {rank} (process {child.pid}) {how}", max(1, code)
-    return None
-
-
-def end_starter() -> None:
-    """Kill rank 0 where it has started this one: stopped, it would hold its device for ever."""
-    if os.environ.get(STARTER) == str(os.getppid()):
-        os.kill(os.getppid(), signal.SIGKILL)
-
-
-def end(what: str, children: list[Any], code: int) -> None:
-    """End this process, and those it has started, with a line that says why."""
-    os.write(2, f"{log.line(what, level='error')}\n".encode())
-    for child in children:
-        child.kill()
-    os._exit(code)  # the main thread may wait for the lost rank in C++, where no exception reaches it
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe", "gloo")

@@ -37,6 +37,11 @@ class Writer:
         while self._pending:
             self._pending.pop(0).result()
 
+    def finish(self) -> None:
+        """Wait until nothing is written any more, also where an exception, of a signal say, has cut `wait` short."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def snapshot(self, values: Any) -> Any:
         """Return a copy of nested values whose tensors are in host memory; those that share storage still do.
 

@@ -203,7 +203,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
     assert shards.verify(workplace / "broken").manifest["replaced"] == 400_000
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, signum: int, code: int) -> None:
     write_documents(workplace / "docs", 30_000)
     command = ("prepare", "--source", "docs", "--tokenizer", "byte", "--output", "out", "--workers", 2)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import checkpoint as dcp
 
 from lm.data import TextData
-from lm.training import folders
+from lm.training import checkpoint, folders
 
 
 class StopAt(Callback):
@@ -53,8 +53,50 @@ class StopInValidation(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class StopAtForward(Callback):
+    """Sends a signal at a forward pass of the network: of a step, an evaluation or a sample.
+
+    Args:
+        number: Which, counted from 1; 0 for none.
+        signum: Which signal.
+        rank: The rank that gets it.
+    """
+
+    def __init__(self, number: int = 0, signum: int = 15, rank: int = 0) -> None:
+        self.number, self.signum, self.rank, self.passes = number, signum, rank, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def count(net: Any, inputs: Any) -> None:
+            self.passes += 1
+            if self.passes == self.number and trainer.global_rank == self.rank:
+                os.kill(os.getpid(), self.signum)
+
+        pl_module.net.register_forward_pre_hook(count)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Path("passes").write_text(str(self.passes))
+
+
 class StopTwice(Callback):
-    """Sends two of them inside a step.
+    """Sends two signals inside a step.
+
+    Args:
+        step: The step.
+        first: The one signal.
+        second: The other.
+    """
+
+    def __init__(self, step: int, first: int = 15, second: int = 15) -> None:
+        self.step, self.signals = step, (first, second)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            for signum in self.signals:
+                os.kill(os.getpid(), signum)
+
+
+class StopWhileSaving(Callback):
+    """Sends SIGINT in a step, and another one while the checkpoint that follows is being written, which takes long.
 
     Args:
         step: The step.
@@ -63,10 +105,19 @@ class StopTwice(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            write = checkpoint.write
+
+            def slow(*arguments: Any) -> None:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+                write(*arguments)
+                checkpoint.write = write
+
+            checkpoint.write = slow
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 class PoisonAt(Callback):

@@ -199,3 +199,20 @@ def test_slurms_tasks_are_ranks_and_its_signal_saves_without_lightnings_requeue(
     assert [code for code, _ in stopped] == [143, 143], stopped
     assert not Path("scontrol.txt").exists() and not list(Path().rglob("hpc_ckpt*"))
     assert state(Path("checkpoints/stopped/last.ckpt"))["global_step"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_stop_of_one_rank_in_the_last_evaluation_is_made_up_for(workplace: Path, strategy: str) -> None:
+    write_recipe(max_steps=4, val_check_interval=100)
+    words = ("--trainer.strategy", strategy, "--samples.max_new_tokens", 0)
+    finish(run("whole", 2, *words, cwd=workplace))
+    stop = {"class_path": "tests.training.stop.StopAtForward", "init_args": {"number": 5, "rank": 1, "signum": 1}}
+    process = run("parts", 2, *words, "--trainer.callbacks+", json.dumps(stop), cwd=workplace)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 129 and "stopped by SIGHUP after step 4; checkpoints/parts/last.ckpt has" in error
+    assert not Path("checkpoints/parts/best.ckpt").exists()
+    finish(run("parts", 2, *words, "--ckpt_path", "auto", cwd=workplace))
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal(state(Path("checkpoints/whole") / name), state(Path("checkpoints/parts") / name))
+    assert numbers("parts") == numbers("whole")

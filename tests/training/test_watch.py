@@ -14,7 +14,7 @@ import torch
 from lm.errors import CheckError
 from lm.training import checkpoint
 from lm.training.drift import check_drift, checksum
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import children, finish, run, write_recipe
 from tests.training.test_resume import assert_equal, state
@@ -178,3 +178,33 @@ def test_a_rank_that_dies_before_the_ranks_have_met_ends_the_other(workplace: Pa
         assert process.returncode == 1 and "was killed by SIGKILL before the processes had met" in error
     else:
         assert process.returncode == -signal.SIGKILL and "error: rank 1: rank 0, which started it, is gone" in error
+
+
+@pytest.mark.parametrize(("command", "signum"), [("fit", signal.SIGTERM), ("validate", signal.SIGINT)])
+def test_a_wait_for_other_nodes_says_for_whom_and_ends_at_the_first_signal(
+    lm, workplace: Path, unused_port: int, command: str, signum: int
+) -> None:
+    words: list[object] = [command, "--config", "tiny.yaml"]
+    if command == "validate":
+        assert lm("fit", "--config", "tiny.yaml", "--trainer.max_steps", 1)[0] == 0
+        words = [command, "--ckpt_path", "checkpoints/tiny/last.ckpt"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port)}
+    process = start(*words, "--trainer.num_nodes", 2, "--trainer.accelerator", "cpu", cwd=workplace, environment=place)
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if line.startswith("note: "))
+    assert said.startswith(f"note: waiting at 127.0.0.1:{unused_port} for 1 of 2 processes, rank 1, at most 600 s")
+    assert f"MASTER_PORT={unused_port} and NODE_RANK=1" in said
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 128 + signum and error == f"stopped by {signal.Signals(signum).name}\n"
+
+
+def test_two_ranks_print_an_evaluation_once(lm, workplace: Path) -> None:
+    write_recipe()
+    assert lm("fit", "--config", "tiny.yaml", "--trainer.max_steps", 1)[0] == 0
+    alone = lm("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt")[1]
+    two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--split", "test")
+    process = start("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", *two, cwd=workplace)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and len(out.splitlines()) == 1 == error.count("note: no test split"), (out, error)
+    assert out.split(": ", 1)[1] == alone.split(": ", 1)[1]
