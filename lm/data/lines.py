@@ -13,7 +13,8 @@ import torch
 
 from lm.data import corpora
 from lm.data.chunks import Batch, random_rows
-from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.evaluation_sets import EvaluationSet, of_rows
+from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import CharTokenizer, Tokenizer
 from lm.errors import UserError
 
@@ -138,7 +139,7 @@ class LinesData(TokenData):
         """Return what gives rows of the training split, drawn with replacement."""
         return partial(random_rows, *self.examples["train"], self.seed)
 
-    def eval_dataset(self, split: str) -> Rows:
+    def eval_dataset(self, split: str) -> EvaluationSet:
         """Return all examples of a split once; test is validation where there is no test split."""
         tokens, targets = self.examples[split if split != "test" or self.test_fraction else "val"]
-        return Rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())
+        return of_rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from lm.data.chunks import Batch, draw
-from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.evaluation_sets import EvaluationSet, of_rows
+from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import CharTokenizer
 from lm.errors import UserError
 
@@ -111,12 +112,12 @@ class TaskData(TokenData):
         """Return what makes the training problems."""
         return lambda first, count: self.batch(self.problems(first, count))
 
-    def eval_dataset(self, split: str) -> Rows:
+    def eval_dataset(self, split: str) -> EvaluationSet:
         """Return the problems held out; for train, as many that are not."""
         n = self.held_out
         chosen = {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
         tokens, targets = self.batch(chosen)
-        return Rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
+        return of_rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
 
 
 OPERATORS = "+-*/"
