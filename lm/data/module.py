@@ -6,7 +6,7 @@ import shutil
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,13 @@ from lm.data.chunks import IGNORED as IGNORED
 from lm.data.chunks import Batch, From, Stream
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
+
+
+class Place(TypedDict):
+    """This process among all."""
+
+    rank: int
+    world_size: int
 
 
 class TokenData(LightningDataModule, ABC):
@@ -113,9 +120,9 @@ class TokenData(LightningDataModule, ABC):
         """Return the loader of the test split."""
         return self._loader(self.eval_dataset("test"))
 
-    def _place(self) -> dict[str, int]:
+    def _place(self) -> Place:
         trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+        return Place(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
 
     def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
         # items are whole batches; the own generator keeps the loader's hands off the global one, which dropout uses

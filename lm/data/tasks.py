@@ -53,7 +53,10 @@ class TaskData(TokenData):
 
     @abstractmethod
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem number index, with the sign that asks for the answer at its end, and the answer."""
+        """Return problem number index, with the sign that asks for the answer at its end, and the answer.
+
+        Two numbers are never one text: what is held out is not trained on under another number.
+        """
 
     @abstractmethod
     def longest(self) -> tuple[str, str]:
@@ -172,18 +175,21 @@ class ArithmeticData(TaskData):
 
     @property
     def size(self) -> int:
-        """All pairs of operands, with each operator."""
-        return len(self.operators) * 10 ** (2 * self.digits)
+        """All pairs of operands, with each operator; nothing is divided by zero."""
+        return len(self.operators) * 10 ** (2 * self.digits) - ("/" in self.operators) * 10**self.digits
 
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem and answer number index."""
-        index, place = divmod(index, len(self.operators))
-        a, b = divmod(index, 10**self.digits)
-        return self._problem(a, self.operators[place], b)
+        """Return problem and answer number index; divisions have the last numbers."""
+        others, numbers = self.operators.replace("/", ""), 10**self.digits
+        if (division := index - len(others) * numbers**2) >= 0:
+            a, b = divmod(division, numbers - 1)
+            return self._problem(a, "/", b + 1)
+        index, place = divmod(index, len(others))
+        a, b = divmod(index, numbers)
+        return self._problem(a, others[place], b)
 
     def _problem(self, a: int, operator: str, b: int) -> tuple[str, str]:
         if operator == "/":
-            b = b or 1  # nothing is divided by zero
             answer = "r".join(map(self._written, divmod(a, b)))
         else:
             answer = self._written({"+": a + b, "-": a - b, "*": a * b}[operator])

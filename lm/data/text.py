@@ -124,11 +124,8 @@ class TextData(TokenData):
         if split == "test" and not all(len(corpus.splits["test"]) > 1 for corpus in self.corpora):
             split = "val"
         tokens = shards.concatenated(corpus.splits[split] for corpus in self.corpora)
-        held, settings = (
-            shards.in_memory(tokens),
-            {"batch_size": max(1, EVAL_TOKENS // self.block_size), **self._place()},
-        )
+        held, batch_size = shards.in_memory(tokens), max(1, EVAL_TOKENS // self.block_size)
         if self.across_documents:
-            return evaluation_sets.of_chunks(held, block_size=self.block_size, **settings)
+            return evaluation_sets.of_chunks(held, block_size=self.block_size, batch_size=batch_size, **self._place())
         documents = self._documents(tokens, held, "permutation", self.seed)
-        return EvaluationSet(documents.between, len(documents), **settings)
+        return EvaluationSet(documents.between, len(documents), batch_size=batch_size, **self._place())

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +28,11 @@ def written(data, row: int, tokens: torch.Tensor, targets: torch.Tensor) -> tupl
         ("+", False, 999_999, ("999+999=", "1998")),
         ("-", True, 5_123, ("5-123=", "-811")),
         ("*", False, 12_012, ("12*12=", "144")),
-        ("/", False, 17_005, ("17/5=", "3r2")),
-        ("/", False, 17_000, ("17/1=", "17r0")),
+        ("/", False, 17 * 999 + 4, ("17/5=", "3r2")),
+        ("/", False, 17 * 999, ("17/1=", "17r0")),
+        ("/", False, 1000 * 999 - 1, ("999/999=", "1r0")),
+        ("/+", False, 17_005, ("17+5=", "22")),
+        ("/+", False, 1000**2 + 17 * 999 + 4, ("17/5=", "3r2")),
         ("+-", False, 2 * 7_003 + 1, ("7-3=", "4")),
     ],
 )
@@ -56,6 +61,38 @@ def test_training_never_draws_what_is_held_out() -> None:
     held = set(data._held.tolist())
     assert len(held) == 40 and not drawn & held
     assert drawn | held == set(range(100))
+
+
+SETTINGS = [
+    (digits, operators, reverse, pad)
+    for digits in (1, 2)
+    for operators in ("+", "-", "*", "/", "+/", "/-", "+-*/")
+    for reverse in (False, True)
+    for pad in (False, True)
+]
+
+
+@pytest.mark.parametrize(("digits", "operators", "reverse", "pad"), SETTINGS)
+def test_no_text_is_in_two_splits(digits: int, operators: str, reverse: bool, pad: bool) -> None:
+    """Each problem is one text and one number, and no quotient by zero is among them."""
+    settings = {"digits": digits, "operators": operators, "reverse": reverse, "pad": pad}
+    data = made(**settings, held_out=40 if digits == 1 else 1000)
+    texts = ["".join(data.example(i)) for i in range(data.size)]
+    assert len(set(texts)) == len(texts) == data.size
+    assert not [text for text in texts if re.search("/0+=", text)]
+    assert len([text for text in texts if "/" in text]) == ("/" in operators) * 10**digits * (10**digits - 1)
+    held = [texts[i] for i in data._held]
+    train = {texts[i] for i in data.problems(0, 20_000)}
+    assert len(set(held)) == 2 * data.held_out and not train & set(held)
+    if digits == 1:
+        assert train | set(held) == set(texts)
+
+
+@pytest.mark.parametrize("digits", [3, 9])
+def test_of_more_digits_neither(digits: int) -> None:
+    data = made(digits=digits, operators="/", block_size=40, held_out=500)
+    texts = [{data.example(int(i))[0] for i in some} for some in (data._held, data.problems(0, 10_000))]
+    assert len(texts[0]) == 1000 and not texts[0] & texts[1] and not [t for t in set.union(*texts) if "/0=" in t]
 
 
 def test_a_stack_of_steps_is_the_steps_and_seeds_differ() -> None:
