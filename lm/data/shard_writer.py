@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data import files, shards, tokenizers
+from lm.data import files, shards, tokenizers, verification
 
 
 class Writer:
@@ -149,7 +149,7 @@ class Writer:
             for block in iter(lambda: source.read(1 << 20), b""):
                 file.write(block)
         header = shards.Header(
-            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), shards.checksum(part)
+            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), verification.checksum(part)
         )
         with part.open("r+b") as file:
             file.write(header.pack())

@@ -100,8 +100,12 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
 
 
 def _open(folder: Path) -> shards.Corpus | None:
-    """Open what was tokenized before; None where there is nothing, or it is not whole."""
+    """Open what was tokenized before; None where there is nothing, or it is not whole: then it is made anew."""
     try:
-        return shards.open_corpus(folder)
+        opened = shards.open_corpus(folder)
+        for tokens in opened.splits.values():
+            for place in tokens.shards:
+                place.check()
+        return opened
     except UserError:
         return None
