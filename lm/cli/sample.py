@@ -90,7 +90,7 @@ def _prompt(prompt: str, file: Path | None) -> str:
     if prompt:
         raise UserError("--prompt and --prompt_file: say one of them")
     try:
-        return file.read_bytes().decode()
+        return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

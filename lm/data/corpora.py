@@ -5,6 +5,7 @@ a function that returns a Source and enter it in NAMED; for a file format see lm
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def find(corpus: str) -> Source:
     if corpus in NAMED:
         return NAMED[corpus]()
     path = Path(corpus).expanduser()
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
     return _from_files(reading.find([str(path)]))
 

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from lm.data import corpora, files, remote, shards, tokenizers
+from lm.data import corpora, files, reading, remote, shards, tokenizers
 from lm.data.shard_writer import write_corpus
 from lm.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def load(
@@ -51,6 +52,8 @@ def load(
     folder = files.tokens_home() / key[:32]
     if (opened := _open(folder)) is not None:
         return opened
+    if corpus not in corpora.NAMED and (note := reading.left_out([corpus])):
+        print(note, file=sys.stderr)
     text = source.read()
     if not text:
         raise UserError(f"corpus {corpus}: it is empty")
@@ -73,7 +76,7 @@ def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.T
     if wanted.state() != own:
         raise UserError(
             f"corpus {corpus}: was prepared with a tokenizer of {prepared.tokenizer.n_vocab} ids, not the "
-            + (f"--data.init_args.tokenizer {tokenizer}" if isinstance(tokenizer, str) else "checkpoint's")
+            + (f"data.tokenizer {tokenizer}" if isinstance(tokenizer, str) else "checkpoint's")
             + f" of {wanted.n_vocab}: prepare it with that one"
         )
     return prepared

@@ -87,15 +87,16 @@ class TextData(TokenData):
         self.tokenizer = first.tokenizer
         for corpus, opened in zip(self.weights, self.corpora, strict=True):
             for split in ("train", "val", "test") if self.test_fraction else ("train", "val"):
-                self._check_length(corpus, split, len(opened.splits[split]))
+                self._check_length(corpus, split, len(opened.splits[split]), prepared="plan" in opened.manifest)
         _ = self.micro_batch_size
 
-    def _check_length(self, corpus: str, split: str, found: int) -> None:
+    def _check_length(self, corpus: str, split: str, found: int, *, prepared: bool) -> None:
         needed = self.block_size + 1 if self.across_documents else 2
         if found < needed:
+            share = f"prepare it with a larger share for {split}" if prepared else "another data.val_fraction"
             raise UserError(
                 f"corpus {corpus}: its {split} split has {found} tokens, block_size {self.block_size} needs "
-                f"{needed}: use a longer text, a smaller --data.init_args.block_size or another val_fraction"
+                f"{needed}: use a longer text, a smaller data.block_size, or {share}"
             )
 
     def training_examples(self) -> Callable[[int, int], Batch]:

@@ -20,7 +20,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path) -> None:
     if identity(there.state()) != identity(tokenizer.state()):
         raise UserError(
             f"--init_from {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use the same "
-            "data.tokenizer, or --data.init_args.tokenizer inherit to keep the checkpoint's"
+            "data and tokenizer (TextData keeps the checkpoint's by data.tokenizer inherit)"
         )
     weights = {key.removeprefix("net."): value for key, value in saved["state_dict"].items() if key.startswith("net.")}
     built = net.state_dict()

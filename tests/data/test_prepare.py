@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import files, reading, shards, tokenizers
+from lm.data import files, reading, shards, tokenizers, verification
 from lm.data.prepare import Preparation, prepare
 from lm.data.reading import zstd
 from lm.data.shard_writer import Writer
