@@ -3,6 +3,7 @@
 Shapes: B sequences, T block_size.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -61,6 +62,18 @@ class TaskData(TokenData):
     @abstractmethod
     def longest(self) -> tuple[str, str]:
         """Return a problem and answer that are together as long as any."""
+
+    @abstractmethod
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return a problem as people write it, up to its sign, and as the network was trained to read it.
+
+        Raises:
+            UserError: The prompt is no such problem; the form is named.
+        """
+
+    def readable(self, answer: str) -> str:
+        """Return an answer as people write it."""
+        return answer
 
     def setup(self, stage: str) -> None:
         """Check that the problems fit.
@@ -200,6 +213,23 @@ class ArithmeticData(TaskData):
         text = str(abs(number))
         return "-" * (number < 0) + (text[::-1] if self.reverse else text)
 
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return a problem without and with the leading zeros that it was trained with, 12+34= and 012+034=."""
+        found = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=?\s*", prompt)
+        if found is None or any(len(found[k].lstrip("0")) > self.digits for k in (1, 3)):
+            raise UserError(
+                f"{prompt[:40]!r} is no problem of this network: it takes two numbers of up to {self.digits} digits "
+                f"with {' or '.join(self.operators)} between them, {self._problem(2, self.operators[0], 1)[0]} say"
+            )
+        a, operator, b = int(found[1]), found[2], int(found[3])
+        if operator == "/" and b == 0:
+            raise UserError(f"{prompt[:40]!r}: nothing is divided by zero: say another number")
+        return f"{a}{operator}{b}=", self._problem(a, operator, b)[0]
+
+    def readable(self, answer: str) -> str:
+        """Return an answer with the digits of its numbers in the usual order."""
+        return re.sub("[0-9]+", lambda number: number[0][::-1], answer) if self.reverse else answer
+
     def longest(self) -> tuple[str, str]:
         """Return the problem of the longest answer."""
         top = 10**self.digits - 1
@@ -265,6 +295,16 @@ class ReverseData(TaskData):
             length += 1
         text = "".join(self.alphabet[index // base**place % base] for place in range(length))
         return f"{text}>", text[::-1]
+
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return the string and the sign after it, abcd>, twice: it is read as it is written."""
+        text = prompt.strip().removesuffix(">")
+        if not self.shortest_length <= len(text) <= self.longest_length or set(text) - set(self.alphabet):
+            raise UserError(
+                f"{prompt[:40]!r} is no problem of this network: it takes {self.shortest_length} to "
+                f"{self.longest_length} letters of {self.alphabet}, {self.example(0)[0]} say"
+            )
+        return f"{text}>", f"{text}>"
 
     def longest(self) -> tuple[str, str]:
         """Return the last one."""

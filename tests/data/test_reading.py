@@ -101,8 +101,10 @@ def test_what_a_folder_leaves_out_is_counted_and_named(workplace: Path, lm: Run)
     assert code == 0 and error.count(note) == 1
 
 
-WRONG = ["null", "7", "[1]", "{}", '{"text": null}', '{"text": 7}', '{"text": ["a"]}', '{"other": "a"}', "{",
-         '{"text": "\\ud800"}', "[" * 100_000, '{"text": ' + "9" * 5000 + "}", "\ufeffx", '{"text": "a"} x', '"text"']  # fmt: skip
+WRONG = [
+    *("null", "7", "[1]", "{}", '{"text": null}', '{"text": 7}', '{"text": ["a"]}', '{"other": "a"}', "{", '"text"'),
+    *('{"text": "\\ud800"}', "[" * 100_000, '{"text": ' + "9" * 5000 + "}", "\ufeffx", '{"text": "a"} x'),
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
