@@ -79,7 +79,7 @@ def prepare_command(arguments: list[str]) -> None:
     )
     if done["replaced"]:
         print(f"{done['replaced']:,} wrong bytes became U+FFFD", file=out)
-    if done["skipped"]:
+    if done.get("skipped"):
         print(f"{done['skipped']:,} rows without text were left out", file=out)
     if not any(entry["tokens"] for entry in shards.read_manifest(folder)["splits"]["val"]):
         print("note: no text fell to validation, which lm fit needs: more text, or a larger --val_fraction", file=out)

@@ -41,6 +41,11 @@ def find(corpus: str) -> Source:
     return _from_files(reading.find([str(path)]))
 
 
+def left_out(corpus: str) -> str | None:
+    """Return a line on the files of a folder that are no text for a corpus; None where there are none."""
+    return None if corpus in NAMED else reading.left_out([corpus])
+
+
 def _from_files(paths: list[Path]) -> Source:
     def read() -> str:
         return "\n".join(text for path in paths for text in reading.documents(path, reading.Settings()))

@@ -4,6 +4,7 @@ Shapes: N examples, T block_size.
 """
 
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -66,8 +67,10 @@ class LinesData(TokenData):
         self.examples: dict[str, Batch] = {}
 
     def prepare_data(self) -> None:
-        """Download the corpus where it is a named one."""
+        """Download the corpus where it is a named one; say what a folder has that is left out."""
         corpora.find(self.corpus)
+        if note := corpora.left_out(self.corpus):
+            print(note, file=sys.stderr)
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the lines.

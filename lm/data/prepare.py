@@ -74,7 +74,7 @@ def prepare(job: Preparation) -> dict[str, Any]:
     """Prepare a corpus; go on where it was begun, do nothing where it is whole.
 
     Returns:
-        tokens, documents, bytes (of UTF-8), shards, replaced bytes and skipped rows.
+        tokens, documents, bytes (of UTF-8), shards, replaced bytes, and skipped rows where there are any.
 
     Raises:
         UserError: The source cannot be read, the output folder is not free, or the disk is full.
@@ -319,5 +319,4 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
         "bytes": manifest["bytes"],
         "shards": len(entries),
         "replaced": manifest["replaced"],
-        "skipped": manifest.get("skipped", 0),  # corpora of earlier releases have no such count
-    }
+    } | ({"skipped": manifest["skipped"]} if manifest.get("skipped") else {})

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lm.data import corpora, files, reading, remote, shards, tokenizers
+from lm.data import corpora, files, remote, shards, tokenizers
 from lm.data.shard_writer import write_corpus
 from lm.errors import UserError
 
@@ -52,7 +52,7 @@ def load(
     folder = files.tokens_home() / key[:32]
     if (opened := _open(folder)) is not None:
         return opened
-    if corpus not in corpora.NAMED and (note := reading.left_out([corpus])):
+    if note := corpora.left_out(corpus):
         print(note, file=sys.stderr)
     text = source.read()
     if not text:
