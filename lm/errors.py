@@ -16,6 +16,10 @@ class CommandError(Exception):
     run: str | None = None
     """The run's name, where there is one already."""
 
+    def __init__(self, text: str) -> None:
+        # a DataLoader makes the error of a worker process anew, from all of its traceback: the last of it is the text
+        super().__init__(text.rpartition(f"{type(self).__name__}: ")[2] if text.startswith("Caught ") else text)
+
 
 class UserError(CommandError):
     """Bad input: a flag, a config, a file, a prompt. Says what was found and what to do."""

@@ -23,19 +23,17 @@ def blocks(language: str) -> list[str]:
 
 def lend_data(folder: Path) -> None:
     """Make small files of what the recipes of preparation read."""
-    for name in ("data", "texts", "src", "openwebtext/plain_text", "fineweb-edu/sample/10BT"):
+    for name in ("data", "openwebtext/plain_text", "fineweb-edu/sample/10BT"):
         (folder / name).mkdir(parents=True)
     if (REFERENCE / "gpt2.tiktoken").is_file():
         os.symlink(REFERENCE / "gpt2.tiktoken", folder / "data/gpt2.tiktoken")
-    (folder / "texts/a.txt").write_text("some text")
-    (folder / "src/a.py").write_text("print()")
     for name in ("openwebtext/plain_text", "fineweb-edu/sample/10BT"):
         pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / name / "0.parquet")
 
 
 def test_commands_and_code(tmp_path: Path) -> None:
     os.symlink(ROOT / "configs", tmp_path / "configs")
-    for name in ("README.md", "LICENSE"):
+    for name in ("README.md", "LICENSE", "docs", "lm"):
         os.symlink(ROOT / name, tmp_path / name)
     for code in blocks("python"):
         (tmp_path / re.search(r"# file: (\S+)", code)[1]).write_text(code)
@@ -58,6 +56,9 @@ def test_commands_and_code(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoints/average/best.ckpt").exists()
+    ignored = {line.strip("/*") for line in (ROOT / ".gitignore").read_text().splitlines()} | {"data", "configs"}
+    left = {path.name for path in tmp_path.iterdir() if not path.is_symlink()}
+    assert left <= ignored, "the examples leave files that git does not ignore"
 
 
 def test_links_lead_somewhere() -> None:

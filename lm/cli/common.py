@@ -54,6 +54,19 @@ def one_line_errors(
         raise UserError(explain(str(getattr(error, "message", None) or error), known)) from error
 
 
+@contextmanager
+def text_options(source: list[str]) -> Iterator[None]:
+    """Add to an error in a text the option that mends it, and say which files of a folder are left out."""
+    from lm.data import reading
+
+    try:
+        yield
+    except reading.TextError as error:
+        raise UserError(f"{error}{error.option}") from error
+    if note := reading.left_out(source):
+        print(note, file=sys.stderr)
+
+
 def known_names(parser: ArgumentParser) -> list[str]:
     """Return the options that a parser knows."""
     return sorted({action.dest for action in parser._actions})

@@ -72,7 +72,8 @@ def prepare_command(arguments: list[str]) -> None:
         )
         folder = job.output
         take_stops(_stop)
-        done, said = prepare(job), "prepared"
+        with common.text_options(job.source):
+            done, said = prepare(job), "prepared"
     seconds = time.monotonic() - began
     out = common.output(options.json)
     print(
@@ -82,6 +83,10 @@ def prepare_command(arguments: list[str]) -> None:
     )
     if done["replaced"]:
         print(f"{done['replaced']:,} wrong bytes became U+FFFD", file=out)
+    if done.get("skipped"):
+        print(f"{done['skipped']:,} rows without text were left out", file=out)
+    if not any(entry["tokens"] for entry in shards.read_manifest(folder)["splits"]["val"]):
+        print("note: no text fell to validation, which lm fit needs: more text, or a larger --val_fraction", file=out)
     if options.json:
         common.print_json(done | {"seconds": round(seconds, 3)})
 

@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lm.cli import common, parsing
+from lm.data.tasks import TaskData
 from lm.errors import UserError
 from lm.inference.loading import load
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
@@ -46,7 +47,9 @@ def sample(arguments: list[str]) -> None:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
     fitted = load(options.ckpt_path, _device(options.device))
-    ids = start_tokens(fitted.tokenizer, prompt)
+    prompt, asked = _question(fitted.task, prompt)
+    answer = fitted.task.readable if fitted.task and asked else str
+    ids = start_tokens(fitted.tokenizer, asked)
     device = next(fitted.net.parameters()).device
     began = time.monotonic()
     tokens = generate(
@@ -64,19 +67,30 @@ def sample(arguments: list[str]) -> None:
             if not stream.done:
                 made += 1
                 text = stream.add(token)
-                if i == 0:  # the first is shown as it is made, the others when all are done
+                if i == 0 and answer is str:  # the first is shown as it is made, the others when all are done
                     print(text, end="", file=out, flush=True)
         if all(stream.done for stream in streams):
             break
     seconds = time.monotonic() - began
-    print(streams[0].finish(), file=out, flush=True)
+    rest = streams[0].finish()
+    print(rest if answer is str else answer(streams[0].text), file=out, flush=True)
     for stream in streams[1:]:
         stream.finish()
-        print(f"---\n{prompt}{stream.text}", file=out, flush=True)
+        print(f"---\n{prompt}{answer(stream.text)}", file=out, flush=True)
     if options.json:
-        texts = [prompt + stream.text for stream in streams]
+        texts = [prompt + answer(stream.text) for stream in streams]
         speed = {"tokens": made, "seconds": round(seconds, 3), "tokens_per_second": round(made / seconds, 1)}
         common.print_json({"text": texts, **speed})
+
+
+def _question(task: TaskData | None, prompt: str) -> tuple[str, str]:
+    """Return a prompt as it is printed and as the network reads it: a task has a form of its own."""
+    if task is None or not prompt:
+        return prompt, prompt
+    try:
+        return task.question(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
 
 
 def _prompt(prompt: str, file: Path | None) -> str:
@@ -90,7 +104,7 @@ def _prompt(prompt: str, file: Path | None) -> str:
     if prompt:
         raise UserError("--prompt and --prompt_file: say one of them")
     try:
-        return file.read_bytes().decode()
+        return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -36,7 +36,8 @@ def tokenizer(arguments: list[str]) -> None:
         options = parser.parse_args(arguments)
     began = time.monotonic()
     settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
-    made = train(options.source, options.vocab_size, options.output, settings, overwrite=options.overwrite)
+    with common.text_options(options.source):
+        made = train(options.source, options.vocab_size, options.output, settings, overwrite=options.overwrite)
     seconds = time.monotonic() - began
     print(
         f"trained: {options.output}: {made['vocab_size']:,.0f} tokens, {made['bytes_per_token']} bytes per token, "

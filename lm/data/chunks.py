@@ -106,15 +106,6 @@ class From(Sampler[int]):
             k += 1
 
 
-def nothing(batch: Batch) -> Batch:
-    """Return a batch like another, in which nothing is predicted: for a rank that has one fewer than the others.
-
-    Where a network is sharded, all ranks must compute when one does.
-    """
-    tokens, targets = batch
-    return tokens, torch.full_like(targets, IGNORED)
-
-
 class Sliced(Protocol):
     """Token ids that are read in slices: an array, or shards on the disk."""
 
@@ -122,44 +113,3 @@ class Sliced(Protocol):
 
     def __getitem__(self, span: slice, /) -> np.ndarray:
         """Return ids start … stop - 1."""
-
-
-class EvalChunks(Dataset[Batch]):
-    """All chunks of a split, each once: every token but the first is a target exactly once.
-
-    The ranks take turns, a batch each; the last chunk may be shorter and then is a batch of its own.
-
-    Args:
-        ids: Token ids of the split (N,).
-        block_size: Tokens in a sequence, T.
-        micro_batch_size: Most sequences in a batch, B.
-        rank: This process.
-        world_size: Number of processes.
-    """
-
-    def __init__(
-        self, ids: Sliced, *, block_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.ids, self.block_size = ids, block_size
-        last = len(ids) - 1  # number of targets
-        whole = last // block_size * block_size
-        share = whole // (block_size * world_size)  # sequences for each rank, rounded down: none gets no batch
-        stride = block_size * max(1, min(micro_batch_size, share))
-        spans = [(start, min(start + stride, whole)) for start in range(0, whole, stride)]
-        if whole < last:
-            spans.append((whole, last))
-        self.spans = spans[rank::world_size]
-        self.short = len(self.spans) < -(-len(spans) // world_size)
-        if self.short:  # this rank has one batch fewer than the first
-            self.spans.append(spans[0])
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, k: int) -> Batch:
-        """Return this rank's batch k; raises IndexError past the last."""
-        start, stop = self.spans[k]
-        chunk = torch.from_numpy(self.ids[start : stop + 1].astype(np.int64))
-        T = min(self.block_size, stop - start)  # noqa: N806
-        batch = chunk[:-1].view(-1, T), chunk[1:].view(-1, T)  # (B, T), (B, T)
-        return nothing(batch) if self.short and k == len(self) - 1 else batch

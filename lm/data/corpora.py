@@ -5,6 +5,7 @@ a function that returns a Source and enter it in NAMED; for a file format see lm
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,14 @@ def find(corpus: str) -> Source:
     if corpus in NAMED:
         return NAMED[corpus]()
     path = Path(corpus).expanduser()
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
     return _from_files(reading.find([str(path)]))
+
+
+def left_out(corpus: str) -> str | None:
+    """Return a line on the files of a folder that are no text for a corpus; None where there are none."""
+    return None if corpus in NAMED else reading.left_out([corpus])
 
 
 def _from_files(paths: list[Path]) -> Source:

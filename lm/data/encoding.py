@@ -33,11 +33,12 @@ class Batch(NamedTuple):
     """Pieces that are encoded together."""
 
     pieces: list[Piece]
-    place: tuple[int, int, int]
-    """Where reading goes on: the file, how many pieces of it are done, replaced characters in the files before it."""
+    place: tuple[int, int, int, int]
+    """Where reading goes on: the file, how many pieces of it are done, replaced bytes and skipped rows before it."""
     position: int
     """Bytes of all files read so far, as they lie on the disk."""
     replaced: int
+    skipped: int
 
 
 class Encoded(NamedTuple):

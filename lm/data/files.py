@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lm.errors import UserError
 
 TIMEOUT = 15.0  # seconds without an answer, after which a download is given up
-EMBEDDED = "the corpus python-docs needs no network (--data.init_args.corpus python-docs)"
+EMBEDDED = "the corpus python-docs needs no network"
 
 
 def data_home() -> Path:

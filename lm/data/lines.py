@@ -4,6 +4,7 @@ Shapes: N examples, T block_size.
 """
 
 import random
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -13,7 +14,8 @@ import torch
 
 from lm.data import corpora
 from lm.data.chunks import Batch, random_rows
-from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.evaluation_sets import EvaluationSet, of_rows
+from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import CharTokenizer, Tokenizer
 from lm.errors import UserError
 
@@ -65,8 +67,10 @@ class LinesData(TokenData):
         self.examples: dict[str, Batch] = {}
 
     def prepare_data(self) -> None:
-        """Download the corpus where it is a named one."""
+        """Download the corpus where it is a named one; say what a folder has that is left out."""
         corpora.find(self.corpus)
+        if note := corpora.left_out(self.corpus):
+            print(note, file=sys.stderr)
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the lines.
@@ -138,7 +142,7 @@ class LinesData(TokenData):
         """Return what gives rows of the training split, drawn with replacement."""
         return partial(random_rows, *self.examples["train"], self.seed)
 
-    def eval_dataset(self, split: str) -> Rows:
+    def eval_dataset(self, split: str) -> EvaluationSet:
         """Return all examples of a split once; test is validation where there is no test split."""
         tokens, targets = self.examples[split if split != "test" or self.test_fraction else "val"]
-        return Rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())
+        return of_rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())

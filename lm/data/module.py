@@ -6,17 +6,23 @@ import shutil
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lm.data.chunks import IGNORED as IGNORED
-from lm.data.chunks import Batch, From, Stream, nothing
+from lm.data.chunks import Batch, From, Stream
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError, take_stops
+
+
+class Place(TypedDict):
+    """This process among all."""
+
+    rank: int
+    world_size: int
 
 
 class TokenData(LightningDataModule, ABC):
@@ -127,9 +133,9 @@ class TokenData(LightningDataModule, ABC):
         """Return the loader of the test split."""
         return self._loader(self.eval_dataset("test"))
 
-    def _place(self) -> dict[str, int]:
+    def _place(self) -> Place:
         trainer = self.trainer
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+        return Place(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
 
     def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
         # items are whole batches; the own generator keeps the loader's hands off the global one, which dropout uses
@@ -161,34 +167,6 @@ class TokenData(LightningDataModule, ABC):
                 f"/dev/shm has {free >> 20} MiB free, data.num_workers {self.num_workers} needs {(needed >> 20) + 1}: "
                 "set it to 0, or give the container more (--shm-size)"
             )
-
-
-class Rows(Dataset[Batch]):
-    """Whole batches of evaluation from tensors of examples; the ranks take turns.
-
-    Args:
-        tokens: All examples (N, T).
-        targets: Theirs (N,) or (N, T).
-        batch_size: Most examples in a batch.
-        rank: This process.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, tokens: Tensor, targets: Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        if len(tokens) < world_size:
-            raise UserError(f"a split of {len(tokens)} examples does not do for {world_size} processes: use fewer")
-        size = max(1, min(batch_size, len(tokens) // world_size))  # rounded down: no rank gets no batch
-        batches = list(zip(tokens.split(size), targets.split(size), strict=True))
-        self.batches = batches[rank::world_size]
-        if len(self.batches) < -(-len(batches) // world_size):
-            self.batches.append(nothing(self.batches[0]))
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, k: int) -> Batch:
-        """Return this rank's batch k; raises IndexError past the last."""
-        return self.batches[k]
 
 
 def _end_workers() -> None:

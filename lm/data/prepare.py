@@ -27,6 +27,7 @@ from lm.errors import UserError
 
 LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
 COMMIT_SECONDS = 2.0  # work that a kill may undo
+COUNTS = ("documents", "bytes", "replaced", "skipped")
 BATCH_PIECES = 2048  # most documents that are encoded together
 
 
@@ -76,7 +77,7 @@ def prepare(job: Preparation) -> dict[str, Any]:
     """Prepare a corpus; go on where it was begun, do nothing where it is whole.
 
     Returns:
-        tokens, documents, bytes (of UTF-8), shards and replaced characters.
+        tokens, documents, bytes (of UTF-8), shards, replaced bytes, and skipped rows where there are any.
 
     Raises:
         UserError: The source cannot be read, the output folder is not free, or the disk is full.
@@ -136,6 +137,8 @@ class _Run:
         if not sum(writer.tokens.values()):
             self._clear("progress.json", "tokenizer.json", self.spool.name)
             raise UserError(f"--source {' '.join(self.job.source)}: it is empty")
+        if self.by_characters:
+            counts["documents"] = 1  # one text, though each split has a part of it
         manifest = writer.finish({"plan": progress["plan"], **counts})
         self._clear(self.spool.name)
         return summary(manifest)
@@ -165,7 +168,7 @@ class _Run:
         if others:
             raise UserError(f"--output {self.folder}: holds other files ({others[0]}): say an empty or a new folder")
         save_tokenizer(self.folder, self._make_tokenizer())
-        return {"plan": plan, "place": [0, 0, 0], "counts": {"documents": 0, "bytes": 0, "replaced": 0}}
+        return {"plan": plan, "place": [0, 0, 0, 0], "counts": dict.fromkeys(COUNTS, 0)}
 
     def _plan(self) -> dict[str, Any]:
         """Return what must be equal for a run to go on where another stopped."""
@@ -217,7 +220,7 @@ class _Run:
                     writer.append(split, ids, done.starts[split])
                 counts["documents"] += done.documents
                 counts["bytes"] += done.bytes
-                counts["replaced"] = batch.replaced
+                counts["replaced"], counts["skipped"] = batch.replaced, batch.skipped
                 progress["place"] = list(batch.place)
                 speed = (sum(writer.tokens.values()) - had) / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
@@ -231,23 +234,28 @@ class _Run:
         writer.commit(progress)
         return counts
 
-    def _batches(self, first_file: int, skip: int, replaced: int) -> Iterator[Batch]:
+    def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[Batch]:
         """Yield what is left of the source in batches, from a `Batch.place` on."""
         batch: list[Piece] = []
         size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):
             settings, number = replace(self.job.reading), 0
+
+            def made(position: int) -> Batch:
+                place = (k, number, replaced, skipped)  # noqa: B023
+                return Batch(batch, place, position, replaced + settings.replaced, skipped + settings.skipped)  # noqa: B023
+
             for number, (piece, position) in enumerate(self._pieces(self.files[k], settings), 1):
                 if k == first_file and number <= skip:
                     continue
                 batch.append(piece)
                 size += len(piece.text)
                 if size >= reading.PIECE or len(batch) >= BATCH_PIECES:
-                    yield Batch(batch, (k, number, replaced), before + position, replaced + settings.replaced)
+                    yield made(before + position)
                     batch, size = [], 0
-            if batch and k == len(self.files) - 1:
-                yield Batch(batch, (k, number, replaced), before + self.sizes[k], replaced + settings.replaced)
-            replaced += settings.replaced
+            if k == len(self.files) - 1:  # the last, even where it has nothing but rows that were skipped
+                yield made(before + self.sizes[k])
+            replaced, skipped = replaced + settings.replaced, skipped + settings.skipped
             before += self.sizes[k]
 
     def _pieces(self, path: Path, settings: reading.Settings) -> Iterator[tuple[Piece, int]]:
@@ -336,4 +344,4 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
         "bytes": manifest["bytes"],
         "shards": len(entries),
         "replaced": manifest["replaced"],
-    }
+    } | ({"skipped": manifest["skipped"]} if manifest.get("skipped") else {})

@@ -4,12 +4,12 @@ To add a format, write a function from an open file to its documents and enter i
 """
 
 import codecs
-import errno
 import glob
 import gzip
 import json
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
-from lm.data import outputs
 from lm.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -39,15 +38,36 @@ class Settings:
 
     Args:
         text_key: The key, or the column, of the text in JSON lines and Parquet.
-        errors: What is done about bytes that are not UTF-8: strict stops, replace puts U+FFFD and counts.
+        errors: What is done about bytes that are not UTF-8, and rows without text: strict stops; replace puts U+FFFD
+            for such bytes and counts them; skip leaves out and counts rows of JSON lines and Parquet with either.
         format: What files hold: auto goes by their suffix.
-        replaced: How many were replaced so far.
+        replaced: How many bytes were replaced so far.
+        skipped: How many rows were left out so far.
     """
 
     text_key: str = "text"
-    errors: Literal["strict", "replace"] = "strict"
+    errors: Literal["strict", "replace", "skip"] = "strict"
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     replaced: int = field(default=0, init=False)
+    skipped: int = field(default=0, init=False)
+
+    @property
+    def decoding(self) -> str:
+        """How bytes are decoded, by Python's name for it."""
+        return "replace" if self.errors == "replace" else "strict"
+
+
+class TextError(UserError):
+    """Text that cannot be read as it was asked for.
+
+    Args:
+        text: What was found where.
+        option: What mends it in a command that has the options of `Settings`.
+    """
+
+    def __init__(self, text: str, option: str = "") -> None:
+        super().__init__(text)
+        self.option = option
 
 
 Reader = Callable[[IO[bytes], str, Settings], Iterator[str]]
@@ -59,8 +79,8 @@ def text_blocks(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]
     Raises:
         UserError: It is not UTF-8; the offset of the first wrong byte is named.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(settings.errors)
-    offset = 0
+    decoder = codecs.getincrementaldecoder("utf-8")(settings.decoding)
+    offset = file.tell()
     while True:
         block = file.read(BLOCK)
         pending = decoder.getstate()[0]
@@ -77,75 +97,122 @@ def text_blocks(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]
             return
 
 
-def not_utf8(name: str, byte: int, offset: int) -> UserError:
+def not_utf8(name: str, byte: int, offset: int) -> TextError:
     """Return the error of a byte that is not UTF-8."""
-    return UserError(
-        f"{name}: not UTF-8: byte 0x{byte:02x} at offset {offset}: convert the file to UTF-8, or let lm prepare "
-        "--errors replace put U+FFFD"
+    return TextError(
+        f"{name}: not UTF-8: byte 0x{byte:02x} at offset {offset}: convert the file to UTF-8",
+        ", or let --errors replace put U+FFFD",
     )
+
+
+def no_text(place: str, found: str) -> TextError:
+    """Return the error of a row, or a column, without text."""
+    return TextError(f"{place}: {found}", ": say another --text_key, or --errors skip to leave such rows out")
 
 
 def json_lines(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]:
     """Yield the texts of JSON objects, one a line.
 
     Raises:
-        UserError: A line is no JSON object with text under the key; its number is named.
+        TextError: A line is no JSON object with text under the key; its number is named.
     """
-    offset = 0
+    offset = file.tell()
     for number, line in enumerate(file, 1):
         try:
-            decoded = line.decode(errors=settings.errors)
+            text = _text_of(line, f"{name}, line {number}", settings)
         except UnicodeDecodeError as error:
-            raise not_utf8(name, line[error.start], offset + error.start) from error
+            if settings.errors != "skip":
+                raise not_utf8(name, line[error.start], offset + error.start) from error
+            settings.skipped += 1
+        except TextError:
+            if settings.errors != "skip":
+                raise
+            settings.skipped += 1
+        else:
+            if text is not None:
+                yield text
         offset += len(line)
-        settings.replaced += decoded.count(REPLACEMENT) - line.count(REPLACEMENT.encode())
-        if not decoded.strip():
-            continue
-        try:
-            text = json.loads(decoded)[settings.text_key]
-            text.encode()  # a string, and one without lone surrogates
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, UnicodeEncodeError) and settings.errors == "replace":
-                settings.replaced += 1
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            else:
-                raise UserError(
-                    f'{name}, line {number}: expected a JSON object with text under "{settings.text_key}" '
-                    "(--text_key says another key)"
-                ) from error
-        yield text
+
+
+def _text_of(line: bytes, place: str, settings: Settings) -> str | None:
+    """Return the text of a JSON object; None where the line is empty."""
+    decoded = line.decode(errors=settings.decoding)
+    settings.replaced += decoded.count(REPLACEMENT) - line.count(REPLACEMENT.encode())
+    decoded = decoded.strip().removeprefix("\ufeff")  # files with a mark may have been joined
+    if not decoded:
+        return None
+    key = settings.text_key
+    try:
+        row = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        raise no_text(place, f'expected a JSON object with text under "{key}", found no JSON') from error
+    text = row.get(key) if isinstance(row, dict) else row
+    if not isinstance(row, dict) or not isinstance(text, str):
+        found = f"an object of {', '.join(map(repr, [*row][:8])) or 'nothing'}" if isinstance(row, dict) else _kind(row)
+        under = f" with {_kind(text)} there" if isinstance(row, dict) and key in row else ""
+        raise no_text(place, f'expected a JSON object with text under "{key}", found {found[:200]}{under}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if settings.errors != "replace":
+            raise no_text(place, f'the text under "{key}" has half of a surrogate pair') from error
+        settings.replaced += 1
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def parquet_rows(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]:
-    """Yield the rows of one column of a Parquet file. Needs the extra `parquet`."""
+    """Yield the rows of one column of a Parquet file. Needs the extra `parquet`.
+
+    Raises:
+        TextError: There is no such column, or a row of it has no text; its number is named.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{name}: reading Parquet needs pyarrow: pip install 'lm[parquet]'") from error
-    key = settings.text_key
+    key, number = settings.text_key, 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if key not in table.schema_arrow.names:
-            raise UserError(f'{name} has no column "{key}"; it has {", ".join(table.schema_arrow.names)} (--text_key)')
-        for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f'{name}: its column "{key}" has {type(text).__name__}, not text (--text_key)')
-                yield text
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not a whole Parquet file with text under {key} ({error})") from error
+        # without pre_buffer=False a thread of Arrow's still reads the file when an error closes it: abort
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
+            columns = table.schema_arrow.names
+            if key not in columns:
+                raise no_text(name, f'has no column "{key}"; it has {", ".join(columns[:20]) or "none"}')
+            for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if isinstance(text, str):
+                        yield text
+                    elif settings.errors == "skip":
+                        settings.skipped += 1
+                    else:
+                        raise no_text(f"{name}, row {number}", f'its column "{key}" has {_kind(text)}, not text')
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f'{name}: not a whole Parquet file with text under "{key}" ({reason})') from error
 
 
-FORMATS: dict[str, Reader] = {".jsonl": json_lines, ".parquet": parquet_rows}
-"""By suffix; every other file is one text."""
+FORMATS: dict[str, Reader] = {
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_lines,
+    ".parquet": parquet_rows,
+}
+"""By suffix, whatever its case; every other file is one text."""
 TEXTS = (".txt", ".md")
+IN_FOLDERS = (*(kind for kind in FORMATS if kind != ".json"), *TEXTS)  # .json is settings and the like as often
 COMPRESSED = (".gz", ".zst")
 
 
 def suffix(path: Path) -> str:
     """Return the suffix that says a file's format, what compressed it left aside."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    compressed = path.suffix.lower() in COMPRESSED
+    return (Path(path.stem) if compressed else path).suffix.lower()
 
 
 def reader_of(path: Path, settings: Settings) -> Reader | None:
@@ -158,19 +225,25 @@ def reader_of(path: Path, settings: Settings) -> Reader | None:
 def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a file for reading; yield it decompressed, and as it lies on the disk, whose position shows progress.
 
+    A byte order mark at its beginning is no text: it is passed over.
+
     Raises:
-        UserError: It cannot be read, or what compressed it was cut short.
+        UserError: It cannot be read, is in UTF-16 or UTF-32, or what compressed it was cut short.
     """
     try:
         with path.open("rb") as raw:
             magic = raw.read(4)
             raw.seek(0)
+            file: IO[bytes] = raw
             if magic[:2] == b"\x1f\x8b":
-                yield gzip.GzipFile(fileobj=raw), raw  # type: ignore[misc]
+                file = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
             elif magic == b"\x28\xb5\x2f\xfd":
-                yield zstd.ZstdFile(raw), raw  # type: ignore[misc]
-            else:
-                yield raw, raw
+                file = zstd.ZstdFile(raw)  # type: ignore[assignment]
+            begin = file.read(4)
+            if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or begin == codecs.BOM_UTF32_BE:
+                raise UserError(f"{path}: in UTF-16 or UTF-32, as its first bytes say: convert the file to UTF-8")
+            file.seek(len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0)
+            yield file, raw
     except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
         raise UserError(f"{path}: its compressed data is damaged or cut short ({error}): get the file again") from error
     except OSError as error:
@@ -199,33 +272,53 @@ def find(sources: Iterable[str]) -> list[Path]:
     In a folder, files of known formats count; a glob or a path takes any file, one of unknown suffix as text.
 
     Raises:
-        UserError: One stands for no file, or goes round in a loop of symbolic links.
+        UserError: One stands for no file, or for a pipe or a device, or goes round in a loop of symbolic links.
     """
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(source).expanduser()
         try:
             if path.is_dir():
-                matches = sorted(p for p in _walk(path, ()) if suffix(p) in (*FORMATS, *TEXTS))
+                matches = sorted(p for p in _walk(path, ()) if suffix(p) in IN_FOLDERS)
             elif path.exists() or not glob.has_magic(source):
-                path.stat()
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise UserError(f"source {source}: a pipe or a device, which cannot be read twice: say a file")
                 matches = [path]
             else:
                 matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        except OSError as error:
-            reason = "a loop of symbolic links" if error.errno == 40 or "loop" in str(error).lower() else error.strerror
-            inside = Path(os.fsdecode(error.filename or source))  # of a folder, the file that it is about
-            if inside.is_symlink() and error.errno == errno.ENOENT:
-                reason = f"it is {outputs.kind(inside)}"
-            raise UserError(f"source {inside}: {reason}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise UserError(f"source {source}: {_reason(path, error)}") from error
         if not matches:
-            kinds = ", ".join((*FORMATS, *TEXTS))
-            raise UserError(f"source {source}: no file matches" + (f" ({kinds})" if path.is_dir() else ""))
+            raise UserError(
+                f"source {source}: no file matches" + (f" ({', '.join(IN_FOLDERS)})" if path.is_dir() else "")
+            )
         found |= dict.fromkeys(matches)
     return list(found)
 
 
+def left_out(sources: Iterable[str]) -> str | None:
+    """Return a line that counts and names the files in folders that `find` leaves out; None where there are none."""
+    folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
+    others = sorted(p for folder in folders for p in _walk(folder, ()) if suffix(p) not in IN_FOLDERS)
+    if not others:
+        return None
+    named = ", ".join(map(str, others[:3])) + (", …" if len(others) > 3 else "")
+    many = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
+    return f"note: {many} left out, of another kind than {', '.join(IN_FOLDERS)}: {named} (a path or a glob takes any)"
+
+
+def _reason(path: Path, error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno == 40 or "loop" in str(error).lower():
+        return "a loop of symbolic links"
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which is not there"
+    return f"{error.strerror}" if error.filename in (None, str(path)) else f"{error.filename}: {error.strerror}"
+
+
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Yield all files below a folder; what is neither file nor folder, a pipe say, is passed over."""
     real = os.path.realpath(folder)
     if real in above:
         raise UserError(f"source {folder}: a loop of symbolic links leads back to {real}")
@@ -234,9 +327,13 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _walk(Path(entry.path), (*above, real))
-        else:
-            Path(entry.path).stat()  # a link that leads nowhere is an error, not a file less
+        elif entry.is_file():
             yield Path(entry.path)
+        else:
+            try:
+                os.stat(entry.path)
+            except OSError as error:  # a link that leads nowhere is an error, not a file less
+                raise UserError(f"source {entry.path}: {_reason(Path(entry.path), error)}") from error
 
 
 def documents(path: Path, settings: Settings) -> Iterator[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.data import files
+from lm.data import files, verification
+from lm.data.shard_header import Header
 from lm.errors import UserError
 
 
@@ -47,29 +48,30 @@ class Remote:
             files.write_whole(folder / "manifest.json", manifest)
         return cls(url, folder)
 
-    def fetch(self, path: Path, checksum: bytes) -> None:
+    def fetch(self, path: Path, header: Header) -> None:
         """Copy a shard where that has not been done.
 
         Args:
             path: Where to; its name is the shard's.
-            checksum: SHA-256 of what follows the header.
+            header: What it must hold by the manifest.
 
         Raises:
             UserError: It cannot be had, or is another than the manifest says.
         """
-        from lm.data import shards
-
         if path.exists():
             return
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             system, root = _system(self.url)
             system.get_file(f"{root}/{path.name}", str(part))
-            if shards.read_header(part).checksum != checksum or shards.checksum(part) != checksum:
-                raise UserError(f"shard {self.url}/{path.name}: its checksum is wrong: upload it again")
+            verification.check(part, header)
             part.replace(path)
+            verification.remember(path, header)
         except OSError as error:
             raise UserError(f"shard {self.url}/{path.name}: could not be copied ({error})") from error
+        except UserError as error:
+            problem = str(error).removeprefix(f"shard {part}: ").split(": ")[0]
+            raise UserError(f"shard {self.url}/{path.name}: {problem}: upload it again") from error
         finally:
             part.unlink(missing_ok=True)
 

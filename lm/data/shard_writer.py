@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data import files, shards, tokenizers
+from lm.data import files, shards, tokenizers, verification
 
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""
@@ -156,7 +156,7 @@ class Writer:
             for block in iter(lambda: source.read(1 << 20), b""):
                 file.write(block)
         header = shards.Header(
-            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), shards.checksum(part)
+            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), verification.checksum(part)
         )
         with part.open("r+b") as file:
             file.write(header.pack())

@@ -5,11 +5,8 @@ folder is not whole. A shard is a header, its tokens (16 or 32 bits each), and t
 (64 bits each). All numbers are little-endian.
 """
 
-import hashlib
 import json
 import os
-import struct
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -17,70 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.data import remote, tokenizers
+from lm.data import remote, tokenizers, verification
+from lm.data.shard_header import HEADER as HEADER
+from lm.data.shard_header import VERSION, Header, read_header
 from lm.errors import UserError
 
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 100_000_000  # in a shard: 200 MB of GPT-2's
-MAGIC, VERSION = b"LMTOKENS", 1
-LAYOUT = struct.Struct("<8sIIQQI32s32s")  # of the header, before the CRC-32 of itself
-HEADER = 128  # bytes, the rest zero
 HELD = 32 << 20  # bytes of a split that are read into memory rather than piece by piece
 OPEN_FILES = 256
-
-
-class Header(NamedTuple):
-    """What a shard says of itself."""
-
-    itemsize: int
-    """Bytes of a token: 2 or 4."""
-    tokens: int
-    documents: int
-    """How many documents start in it."""
-    n_vocab: int
-    tokenizer: bytes
-    """SHA-256 of the tokenizer's state."""
-    checksum: bytes
-    """SHA-256 of all that follows the header."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return HEADER + self.tokens * self.itemsize + self.documents * 8
-
-    def pack(self) -> bytes:
-        """Return its 128 bytes."""
-        body = LAYOUT.pack(MAGIC, VERSION, *self)
-        return (body + struct.pack("<I", zlib.crc32(body))).ljust(HEADER, b"\0")
-
-
-def read_header(path: Path) -> Header:
-    """Return a shard's header, checked against itself and the file's size.
-
-    Raises:
-        UserError: It is missing, no shard, of another version, or shorter or longer than it says.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(HEADER)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"shard {path}: {error.strerror}: prepare the corpus again") from error
-    body, crc = data[: LAYOUT.size], data[LAYOUT.size : LAYOUT.size + 4]
-    if (
-        len(data) < HEADER
-        or data[:8] != MAGIC
-        or crc != struct.pack("<I", zlib.crc32(body))
-        or any(data[len(body) + 4 :])
-    ):
-        raise UserError(f"shard {path}: its header is damaged or none: prepare the corpus again")
-    _, version, *fields = LAYOUT.unpack(body)
-    header = Header(*fields)
-    if version != VERSION or header.itemsize not in (2, 4):
-        raise UserError(f"shard {path}: written in version {version} of the format, this lm reads {VERSION}")
-    if size != header.size:
-        raise UserError(f"shard {path}: has {size} bytes, its header says {header.size}: copy or prepare it again")
-    return header
 
 
 class Shard:
@@ -123,11 +65,21 @@ class Place(NamedTuple):
     origin: remote.Remote | None = None
     """Where it is copied from when it is first read."""
 
-    def open(self) -> Shard:
-        """Open it."""
+    def check(self) -> None:
+        """Read it through where nobody has yet, see `verification`; a damaged copy of a remote one is copied anew.
+
+        Raises:
+            UserError: It is damaged, or cannot be had.
+        """
         if self.origin:
-            self.origin.fetch(self.path, self.header.checksum)
-        return Shard(self.path)
+            self.origin.fetch(self.path, self.header)
+        try:
+            verification.check_once(self.path, self.header)
+        except UserError:
+            if self.origin is None:
+                raise
+            self.path.unlink(missing_ok=True)
+            self.origin.fetch(self.path, self.header)
 
 
 class Tokens:
@@ -142,7 +94,8 @@ class Tokens:
         self.ends = np.cumsum([place.header.tokens for place in shards], dtype=np.int64)
         self.document_ends = np.cumsum([place.header.documents for place in shards], dtype=np.int64)
         self.dtype = np.dtype(f"<u{max((place.header.itemsize for place in shards), default=2)}")
-        self._open = lru_cache(OPEN_FILES)(Place.open)
+        self._open = lru_cache(OPEN_FILES)(Shard)
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shards": self.shards}  # open files do not travel to a worker process
@@ -174,9 +127,15 @@ class Tokens:
             start, k = end, k + 1
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
+    def _shard(self, k: int) -> Shard:
+        if k not in self._checked:
+            self.shards[k].check()
+            self._checked.add(k)
+        return self._open(self.shards[k].path)
+
     def _part(self, k: int, start: int, stop: int) -> np.ndarray:
         first = int(self.ends[k]) - self.shards[k].header.tokens
-        return self._open(self.shards[k]).tokens(start - first, stop - first)
+        return self._shard(k).tokens(start - first, stop - first)
 
     def starts(self, first: int, last: int) -> np.ndarray:
         """Return where documents first … last - 1 start, int64; the one past the last starts at the end."""
@@ -187,7 +146,7 @@ class Tokens:
             before = int(self.document_ends[k]) - header.documents
             end = min(last, int(self.document_ends[k]))
             if first < end:
-                here = self._open(self.shards[k]).starts(first - before, end - before)
+                here = self._shard(k).starts(first - before, end - before)
                 pieces.append(here + (int(self.ends[k]) - header.tokens))
                 first = end
             k += 1
@@ -296,7 +255,7 @@ def describe(path: Path, header: Header) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> Corpus:
-    """Open a corpus and check every shard's checksum.
+    """Open a corpus and read all its shards through.
 
     Raises:
         UserError: One is wrong; the file is named.
@@ -304,21 +263,9 @@ def verify(folder: Path) -> Corpus:
     corpus = open_corpus(folder)
     for tokens in corpus.splits.values():
         for path, header, _ in tokens.shards:
-            check(path, header)
+            verification.check(path, header)
+            verification.remember(path, header)
     return corpus
-
-
-def check(path: Path, header: Header) -> None:
-    """Raise a UserError where a shard's checksum is wrong."""
-    if checksum(path) != header.checksum:
-        raise UserError(f"shard {path}: its checksum is wrong: copy or prepare it again")
-
-
-def checksum(path: Path) -> bytes:
-    """Return the SHA-256 of what follows a shard's header."""
-    with path.open("rb") as file:
-        file.seek(HEADER)
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def in_memory(tokens: Tokens) -> np.ndarray | Tokens:

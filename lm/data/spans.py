@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from lm.data import shards
 from lm.data.chunks import IGNORED, Batch, Sliced, draw_at, mix
@@ -124,6 +123,10 @@ class Documents:
             tokens[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
+    def between(self, start: int, stop: int) -> Batch:
+        """Return the chunks start … stop - 1 in the order of the text, (B, T)."""
+        return self.at(np.arange(start, stop))
+
     def _cached(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         if "_groups" not in self.__dict__:
             self._groups = lru_cache(256)(self._chunks)
@@ -178,30 +181,6 @@ class Mixture:
         for k, batch in batches.items():
             tokens[which == k], targets[which == k] = batch
         return tokens, targets
-
-
-class EvalDocuments(Dataset[Batch]):
-    """All chunks of a split's documents, each once; the ranks take turns.
-
-    Args:
-        documents: The chunks.
-        micro_batch_size: Most sequences in a batch, B.
-        rank: This process.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, documents: Documents, *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.documents = documents
-        size = max(1, min(micro_batch_size, len(documents) // world_size))  # rounded down: no rank gets no batch
-        starts = range(0, len(documents), size)
-        self.places = [np.arange(start, min(start + size, len(documents))) for start in starts][rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, k: int) -> Batch:
-        """Return this rank's batch k; raises IndexError past the last."""
-        return self.documents.at(self.places[k])
 
 
 def numbered(examples: Examples, first: int, count: int) -> Batch:

@@ -1,6 +1,7 @@
 """Corpora as tokens: prepared ones as they lie, others tokenized once, under a hash of their content."""
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from lm.data import corpora, files, remote, shards, tokenizers
 from lm.data.shard_writer import FILES, PARTS, write_corpus
 from lm.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def load(
@@ -51,6 +52,8 @@ def load(
     folder = files.tokens_home() / key[:32]
     if (opened := _open(folder)) is not None:
         return opened
+    if note := corpora.left_out(corpus):
+        print(note, file=sys.stderr)
     text = source.read()
     if not text:
         raise UserError(f"corpus {corpus}: it is empty")
@@ -73,7 +76,7 @@ def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.T
     if wanted.state() != own:
         raise UserError(
             f"corpus {corpus}: was prepared with a tokenizer of {prepared.tokenizer.n_vocab} ids, not the "
-            + (f"--data.init_args.tokenizer {tokenizer}" if isinstance(tokenizer, str) else "checkpoint's")
+            + (f"data.tokenizer {tokenizer}" if isinstance(tokenizer, str) else "checkpoint's")
             + f" of {wanted.n_vocab}: prepare it with that one"
         )
     return prepared
@@ -101,8 +104,12 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
 
 
 def _open(folder: Path) -> shards.Corpus | None:
-    """Open what was tokenized before; None where there is nothing, or it is not whole."""
+    """Open what was tokenized before; None where there is nothing, or it is not whole: then it is made anew."""
     try:
-        return shards.open_corpus(folder)
+        opened = shards.open_corpus(folder)
+        for tokens in opened.splits.values():
+            for place in tokens.shards:
+                place.check()
+        return opened
     except UserError:
         return None

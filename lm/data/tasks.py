@@ -3,6 +3,7 @@
 Shapes: B sequences, T block_size.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from lm.data.chunks import Batch, draw
-from lm.data.module import IGNORED, Rows, TokenData
+from lm.data.evaluation_sets import EvaluationSet, of_rows
+from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import CharTokenizer
 from lm.errors import UserError
 
@@ -52,11 +54,26 @@ class TaskData(TokenData):
 
     @abstractmethod
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem number index, with the sign that asks for the answer at its end, and the answer."""
+        """Return problem number index, with the sign that asks for the answer at its end, and the answer.
+
+        Two numbers are never one text: what is held out is not trained on under another number.
+        """
 
     @abstractmethod
     def longest(self) -> tuple[str, str]:
         """Return a problem and answer that are together as long as any."""
+
+    @abstractmethod
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return a problem as people write it, up to its sign, and as the network was trained to read it.
+
+        Raises:
+            UserError: The prompt is no such problem; the form is named.
+        """
+
+    def readable(self, answer: str) -> str:
+        """Return an answer as people write it."""
+        return answer
 
     def setup(self, stage: str) -> None:
         """Check that the problems fit.
@@ -111,12 +128,12 @@ class TaskData(TokenData):
         """Return what makes the training problems."""
         return lambda first, count: self.batch(self.problems(first, count))
 
-    def eval_dataset(self, split: str) -> Rows:
+    def eval_dataset(self, split: str) -> EvaluationSet:
         """Return the problems held out; for train, as many that are not."""
         n = self.held_out
         chosen = {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
         tokens, targets = self.batch(chosen)
-        return Rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
+        return of_rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
 
 
 OPERATORS = "+-*/"
@@ -171,18 +188,21 @@ class ArithmeticData(TaskData):
 
     @property
     def size(self) -> int:
-        """All pairs of operands, with each operator."""
-        return len(self.operators) * 10 ** (2 * self.digits)
+        """All pairs of operands, with each operator; nothing is divided by zero."""
+        return len(self.operators) * 10 ** (2 * self.digits) - ("/" in self.operators) * 10**self.digits
 
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem and answer number index."""
-        index, place = divmod(index, len(self.operators))
-        a, b = divmod(index, 10**self.digits)
-        return self._problem(a, self.operators[place], b)
+        """Return problem and answer number index; divisions have the last numbers."""
+        others, numbers = self.operators.replace("/", ""), 10**self.digits
+        if (division := index - len(others) * numbers**2) >= 0:
+            a, b = divmod(division, numbers - 1)
+            return self._problem(a, "/", b + 1)
+        index, place = divmod(index, len(others))
+        a, b = divmod(index, numbers)
+        return self._problem(a, others[place], b)
 
     def _problem(self, a: int, operator: str, b: int) -> tuple[str, str]:
         if operator == "/":
-            b = b or 1  # nothing is divided by zero
             answer = "r".join(map(self._written, divmod(a, b)))
         else:
             answer = self._written({"+": a + b, "-": a - b, "*": a * b}[operator])
@@ -192,6 +212,23 @@ class ArithmeticData(TaskData):
     def _written(self, number: int) -> str:
         text = str(abs(number))
         return "-" * (number < 0) + (text[::-1] if self.reverse else text)
+
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return a problem without and with the leading zeros that it was trained with, 12+34= and 012+034=."""
+        found = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=?\s*", prompt)
+        if found is None or any(len(found[k].lstrip("0")) > self.digits for k in (1, 3)):
+            raise UserError(
+                f"{prompt[:40]!r} is no problem of this network: it takes two numbers of up to {self.digits} digits "
+                f"with {' or '.join(self.operators)} between them, {self._problem(2, self.operators[0], 1)[0]} say"
+            )
+        a, operator, b = int(found[1]), found[2], int(found[3])
+        if operator == "/" and b == 0:
+            raise UserError(f"{prompt[:40]!r}: nothing is divided by zero: say another number")
+        return f"{a}{operator}{b}=", self._problem(a, operator, b)[0]
+
+    def readable(self, answer: str) -> str:
+        """Return an answer with the digits of its numbers in the usual order."""
+        return re.sub("[0-9]+", lambda number: number[0][::-1], answer) if self.reverse else answer
 
     def longest(self) -> tuple[str, str]:
         """Return the problem of the longest answer."""
@@ -258,6 +295,16 @@ class ReverseData(TaskData):
             length += 1
         text = "".join(self.alphabet[index // base**place % base] for place in range(length))
         return f"{text}>", text[::-1]
+
+    def question(self, prompt: str) -> tuple[str, str]:
+        """Return the string and the sign after it, abcd>, twice: it is read as it is written."""
+        text = prompt.strip().removesuffix(">")
+        if not self.shortest_length <= len(text) <= self.longest_length or set(text) - set(self.alphabet):
+            raise UserError(
+                f"{prompt[:40]!r} is no problem of this network: it takes {self.shortest_length} to "
+                f"{self.longest_length} letters of {self.alphabet}, {self.example(0)[0]} say"
+            )
+        return f"{text}>", f"{text}>"
 
     def longest(self) -> tuple[str, str]:
         """Return the last one."""

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
-from torch.utils.data import Dataset
-
-from lm.data import shards, store
-from lm.data.chunks import Batch, EvalChunks
+from lm.data import evaluation_sets, shards, store
+from lm.data.chunks import Batch, Sliced
+from lm.data.evaluation_sets import EvaluationSet
 from lm.data.module import TokenData
-from lm.data.spans import Documents, EvalDocuments, Examples, Mixture, Order, Running, numbered
+from lm.data.spans import Documents, Examples, Mixture, Order, Running, numbered
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
@@ -88,22 +87,16 @@ class TextData(TokenData):
         self.tokenizer = first.tokenizer
         for corpus, opened in zip(self.weights, self.corpora, strict=True):
             for split in ("train", "val", "test") if self.test_fraction else ("train", "val"):
-                self._check_length(corpus, split, len(opened.splits[split]))
+                self._check_length(corpus, split, len(opened.splits[split]), prepared="plan" in opened.manifest)
         _ = self.micro_batch_size
-        world_size = self.trainer.world_size if self.trainer else 1
-        chunks = sum(len(opened.splits["val"]) - 1 for opened in self.corpora) // self.block_size
-        if chunks < world_size:
-            raise UserError(
-                f"corpus {self.corpus}: its val split has {chunks} sequences for {world_size} processes: use a longer "
-                "text, a larger val_fraction or fewer processes"
-            )
 
-    def _check_length(self, corpus: str, split: str, found: int) -> None:
+    def _check_length(self, corpus: str, split: str, found: int, *, prepared: bool) -> None:
         needed = self.block_size + 1 if self.across_documents else 2
         if found < needed:
+            share = f"prepare it with a larger share for {split}" if prepared else "another data.val_fraction"
             raise UserError(
                 f"corpus {corpus}: its {split} split has {found} tokens, block_size {self.block_size} needs "
-                f"{needed}: use a longer text, a smaller --data.init_args.block_size or another val_fraction"
+                f"{needed}: use a longer text, a smaller data.block_size, or {share}"
             )
 
     def training_examples(self) -> Callable[[int, int], Batch]:
@@ -117,15 +110,23 @@ class TextData(TokenData):
         held = shards.in_memory(tokens)
         if self.across_documents:
             return Running(held, self.block_size, self.order, seed)
-        return Documents(tokens, held, self.block_size, self.order, seed)
+        return self._documents(tokens, held, self.order, seed)
 
-    def eval_dataset(self, split: str) -> Dataset[Batch]:
+    def _documents(self, tokens: shards.Tokens, held: Sliced, order: Order, seed: int) -> Documents:
+        documents = Documents(tokens, held, self.block_size, order, seed)
+        if not len(documents):
+            raise UserError(
+                f"corpus {self.corpus}: a split has no document of two tokens: set data.across_documents to true"
+            )
+        return documents
+
+    def eval_dataset(self, split: str) -> EvaluationSet:
         """Return all chunks of a split, for evaluation; test is validation where there is no test split."""
         if split == "test" and not all(len(corpus.splits["test"]) > 1 for corpus in self.corpora):
             split = "val"
         tokens = shards.concatenated(corpus.splits[split] for corpus in self.corpora)
-        held, micro_batch_size = shards.in_memory(tokens), max(1, EVAL_TOKENS // self.block_size)
-        if not self.across_documents:
-            documents = Documents(tokens, held, self.block_size, "permutation", self.seed)
-            return EvalDocuments(documents, micro_batch_size=micro_batch_size, **self._place())
-        return EvalChunks(held, block_size=self.block_size, micro_batch_size=micro_batch_size, **self._place())
+        held, batch_size = shards.in_memory(tokens), max(1, EVAL_TOKENS // self.block_size)
+        if self.across_documents:
+            return evaluation_sets.of_chunks(held, block_size=self.block_size, batch_size=batch_size, **self._place())
+        documents = self._documents(tokens, held, "permutation", self.seed)
+        return EvaluationSet(documents.between, len(documents), batch_size=batch_size, **self._place())

@@ -266,7 +266,7 @@ def make(name: str, symbols: Callable[[], Iterable[str]], *, documents: bool = F
     path = Path(name).expanduser()
     if path.suffix == ".tiktoken" and path.is_file():
         try:
-            return BytePairTokenizer(path.read_text())
+            return BytePairTokenizer(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(f"tokenizer {name}: not a .tiktoken file, which is text ({error.reason})") from error
     raise UserError(f"tokenizer {name}: neither char, byte, {', '.join(PUBLISHED)} nor the path of a .tiktoken file")

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.init import _EmptyInit
 from torch import Tensor, nn
 
+from lm.data.tasks import TaskData
 from lm.data.tokenizers import Tokenizer, from_state
 from lm.errors import CheckError, UserError
 from lm.training import checkpoint
@@ -22,6 +23,8 @@ class Fitted(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Optimizer steps it was trained for."""
+    task: TaskData | None = None
+    """What wrote the problems that it was trained on, which knows their form; None where that was text."""
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
@@ -43,7 +46,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
             net.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
-        fitted = Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"])
+        task = task_of(meta["config"])
+        fitted = Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"], task)
     if name := not_finite(weights):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
     return fitted
@@ -52,6 +56,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
 def not_finite(weights: dict[str, Tensor]) -> str | None:
     """Return the name of the first of a network's weights that has NaN or infinity."""
     return next((name for name, value in weights.items() if not value.isfinite().all()), None)
+
+
+def task_of(config: dict[str, Any]) -> TaskData | None:
+    """Return the task of a checkpoint's recipe; None where it has none, or none that can be made here."""
+    deny_what_runs_code()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(TaskData, "data")
+    try:
+        return parser.instantiate(parser.parse_object({"data": config["data"]})).data
+    except (ArgumentError, TypeError, ValueError, ImportError, AttributeError, KeyError, UserError):
+        return None
 
 
 def deny_what_runs_code() -> None:

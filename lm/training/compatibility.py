@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lm import __version__
+from lm.data.chunks import IGNORED
 from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import UserError
 from lm.training import recipes, schema
@@ -61,13 +62,31 @@ def check(
         raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
 
 
-def check_document_end(net: Any, tokenizer: Tokenizer) -> None:
-    """Raise a UserError where a network's attention starts anew after another token than the end of text."""
+def check_data(net: Any, data: Any) -> None:
+    """Refuse data that a network makes nothing of.
+
+    Raises:
+        UserError: Its attention starts anew after another token than the end of text, or it reads a source and writes
+            what follows, and the data has targets in the source, where its logits mean nothing.
+    """
+    tokenizer = data.text_tokenizer
     end = getattr(net, "document_end", None)
     if end is not None and end != tokenizer.eot:
         raise UserError(
             f"model.net.init_args.document_end is {end}, the data's end-of-text token is {tokenizer.eot}: say that one"
         )
+    start = getattr(net, "start_token", None)
+    if start is not None:
+        tokens, targets = data.training_examples()(0, 16)  # (B, T), (B, T) or (B,)
+        targets = targets if targets.ndim == 2 else targets.unsqueeze(1)
+        if targets.shape[1] < tokens.shape[1] or ((targets != IGNORED) & ((tokens == start).cumsum(1) == 0)).any():
+            sign = tokenizer.decode([start])
+            raise UserError(
+                f"model.net {type(net).__name__} writes what follows token {start}, {sign!r}, but "
+                f"{type(data).__name__} has targets before it, which would mean nothing: use "
+                "problems with answers, lm.data.ReverseData say, "
+                "and as start_token the id of the sign between them"
+            )
 
 
 def check_network(path: str, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
     if identity(there.state()) != identity(tokenizer.state()):
         raise UserError(
             f"--init_from {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use the same "
-            "data.tokenizer, or --data.init_args.tokenizer inherit to keep the checkpoint's"
+            "data and tokenizer (TextData keeps the checkpoint's by data.tokenizer inherit)"
         )
     if config and saved["lm"]["config"]:
         compatibility.check_network(f"--init_from {path}", saved["lm"]["config"], config)

@@ -146,7 +146,7 @@ class LanguageModel(Evaluated):
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         self.tokenizer = data.text_tokenizer
-        compatibility.check_document_end(self.net, data.text_tokenizer)
+        compatibility.check_data(self.net, data)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:

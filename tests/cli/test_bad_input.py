@@ -77,7 +77,7 @@ TABLE = {
     "empty corpus": ((*FIT, "--data.init_args.corpus", "empty"), "corpus empty: it is empty"),
     "empty folder": (
         (*FIT, "--data.init_args.corpus", "folder"),
-        "source folder: no file matches (.jsonl, .parquet, .txt, .md)",
+        "source folder: no file matches (.jsonl, .ndjson, .parquet, .txt, .md)",
     ),
     "short corpus": (
         (*FIT, "--data.init_args.corpus", "short.txt"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm.data.chunks import IGNORED, EvalChunks, From, Stream, draw
+from lm.data.chunks import From, Stream, draw
 from lm.data.spans import Running, numbered
 
 IDS = np.arange(1000, dtype=np.uint16)
@@ -61,22 +61,3 @@ def test_from_goes_on_where_it_is_told() -> None:
     assert [next(first), next(first)] == [5, 6]
     start[0] = 40
     assert next(iter(sampler)) == 40
-
-
-@pytest.mark.parametrize("length", [9, 17, 18, 41, 100, 129, 999])
-@pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_evaluation_has_every_target_once(length: int, world_size: int) -> None:
-    targets = []
-    for rank in range(world_size):
-        chunks = EvalChunks(IDS[:length], block_size=8, micro_batch_size=4, rank=rank, world_size=world_size)
-        first = EvalChunks(IDS[:length], block_size=8, micro_batch_size=4, world_size=world_size)
-        assert len(chunks) == len(first)  # a rank without a batch would leave the others waiting
-        for k in range(len(chunks)):
-            x, y = chunks[k]
-            if (y == IGNORED).all():
-                assert rank and k == len(chunks) - 1
-                continue
-            assert torch.equal(x + 1, y)
-            assert x.shape[0] <= 4 and x.shape[1] <= 8
-            targets += y.flatten().tolist()
-    assert sorted(targets) == list(range(1, length))

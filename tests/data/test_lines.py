@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lm.data import LinesData
-from lm.data.module import IGNORED, Rows
+from lm.data.module import IGNORED
 from lm.errors import UserError
 
 LINES = ["emma", "olivia", "ava", "isabella", "sophia", "mia", "amelia", "eva", "zoe", "lia"]
@@ -96,14 +96,3 @@ def test_an_end_mark_out_of_order_still_has_id_0(workplace: Path) -> None:
     assert from_state(tokenizer.state()).eot == 0
     with pytest.raises(UserError, match="lacks 'ß'"):
         tokenizer.encode("aß")
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_every_rank_has_a_batch_and_together_they_have_all(world_size: int) -> None:
-    tokens, targets = torch.arange(5).unsqueeze(1), torch.arange(5)
-    shares = [Rows(tokens, targets, batch_size=3, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1
-    found = [int(t) for share in shares for k in range(len(share)) for t in share[k][1]]
-    assert sorted(t for t in found if t != IGNORED) == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="a split of 5 examples does not do for 6 processes"):
-        Rows(tokens, targets, batch_size=3, world_size=6)
