@@ -24,9 +24,9 @@ class Evaluate(parsing.Recipes):
     classes = ()  # the checkpoint says them
 
     def __init__(self, arguments: list[str], split: str) -> None:
-        self.split = split
+        self.split, self.command = split, "test" if split == "test" else "validate"
         path = parsing.option(arguments, "--ckpt_path")
-        if path is None and not {"-h", "--help"} & set(arguments):
+        if path is None and not any(word.startswith("--help.") for word in arguments):
             raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
         self.meta = checkpoint.peek(checkpoint.verify(Path(path))) if path else None
         super().__init__(arguments, "Evaluate a checkpoint on the whole of a split, once.")
