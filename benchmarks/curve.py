@@ -1,4 +1,4 @@
-"""Draw the training curve of a run from its metrics.csv, as an SVG that needs no library.
+"""Draw the training curve of a run from its metrics.csv: pip install -c constraints.txt -e '.[bench]'.
 
 python benchmarks/curve.py --output docs/curve.svg logs/shakespeare-cpu/metrics.csv
 """
@@ -7,49 +7,38 @@ import argparse
 import csv
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 56, 16, 28, 44
-COLOURS = {"train/loss": "#9db7d5", "val/loss": "#c0392b"}
+import matplotlib
+from matplotlib.figure import Figure
+
+CURVES = {"train/loss": ("training", "#9db7d5", 1.2), "val/loss": ("validation", "#c0392b", 2.0)}
 
 
 def read(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Return the points (step, value) of each curve."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)] for name in COLOURS}
+    return {name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)] for name in CURVES}
 
 
-def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> str:
-    """Return the SVG of curves over a common step axis."""
-    points = [point for curve in curves.values() for point in curve]
-    last = max(step for step, _ in points)
-    low, high = min(value for _, value in points), max(value for _, value in points)
-
-    def at(step: float, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
-        return f"{x:.1f},{y:.1f}"
-
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    parts = [
-        f'{svg} font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="18" font-size="14">{title}</text>',
-    ]
-    for i in range(5):
-        value, step = low + (high - low) * i / 4, last * i // 4
-        x, y = at(0, value).split(",")
-        parts.append(f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{value:.2f}</text>')
-        x = at(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">optimizer steps</text>')
-    for i, (name, curve) in enumerate(curves.items()):
-        line = " ".join(at(*point) for point in curve)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
-        y = TOP + 14 + 18 * i
-        label = f"{name}, {curve[-1][1]:.3f} at the end"
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y}" text-anchor="end" fill="{COLOURS[name]}">{label}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+def draw(curves: dict[str, list[tuple[int, float]]], title: str) -> Figure:
+    """Return curves over a common step axis, each named at its end."""
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small, and found by a search
+    matplotlib.rcParams["svg.hashsalt"] = "lm"  # the same curve gives the same file
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        label, colour, width = CURVES[name]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width)
+        step, value = points[-1]
+        axes.annotate(
+            f"{label} {value:.2f}", (step, value), (6, 0), textcoords="offset points", color=colour, va="center"
+        )
+    axes.set(title=title, xlabel="optimizer steps", ylabel="nats per token")
+    axes.set_xlim(left=0)
+    axes.margins(x=0)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def main() -> None:
@@ -58,7 +47,7 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    options.output.write_text(draw(read(options.table), f"{options.table.parent.name}: loss in nats per token"))
+    draw(read(options.table), f"{options.table.parent.name}: loss").savefig(options.output, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contextlib import suppress
 from types import FrameType
 
 from lm import __version__, log
+from lm.cli import help
 from lm.errors import CommandError, Stopped, UserError, take_stops
 
 COMMANDS = {
@@ -40,7 +41,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "lm COMMAND --help tells a command's options; lm --version the version.",
+            "lm COMMAND --help tells a command's options, --help.all every one; lm --version the version.",
             "First run: lm fit --config configs/quickstart.yaml",
         ]
     )
@@ -108,6 +109,11 @@ def _run(words: list[str]) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UserError(f"unknown command {name}: {f'did you mean {near[0]}?' if near else 'see above'}")
     take_stops(_stop)
+    if name in help.PAGES and {"-h", "--help"} & set(rest):
+        print(help.page(name))
+        return 0
+    if name not in help.PAGES:  # what there is fits on a screen
+        rest = ["--help" if word == "--help.all" else word for word in rest]
     module, function = COMMANDS[name][0].split(":")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come with fifty lines of stack each
     gc.disable()  # what is imported stays; to search it for garbage, again and again, takes half a second

@@ -262,7 +262,7 @@ def doctor(arguments: list[str]) -> None:
     )
     parser.add_argument("--lock", type=Path | None, default=None, help="Hold installed packages against this lock.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON; the table goes to stderr.")
-    with common.one_line_errors(lambda: parser):
+    with common.one_line_errors(lambda: parser, arguments):
         options = parser.parse_args(arguments)
     found = [finding for check in CHECKS for finding in check()]
     if options.lock is not None:

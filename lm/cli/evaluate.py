@@ -26,9 +26,9 @@ class Evaluate(parsing.Recipes):
     classes = ()  # the checkpoint says them
 
     def __init__(self, arguments: list[str], split: str) -> None:
-        self.split = split
+        self.split, self.command = split, "test" if split == "test" else "validate"
         path = parsing.option(arguments, "--ckpt_path")
-        if path is None and not {"-h", "--help"} & set(arguments):
+        if path is None and not any(word.startswith("--help.") for word in arguments):
             raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
         self.path = Path(path or "")
         self.meta = checkpoint.peek(checkpoint.verify(self.path)) if path else None

@@ -28,6 +28,8 @@ TOKENS = {  # compared at a time, in all
 class Compare(parsing.Recipes):
     """Parses a recipe, and what to compare."""
 
+    command = "gradients"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what only the comparison needs."""
         super().add_arguments_to_parser(parser)

@@ -5,8 +5,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from enum import Enum
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lm.cli import common
+from lm.cli import common, help, messages
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
@@ -66,6 +67,8 @@ class Recipes(LightningCLI):
     classes: tuple[str, ...] = ("--model=lm.training.LanguageModel", "--data=lm.data.TextData")
     """What is trained where no recipe says it."""
 
+    command = "fit"
+
     def __init__(self, arguments: list[str], description: str) -> None:
         from lightning.pytorch import LightningDataModule, LightningModule
 
@@ -75,7 +78,7 @@ class Recipes(LightningCLI):
         deny_what_runs_code()
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
-            with common.one_line_errors(lambda: self.parser, recipe_names), trainer_errors(None):
+            with common.one_line_errors(lambda: self.parser, arguments, recipe_names), trainer_errors(None):
                 super().__init__(
                     model_class=LightningModule,
                     datamodule_class=LightningDataModule,
@@ -84,7 +87,12 @@ class Recipes(LightningCLI):
                     save_config_callback=None,
                     trainer_defaults=TRAINER_DEFAULTS,
                     seed_everything_default=1337,
-                    parser_kwargs={"description": description, "exit_on_error": False, "allow_abbrev": False},
+                    parser_kwargs={
+                        "prog": f"lm {self.command}",
+                        "description": description,
+                        "exit_on_error": False,
+                        "allow_abbrev": False,
+                    },
                     args=arguments,
                     run=False,
                     auto_configure_optimizers=False,
@@ -98,6 +106,13 @@ class Recipes(LightningCLI):
         parser = super().init_parser(**settings)
         parser.__class__ = _Parser
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, or print the help that was asked for and stop."""
+        if asked := [word.removeprefix("--help.") for word in args if word.startswith("--help.")]:
+            print(section_help(parser, asked[0], args), end="")
+            raise SystemExit(0)
+        super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
@@ -144,19 +159,67 @@ def _seed(value: int | bool) -> int:
     return value
 
 
-def recipe_names(parser: ArgumentParser) -> list[str]:
-    """Return the options that a parser knows, and the settings of the classes that its recipes are made of."""
+def section_help(parser: LightningArgumentParser, section: str, words: list[str]) -> str:
+    """Return what `--help.SECTION` prints: all options of a section; of a class, those that the words name.
+
+    Raises:
+        UserError: There is no such section.
+    """
+    if section == "all":
+        return parser.format_help()
+    if section not in help.SECTIONS:
+        raise UserError(f"--help.{section}: say --help.all, or --help. and one of {', '.join(help.SECTIONS)}")
+    if section not in ("model", "data"):
+        parts = re.findall(rf"^  --{section}\.(?!\S+\.help).*\n(?:    .*\n)*", parser.format_help(), flags=re.MULTILINE)
+        return f"{help.SECTIONS[section]}\n{''.join(parts)}"
+    kind = option(words, f"--{section}") or {"model": "lm.training.LanguageModel", "data": "lm.data.TextData"}[section]
+    with redirect_stdout(StringIO()) as shown, suppress(SystemExit):
+        parser.parse_args([f"--{section}.help={kind}"])
+    text = re.sub(r",\s+known\s+subclasses:[^)]*", "", shown.getvalue())  # all of torch.nn
+    return text[text.index("Help for") :]
+
+
+def recipe_names(parser: ArgumentParser, said: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the full names of the settings of the classes that a recipe is made of, and what classes there are.
+
+    Args:
+        parser: The recipe's parser.
+        said: All that the recipe and the command line say: only classes in it count, where there are any.
+    """
     from inspect import signature
 
-    from lm import data, models, training
-    from lm.training import schedules
+    from lightning.pytorch import callbacks, loggers
 
-    names = {action.dest for action in parser._actions}
-    classes = [getattr(module, name) for module in (data, models, training) for name in module.__all__]
-    classes += schedules.Schedule.__subclasses__()
-    for part in (*classes, torch.optim.AdamW):
-        names |= {part.__name__, *signature(part).parameters}
-    return sorted(names)
+    from lm import data, models, training
+    from lm.training import optimizers, schedules
+
+    init = "model.init_args."
+    places = {
+        "model": [getattr(training, name) for name in training.__all__],
+        f"{init}net": [getattr(models, name) for name in models.__all__],
+        f"{init}optimizer": [torch.optim.AdamW, torch.optim.SGD, optimizers.MuonAdamW],
+        f"{init}schedule": schedules.Schedule.__subclasses__(),
+        "data": [getattr(data, name) for name in data.__all__],
+        "trainer.callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
+        "trainer.logger": [getattr(loggers, name) for name in loggers.__all__],
+    }
+    names = [place for place in places if place.startswith(init)]
+    for place, classes in places.items():
+        mentioned = [one for one in classes if re.search(rf"\b{one.__name__}\b", said)]
+        given = {"net": ("vocab_size", "block_size"), "optimizer": ("params",), "data": ("seed",)}
+        for one in mentioned or ([] if place.startswith("trainer.") else classes):
+            own = [name for name in signature(one).parameters if name not in given.get(place.split(".")[-1], ())]
+            names += [f"{place}.init_args.{name}" for name in own]
+    return names, {place: [_import_path(one) for one in classes] for place, classes in places.items()}
+
+
+def _import_path(kind: type) -> str:
+    """Return the shortest path that a class can be imported by: lm.models.GPT, not lm.models.gpt.GPT."""
+    parts = kind.__module__.split(".")
+    for i in range(1, len(parts)):
+        if getattr(sys.modules[".".join(parts[:i])], kind.__name__, None) is kind:
+            return f"{'.'.join(parts[:i])}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__name__}"
 
 
 @contextmanager
@@ -170,7 +233,7 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
                 f"trainer.accelerator {absent[1].lower()}: there is none that torch can use: see lm doctor; say "
                 "--trainer.accelerator cpu, or let a container have it (docker run --gpus all)"
             ) from error
-        raise UserError(str(error)) from error
+        raise UserError(messages.explain(str(error), (), ())) from error
     except ModuleNotFoundError as error:
         if not (package := re.search(r"Requirement '(\w+)", str(error))):
             raise

@@ -15,6 +15,8 @@ from lm.training import planning
 class Plan(parsing.Recipes):
     """Parses a recipe and a cluster."""
 
+    command = "plan"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the cluster."""
         super().add_arguments_to_parser(parser)

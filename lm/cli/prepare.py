@@ -51,7 +51,7 @@ def make_parser() -> ArgumentParser:
 def prepare_command(arguments: list[str]) -> None:
     """Run `lm prepare`."""
     parser = make_parser()
-    with common.one_line_errors(lambda: parser):
+    with common.one_line_errors(lambda: parser, arguments):
         options = parser.parse_args(arguments)
     began = time.monotonic()
     if options.verify is not None:

@@ -34,7 +34,7 @@ def sample(arguments: list[str]) -> None:
     """Run `lm sample`."""
     parsing.quiet()
     parser = make_parser()
-    with common.one_line_errors(lambda: parser):
+    with common.one_line_errors(lambda: parser, arguments):
         options = parser.parse_args(arguments)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         sampler = Sampler(**{name: options[name] for name in names})

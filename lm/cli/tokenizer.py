@@ -32,7 +32,7 @@ def make_parser() -> ArgumentParser:
 def tokenizer(arguments: list[str]) -> None:
     """Run `lm tokenizer`."""
     parser = make_parser()
-    with common.one_line_errors(lambda: parser):
+    with common.one_line_errors(lambda: parser, arguments):
         options = parser.parse_args(arguments)
     began = time.monotonic()
     settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})

@@ -18,12 +18,23 @@ from torch.utils.hooks import RemovableHandle
 
 from lm.backprop import Gradients
 from lm.errors import UserError
+from lm.training import pictures
 from lm.training.harmless import harmless
 from lm.training.sharded import is_sharded
 
 SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
 MOST_ROWS = 1000  # of an embedding table in the projector
-MOST_POSITIONS = 64  # of an attention map
+MOST_POSITIONS = 32  # of an attention map, and of the rows of dlogits
+MOST_EXAMPLES = 64  # in the picture of units that pass no gradient
+LAYOUT = {  # charts of many curves, in the order of their use
+    "training": {
+        "loss": ["Multiline", [r"train/loss", r"val/loss"]],
+        "update sizes: log10, about -3 is healthy": ["Multiline", [r"update_ratio/.*"]],
+        "dead units": ["Multiline", [r"dead_units/.*"]],
+        "share of saturated tanh units": ["Multiline", [r"saturation/.*"]],
+        "residual branches: share of the gradient": ["Multiline", [r"residual_share/.*"]],
+    }
+}
 
 
 class Figures(Callback):
@@ -35,9 +46,10 @@ class Figures(Callback):
         every_n_steps: Steps between figures; 0 switches all of them off.
         activations: Histograms of what each layer puts out.
         gradients: Histograms of each parameter's gradient, after clipping.
-        saturation: Share of each tanh layer's units whose size is above 0.97.
+        saturation: Of each tanh layer, the share of units whose size is above 0.97; of each tanh and ReLU layer, which
+            units pass no gradient at which examples, and the number of those that pass none at all: dead ones.
         updates: For each matrix, log10 of the update's standard deviation over the parameter's; about -3 is healthy.
-        attention: Attention maps of the first validation sequence, heads side by side, at every validation.
+        attention: Attention maps of the first validation sequence, a panel a head, at every validation.
         embedding: The token embedding in the projector, when training ends.
     """
 
@@ -61,6 +73,8 @@ class Figures(Callback):
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}  # what each layer put out
         self._saturated: dict[str, Tensor] = {}
+        self._stuck: dict[str, Tensor] = {}  # which units pass no gradient: (N, C)
+        self._labels: list[str] = []  # of the vocabulary: 'x', '\\n'
         self._gradients: dict[str, Tensor] = {}
         self._grads: Gradients | None = None  # of a pass by hand
         self._before: dict[str, Tensor] = {}  # matrices before the update
@@ -73,6 +87,15 @@ class Figures(Callback):
             if trainer.is_global_zero and self.every_n_steps and not is_sharded(trainer)
             else []
         )
+        if self._boards:
+            self._lay_out(pl_module.tokenizer)
+
+    @harmless
+    def _lay_out(self, tokenizer: Any) -> None:
+        """Keep the names of the tokens, and say which charts belong together."""
+        self._labels = [repr(token.decode(errors="replace")) for token in tokenizer.token_bytes()[:MOST_ROWS]]
+        for board in self._boards:
+            board.add_custom_scalars(LAYOUT)
 
     def due(self, step: int) -> bool:
         """Return whether the step of that number, counted from 1, is shown."""
@@ -97,6 +120,9 @@ class Figures(Callback):
                 self._seen[name] = output.detach().clone()  # a later layer may work in place
             if self.saturation and isinstance(module, nn.Tanh):
                 self._saturated[name] = (output.detach().abs() > SATURATED).float().mean()
+            if self.saturation and isinstance(module, nn.Tanh | nn.ReLU):
+                units = output.detach().flatten(0, -2)  # (N, C)
+                self._stuck[name] = units.abs() > SATURATED if isinstance(module, nn.Tanh) else units <= 0
 
         return partial(look, self)
 
@@ -131,6 +157,11 @@ class Figures(Callback):
                 _histogram(board, f"gradients/{name}", value, step)
             for name, value in self._saturated.items():
                 board.add_scalar(f"saturation/{name}", float(value), step)
+            for name, stuck in self._stuck.items():
+                board.add_scalar(f"dead_units/{name}", int(stuck.all(0).sum()), step)
+                title = f"{name}: units that pass no gradient, at {min(len(stuck), MOST_EXAMPLES)} examples"
+                picture = pictures.stuck_units(stuck[:MOST_EXAMPLES], title)
+                board.add_image(f"dead_units/{name}", picture, step, dataformats="HWC")
             for name, parameter in net.named_parameters():
                 if name in self._before:
                     ratio = float((parameter.detach() - self._before[name]).std() / self._before[name].std())
@@ -143,9 +174,9 @@ class Figures(Callback):
         if self._grads is None:
             return
         if self._grads.dlogits is not None:
-            rows = self._grads.dlogits[:MOST_POSITIONS, :MOST_ROWS].float().cpu()  # (n, V)
-            largest = rows.abs().max().clamp(min=1e-30)
-            board.add_image("gradients/dlogits", (0.5 + 0.5 * rows / largest).unsqueeze(0), step)  # grey is zero
+            rows = self._grads.dlogits[:MOST_POSITIONS, :MOST_ROWS].float()  # (N, V)
+            picture = pictures.dlogits(rows, [_symbol(label) for label in self._labels])
+            board.add_image("gradients/dlogits", picture, step, dataformats="HWC")
         names = {module: name for name, module in net.named_modules()}
         for branch, share in (self._grads.shares or {}).items():
             board.add_scalar(f"residual_share/{names[branch]}", float(share), step)
@@ -156,7 +187,7 @@ class Figures(Callback):
             self._grads = None
         while self._handles:
             self._handles.pop().remove()
-        for found in (self._seen, self._saturated, self._gradients, self._before):
+        for found in (self._seen, self._saturated, self._stuck, self._gradients, self._before):
             found.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -173,11 +204,11 @@ class Figures(Callback):
         tokens = data.eval_dataset("val")[0][0][:1, :MOST_POSITIONS].to(pl_module.device)  # (1, T)
         with trainer.precision_plugin.forward_context():
             maps = net.attention_maps(tokens)  # one (1, H, T, T) a block
+        names = [_symbol(self._labels[i]) if i < len(self._labels) else str(i) for i in tokens[0].tolist()]
         for i, weights in enumerate(maps):
-            heads = nn.functional.pad(weights[0].float(), (0, 1))  # (H, T, T) -> (H, T, T + 1): a line between heads
-            image = torch.cat([*heads], dim=1).unsqueeze(0).cpu()  # (1, T, H (T + 1))
+            picture = pictures.attention(weights[0], names)
             for board in self._boards:
-                board.add_image(f"attention/block_{i}", image, trainer.global_step)
+                board.add_image(f"attention/block_{i}", picture, trainer.global_step, dataformats="HWC")
 
     @harmless
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,13 +217,16 @@ class Figures(Callback):
         tables = [m.weight for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == net.vocab_size]
         if not (self._boards and self.embedding and tables):
             return
-        tokenizer: Any = pl_module.tokenizer
         rows = tables[0].detach().float().cpu()[:MOST_ROWS]  # (V, C)
-        labels = [repr(token.decode(errors="replace")) for token in tokenizer.token_bytes()[: len(rows)]]
         for board in self._boards:
             if (Path(board.log_dir) / f"{trainer.global_step:05d}").exists():
                 continue  # a finished run was started again; the writer would complain on standard output
-            board.add_embedding(rows, metadata=labels, global_step=trainer.global_step, tag="embedding")
+            board.add_embedding(rows, metadata=self._labels, global_step=trainer.global_step, tag="embedding")
+
+
+def _symbol(label: str) -> str:
+    """Return a label without its quotes, unless nothing would be seen."""
+    return label[1:-1] if label[1:-1].strip() else label
 
 
 def _histogram(board: Any, tag: str, values: Tensor, step: int) -> None:

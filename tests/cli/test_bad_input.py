@@ -23,16 +23,22 @@ TABLE = {
     "unknown command": (("fti",), "unknown command fti: did you mean fit?"),
     "unknown option": ((*FIT, "--trainer.max_stepz", 3), "trainer.max_stepz: did you mean trainer.max_steps?"),
     "abbreviated option": ((*FIT, "--trainer.max_step", 3), "trainer.max_step: did you mean trainer.max_steps?"),
-    "unknown argument of the network": ((*FIT, f"{NET}.n_headd", 2), "n_headd: did you mean n_head?"),
+    "unknown argument of the network": (
+        (*FIT, f"{NET}.n_headd", 2),
+        f"did you mean {NET[2:]}.n_head?",
+    ),
     "unknown option of sample": ((*SAMPLE, "--temprature", 1), "temprature: did you mean temperature?"),
-    "unknown YAML key": (("fit", "--config", "key.yaml"), "batch_sise: did you mean batch_size?"),
+    "unknown YAML key": (
+        ("fit", "--config", "key.yaml"),
+        "batch_sise: did you mean data.init_args.batch_size?",
+    ),
     "unknown YAML section": (
         ("fit", "--config", "section.yaml"),
         "trainr.accelerator: did you mean trainer.a",
     ),
     "unknown class": (
         (*FIT, "--model.init_args.net", "lm.models.GTP"),
-        "GTP: no such class: did you mean GPT?",
+        "class_path lm.models.GTP: no such class: did you mean lm.models.GPT?",
     ),
     "class that runs code": ((*FIT, "--model.init_args.net", "os.system"), "class_path os.system: it is not allowed"),
     "function that runs code": (
@@ -44,8 +50,8 @@ TABLE = {
     "wrong type, deep": ((*FIT, f"{NET}.n_head", "two"), "n_head: found 'two', expected int"),
     "wrong choice": ((*FIT, "--trainer.precision", "8"), "trainer.precision: found '8', expected"),
     "missing config": (("fit", "--config", "none.yaml"), "none.yaml: no such file"),
-    "empty config": (("fit", "--config", "empty"), "the config is empty"),
-    "torn config": (("fit", "--config", "torn.yaml"), "the config is no YAML mapping"),
+    "empty config": (("fit", "--config", "empty"), "--config empty: the config is empty"),
+    "torn config": (("fit", "--config", "torn.yaml"), "--config torn.yaml, line 1: the config is no YAML mapping"),
     "no steps": ((*FIT, "--trainer.max_steps", -1), "trainer.max_steps is -1"),
     "negative learning rate": (
         (*FIT, "--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.lr", -1),

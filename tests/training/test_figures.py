@@ -1,4 +1,5 @@
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
 from lm.cli.fit import Fit
@@ -61,6 +63,39 @@ def test_a_gpts_figures(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "'x'" in labels and "'\\n'" in labels
 
 
+def test_train_and_validation_loss_are_in_one_chart_at_the_top(workplace: Path) -> None:
+    fit(*EVERY)
+    layouts = []
+    for path in Path("logs/tiny").glob("events*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag == "custom_scalars__config__":
+                    layouts.append(Layout.FromString(value.tensor.string_val[0]))
+    charts = [chart for category in layouts[0].category for chart in category.chart]
+    assert len(layouts) == 1 and charts[0].title == "loss"
+    assert list(charts[0].multiline.tag) == ["train/loss", "val/loss"]
+    found = tags()
+    assert found["train/loss"] and found["val/loss"]
+    shares = next(chart.multiline.tag[0] for chart in charts if "residual" in chart.title)
+    assert re.fullmatch(shares, "residual_share/h.0.attn")
+
+
+def test_a_dead_neuron_is_seen(workplace: Path) -> None:
+    """A ReLU unit that no example switches on, and a tanh unit that every one drives to its end."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.Tanh())
+    with torch.no_grad():
+        net[0].bias[1], net[2].bias[2] = -1e3, 1e3
+    figures = Figures()
+    figures.before_step(net)
+    net(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
+    dead = {name: stuck.all(0).nonzero().flatten().tolist() for name, stuck in figures._stuck.items()}
+    assert dead == {"1": [1], "3": [2]}
+    with SummaryWriter("logs/dead") as board:
+        figures._boards = [board]
+        figures.after_step(net, 1)
+    assert tags("dead")["dead_units/1"] == [1, 1]  # the number, and the picture
+
+
 def test_an_mlps_figures_with_many_steps_in_a_call(mlp: Path) -> None:
     fit(*EVERY, "--name", "one")
     fit(*EVERY, "--name", "many", "--model.init_args.steps_per_call", 4, "--checkpoint.every_n_steps", 4)
@@ -104,6 +139,9 @@ class Board:
         self.scalars[tag] = value
 
     def add_histogram(self, *arguments: object) -> None:
+        pass
+
+    def add_image(self, *arguments: object, dataformats: str) -> None:
         pass
 
 

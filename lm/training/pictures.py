@@ -1,0 +1,115 @@
+"""Matrices as pictures that say what they show: axes with tokens, a title a panel, a colour bar. Drawn by Pillow.
+
+Shapes: H heads, T time, V vocabulary, N examples, C units.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+
+WHITE, BLUE, RED = (np.array(colour) for colour in ((255, 255, 255), (8, 48, 107), (165, 15, 21)))
+TEXT, FONT = (60, 60, 60), 11
+MARGIN, BAR = 14, 12  # pixels: around panels, across the colour bar
+
+
+def attention(weights: Tensor, tokens: Sequence[str]) -> Pixels:
+    """Return how much each token, a row, looks at those before it: a panel a head.
+
+    Args:
+        weights: (H, T, T), each row sums to one.
+        tokens: T texts.
+    """
+    panels = [_panel(one, tokens, tokens, f"head {i}", 1.0) for i, one in enumerate(weights)]
+    return np.asarray(_beside([*panels, _bar(panels[0].height, "1", "0", signed=False)]))
+
+
+def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
+    """Return the gradient of the loss by the logits: red pulls a logit down, blue pushes one up.
+
+    Args:
+        rows: (N, V), a prediction a row.
+        symbols: V texts.
+    """
+    largest = max(float(rows.abs().max()), 1e-30)
+    panel = _panel(rows, [str(i) for i in range(len(rows))], symbols, "gradient of the loss by each logit", largest)
+    return np.asarray(_beside([panel, _bar(panel.height, f"{largest:.1e}", f"-{largest:.1e}", signed=True)]))
+
+
+def stuck_units(stuck: Tensor, title: str) -> Pixels:
+    """Return which units pass no gradient at which examples: a column that is blue throughout is a dead neuron.
+
+    Args:
+        stuck: (N, C), true where a unit is saturated or off.
+        title: What is shown.
+    """
+    units = [str(i) if i % 10 == 0 else "" for i in range(stuck.shape[1])]
+    return np.asarray(_beside([_panel(stuck.float(), [""] * len(stuck), units, title, 1.0)]))
+
+
+def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, largest: float) -> Image.Image:
+    """Return one matrix, each row and column under its name where there is room for it."""
+    share = (values.detach().float().cpu().numpy() / largest).clip(-1, 1)[..., None]
+    colours = WHITE + np.where(share < 0, BLUE - WHITE, (RED if (share < 0).any() else BLUE) - WHITE) * np.abs(share)
+    cell = 12 if max(share.shape[:2]) <= 128 else 4
+    font, left, top = ImageFont.load_default(FONT), 0, 20
+    if cell >= FONT:
+        left = 4 + int(max(font.getlength(name) for name in rows))
+        top += 4 + int(max(font.getlength(name) for name in columns))
+    picture = Image.fromarray(colours.astype(np.uint8)).resize(
+        (share.shape[1] * cell, share.shape[0] * cell), Image.Resampling.NEAREST
+    )
+    panel = Image.new(
+        "RGB", (max(left + picture.width, int(font.getlength(title))) + 2, top + picture.height + 2), "white"
+    )
+    panel.paste(picture, (left, top))
+    draw = ImageDraw.Draw(panel)
+    draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=TEXT)
+    draw.text((left, 0), title, fill=TEXT, font=font)
+    if cell >= FONT:
+        for i, name in enumerate(rows):
+            draw.text((left - 4, top + i * cell + cell / 2), name, fill=TEXT, font=font, anchor="rm")
+        for i, name in enumerate(columns):
+            _upwards(panel, name, left + i * cell, top - 3, font)
+    return panel
+
+
+def _upwards(panel: Image.Image, name: str, x: int, y: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
+    """Write a name that reads from below and ends above a column."""
+    if not name:
+        return
+    text = Image.new("RGB", (int(font.getlength(name)) + 1, FONT + 3), "white")
+    ImageDraw.Draw(text).text((0, 0), name, fill=TEXT, font=font)
+    turned = text.rotate(90, expand=True)
+    panel.paste(turned, (x, y - turned.height))
+
+
+def _bar(height: int, high: str, low: str, *, signed: bool) -> Image.Image:
+    """Return a colour bar with its ends' values."""
+    font = ImageFont.load_default(FONT)
+    tall = max(40, height - 60)
+    share = np.linspace(1, -1 if signed else 0, tall)[:, None, None]
+    colours = WHITE + np.where(share < 0, BLUE - WHITE, (RED if signed else BLUE) - WHITE) * np.abs(share)
+    bar = Image.new("RGB", (BAR + 8 + int(max(map(font.getlength, (high, low)))), max(height, tall + 24)), "white")
+    top = bar.height - tall - 2
+    bar.paste(Image.fromarray(colours.astype(np.uint8)).resize((BAR, tall)), (0, top))
+    draw = ImageDraw.Draw(bar)
+    draw.rectangle((0, top, BAR, top + tall - 1), outline=TEXT)
+    for text, y in ((high, top + 6), ("0", top + tall / 2) if signed else ("", 0), (low, top + tall - 6)):
+        draw.text((BAR + 4, y), text, fill=TEXT, font=font, anchor="lm")
+    return bar
+
+
+def _beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Return panels side by side."""
+    width = sum(one.width + MARGIN for one in panels) + MARGIN
+    picture = Image.new("RGB", (width, max(one.height for one in panels) + 2 * MARGIN), "white")
+    x = MARGIN
+    for one in panels:
+        picture.paste(one, (x, MARGIN))
+        x += one.width + MARGIN
+    return picture
