@@ -14,9 +14,11 @@ Prints a table: commands and calls by errors, survived of tried. Needs Linux, st
 import argparse
 import csv
 import importlib
+import itertools
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -104,6 +106,8 @@ def run(folder: Path, words: tuple[str, ...], strace: Callable[[int], list[str]]
             os.environ["LM_DATA_HOME"] = "data"
             # the name of an event file has the time in it: always the same one here
             event_file_writer.time = SimpleNamespace(time=lambda: 1e9)
+            count = itertools.count()  # and that of a part a number drawn at random
+            secrets.token_hex = lambda nbytes: f"{next(count):0{2 * nbytes}x}"
             if strace:
                 os.kill(os.getpid(), signal.SIGSTOP)
             code = run_lm(words)

@@ -163,6 +163,8 @@ def folder_made(*folders: Path) -> Iterator[None]:
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
+        for path in made:  # what is written in them is only there after a power cut if they are
+            flush(path.parent)
         yield
     finally:
         for path in sorted(set(made), reverse=True):  # inner ones first

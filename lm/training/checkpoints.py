@@ -71,6 +71,7 @@ class Checkpoints(Checkpoint):
                 self.validated_step = -1
         if is_last:
             self.saved = trainer.global_step, self.validated_step
+        self._retain_later(trainer)  # the process before this one may have been killed between a save and that
         if trainer.global_step and progress.validation_due(trainer):
             self._validate(trainer)
 
@@ -112,7 +113,7 @@ class Checkpoints(Checkpoint):
         if progress.validates(trainer):
             self._validate(trainer)
         if self.saved != (trainer.global_step, self.validated_step):
-            self._save(trainer, [self.last])
+            self._save(trainer, self._due(trainer) or [self.last])
         _writer(trainer).wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -145,10 +146,13 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for other in others:
                 _writer(trainer).submit(partial(files.copy, first, other))
-            if self.keep_last is not None:
-                _writer(trainer).submit(self._retain)
+        self._retain_later(trainer)
         if self.last in targets:
             self.saved = trainer.global_step, self.validated_step
+
+    def _retain_later(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self.keep_last is not None:
+            _writer(trainer).submit(self._retain)
 
     def _retain(self) -> None:
         """Delete the periodic checkpoints that are not to be kept."""

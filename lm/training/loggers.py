@@ -73,9 +73,12 @@ class Events(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Flush to the disk; the parent's hparams.yaml would repeat the run's config."""
+        """Wait until all is on the disk; the parent's hparams.yaml would repeat the run's config."""
         if self._experiment is not None:
             self.experiment.flush()
+            if self._file:
+                files.flush(self._file[0])
+                files.flush(self._file[0].parent)
 
 
 class _File(Logger):
@@ -141,6 +144,13 @@ class MetricsCSV(_File):
             self._row = {}
             os.truncate(self.path, self._offset)
             raise
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Wait until all rows are on the disk."""
+        if self._columns:
+            files.flush(self.path)
+            files.flush(self.path.parent)
 
     def _is_there(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size >= self._offset
@@ -227,12 +237,12 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Write a table in one step: a reader never sees half of it."""
+    """Write a table, whole or not at all."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
-    replace(path, text.getvalue())
+    files.write_whole(path, text.getvalue().encode())
 
 
 def replace(path: Path, text: str) -> None:
