@@ -5,7 +5,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
-from lm.cli import common
+from lm.cli import common, values
 from lm.inference import exporting
 
 
@@ -27,8 +27,7 @@ def export(arguments: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="The folder, or the file.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
-    with common.one_line_errors(lambda: parser):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     write = {"safetensors": exporting.export_safetensors, "file": exporting.export_file}[options.format]
     _say("exported", write(options.ckpt_path, options.output), options.json)
 
@@ -44,8 +43,7 @@ def import_(arguments: list[str]) -> None:
     parser.add_argument("--source", type=Path, required=True, help="The folder.")
     parser.add_argument("--output", type=Path, required=True, help="The checkpoint file.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
-    with common.one_line_errors(lambda: parser):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     _say("imported", exporting.import_safetensors(options.source, options.output), options.json)
 
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lm.cli import common
+from lm.cli import common, values
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
@@ -71,6 +71,7 @@ class Recipes(LightningCLI):
             # not parser defaults: those would leave their values behind where a recipe names another class
             arguments = [*self.classes, *arguments]
         deny_what_runs_code()
+        values.prepare(arguments)
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
             with trainer_errors(None), common.one_line_errors(lambda: self.parser, recipe_names):
@@ -101,13 +102,17 @@ class Recipes(LightningCLI):
         parser.add_lightning_class_args(Watch, "watch")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and hold all numbers against their bounds before anything is made of them."""
+        super().parse_arguments(parser, args)
+        values.check(self.config)
+
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
-        values = yaml.safe_load(text)
         return {
             key: value
-            for key, value in values.items()
+            for key, value in yaml.safe_load(text).items()
             if key not in ("config", "ckpt_path", "init_from", "json", "split")
         }
 

@@ -33,11 +33,6 @@ class Plan(parsing.Recipes):
             UserError: There is no such GPU or number.
         """
         config = self.config
-        for name in ("num_nodes", "devices"):
-            if config[name] < 1:
-                raise UserError(f"--{name} is {config[name]}: it must be at least 1")
-        if not 0 < config.mfu <= 1:
-            raise UserError(f"--mfu is {config.mfu}: it is a share, above 0 and at most 1")
         known = {name.lower(): name for name in planning.DEVICES}
         if config.gpu.lower() not in known:
             near = difflib.get_close_matches(config.gpu.lower(), known, n=1)

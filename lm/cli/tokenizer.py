@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from lm.cli import common
+from lm.cli import common, values
 from lm.data.reading import Settings
 from lm.data.training_tokenizers import train
 
@@ -31,8 +31,7 @@ def make_parser() -> ArgumentParser:
 def tokenizer(arguments: list[str]) -> None:
     """Run `lm tokenizer`."""
     parser = make_parser()
-    with common.one_line_errors(lambda: parser):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     began = time.monotonic()
     settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
     made = train(options.source, options.vocab_size, options.output, settings)

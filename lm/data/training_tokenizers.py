@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lm.bounds import complaints
 from lm.data import files, reading
 from lm.data.ranks import to_text
 from lm.data.tokenizers import BytePairTokenizer
@@ -33,8 +34,8 @@ def train(source: list[str], vocab_size: int, output: Path, settings: reading.Se
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < 256:
-        raise UserError(f"--vocab_size {vocab_size}: the 256 single bytes are tokens too: say at least 256")
+    for complaint in complaints({"vocab_size": vocab_size}, "tokenizer", "--"):
+        raise UserError(complaint)
     if output.suffix != ".tiktoken":
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():

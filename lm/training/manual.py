@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lm.backprop import Gradients, NoRuleError, check, loss_and_gradients
 from lm.backprop.compare import Collected, against_autograd
+from lm.bounds import checked
 from lm.data.module import IGNORED
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
@@ -37,10 +38,9 @@ class ManualLanguageModel(LanguageModel):
         settings: All that `LanguageModel` takes.
     """
 
+    @checked("model.", UserError)
     def __init__(self, *, compile: bool = False, audit_every: int | None = None, **settings: Any) -> None:
         super().__init__(compile=compile, **settings)
-        if audit_every is not None and audit_every < 1:
-            raise UserError(f"model.audit_every is {audit_every}: it must be at least 1, or null for none")
         self.automatic_optimization = False
         self.audit_every = audit_every
         self.accumulate = 1
