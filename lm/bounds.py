@@ -116,7 +116,7 @@ BOUNDS = {
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "eps"), NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "betas"), BELOW_ONE),
     # data
-    "batch_size": SIZE,
+    "batch_size": Bound(1, 2**20, whole=True),  # published ones go to some thousands
     "corpus": POSITIVE,  # the weights of several
     "val_fraction": INSIDE,
     "Preparation.val_fraction": BELOW_ONE,
@@ -128,7 +128,7 @@ BOUNDS = {
     **dict.fromkeys(("shortest_length", "longest_length"), FEW),
     "shard_tokens": COUNT,
     "workers": Bound(1, 1024, whole=True),
-    "tokenizer.vocab_size": Bound(256, 2**22, whole=True, note=": the 256 single bytes are tokens, too"),
+    "tokenizer.vocab_size": Bound(256, 2**20, whole=True, note=": the 256 single bytes are tokens, too"),
     # what a run keeps and shows
     **dict.fromkeys(("every_n_steps", "keep_last", "keep_every"), COUNT),
     "Figures.every_n_steps": COUNT_OR_NONE,
@@ -137,7 +137,7 @@ BOUNDS = {
     "SampleText.max_new_tokens": COUNT_OR_NONE,
     # text
     "max_new_tokens": COUNT,
-    "num_samples": SIZE,
+    "num_samples": FEW,
     "temperature": NOT_NEGATIVE,
     "top_k": COUNT,
     "top_p": PART,

@@ -116,16 +116,16 @@ def test_others_know_their_own_bounds() -> None:
     assert not list(bounds.complaints({"model": {"net": node}}, path="--"))
 
 
-class Found(Exception):
+class FoundError(Exception):
     pass
 
 
 def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> jsonargparse.ArgumentParser:
     def parse_args(self: jsonargparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        raise Found(self)
+        raise FoundError(self)
 
     monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
-    with pytest.raises(Found) as found:
+    with pytest.raises(FoundError) as found:
         cli.main([command, "--help"])
     return found.value.args[0]
 
@@ -171,7 +171,9 @@ def test_clipping_by_zero_is_off(lm: Any, manual: bool) -> None:
     """The weights are those of a run that never clips; scaled to nothing they would be those of the start."""
     kind = ("--model", "lm.training.ManualLanguageModel") if manual else ()
     ends = []
-    for number, setting in enumerate(("--model.clip_norm=null", "--trainer.gradient_clip_val=0", "--model.clip_norm=0")):
+    for number, setting in enumerate(
+        ("--model.clip_norm=null", "--trainer.gradient_clip_val=0", "--model.clip_norm=0")
+    ):
         assert lm("fit", "--config", "tiny.yaml", "--name", f"run{number}", *kind, setting)[0] == 0
         ends.append(torch.load(f"checkpoints/run{number}/last.ckpt", weights_only=True)["state_dict"])
     assert LanguageModel(models.Bigram, clip_norm=0).clip_norm is None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lm.backprop import NoRuleError, atomic, check, compare
 from lm.cli import common, parsing
 from lm.errors import CheckError, UserError
+from lm.training.parts import make_net
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = {  # compared at a time
@@ -62,7 +63,7 @@ class Compare(parsing.Recipes):
         module = parsing.language_model(self.model)
         torch.manual_seed(data.seed)
         try:
-            net = module.make_net(data.vocab_size, data.block_size).to(dtype)
+            net = make_net(module.make_net, data.vocab_size, data.block_size).to(dtype)
             check(net)
         except (ValueError, NoRuleError) as error:
             raise UserError(f"model.net: {error}") from error

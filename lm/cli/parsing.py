@@ -107,6 +107,15 @@ class Recipes(LightningCLI):
         super().parse_arguments(parser, args)
         values.check(self.config)
 
+    def instantiate_classes(self) -> None:
+        """Make the recipe's parts, and see that they are such as lm trains and trains on."""
+        super().instantiate_classes()
+        language_model(self.model)
+        if not all(hasattr(type(self.datamodule), name) for name in ("vocab_size", "text_tokenizer", "divided")):
+            raise UserError(
+                f"data {type(self.datamodule).__name__}: it is not an lm.data.TokenData, which gives tokens"
+            )
+
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")

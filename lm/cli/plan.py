@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm.cli import common, parsing
 from lm.errors import UserError
 from lm.training import planning
+from lm.training.parts import make_net
 
 
 class Plan(parsing.Recipes):
@@ -50,7 +51,7 @@ class Plan(parsing.Recipes):
         module = parsing.language_model(self.model)
         tokens, targets = data.train_dataset(1)[0]
         return planning.Recipe(
-            lambda: module.make_net(data.vocab_size, data.block_size),
+            lambda: make_net(module.make_net, data.vocab_size, data.block_size),
             module.make_optimizer,
             (size, *tokens.shape[1:]),
             (size, *targets.shape[1:]),

@@ -31,7 +31,8 @@ from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
 from lm.training.guard import Guard, clip, global_norm, local, share_loss
-from lm.training.optimizers import adamw, parameter_groups
+from lm.training.optimizers import adamw
+from lm.training.parts import make_net, make_optimizer
 from lm.training.schedules import Constant, Schedule
 from lm.training.sharded import is_sharded, shard
 
@@ -135,11 +136,8 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        try:
-            with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
-                self.net = self.make_net(data.vocab_size, data.block_size)
-        except ValueError as error:
-            raise UserError(f"model.net: {error}") from error
+        with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
+            self.net = make_net(self.make_net, data.vocab_size, data.block_size)
         self.tokenizer = data.text_tokenizer
         compatibility.check_document_end(self.net, data.text_tokenizer)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
@@ -172,10 +170,7 @@ class LanguageModel(Evaluated):
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
         assert self.net is not None
-        try:
-            optimizer = self.make_optimizer(parameter_groups(self.net))
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
+        optimizer = make_optimizer(self.make_optimizer, self.net)
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         self._fitted = [p for p in self.net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, self._fitted)), "each parameter belongs to exactly one group"
