@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lm.cli import common, values
+from lm.cli import common, environment, values
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
@@ -71,6 +71,7 @@ class Recipes(LightningCLI):
             # not parser defaults: those would leave their values behind where a recipe names another class
             arguments = [*self.classes, *arguments]
         deny_what_runs_code()
+        environment.check()
         values.prepare(arguments)
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:

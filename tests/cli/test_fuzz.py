@@ -169,7 +169,6 @@ class Fuzzer:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.template, place)
         (place / "dangling").symlink_to("nowhere")
-        os.mkfifo(place / "pipe")
         for name, minor in (("null", 3), ("full", 7)):
             try:
                 os.mknod(place / name, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
