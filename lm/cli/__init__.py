@@ -59,12 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # a process of its own
         streams.prepare()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words in (["-h"], ["--help"]):
-        print(usage())
-        return 0
-    if words == ["--version"]:
-        print(f"lm {__version__}")
-        return 0
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -114,6 +108,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(words: list[str]) -> int:
+    if words in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if words == ["--version"]:
+        print(f"lm {__version__}")
+        return 0
     if not words:
         print(usage(), file=sys.stderr)
         raise UserError("no command: say one of " + ", ".join(COMMANDS))

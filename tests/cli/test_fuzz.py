@@ -73,7 +73,6 @@ PATHS = (
     "/dev/full",
     "dangling",
     "locked",
-    "pipe",
     "a/b",
     "text.txt/x",
 )
