@@ -121,7 +121,7 @@ BOUNDS = {
     "val_fraction": INSIDE,
     "Preparation.val_fraction": BELOW_ONE,
     "test_fraction": BELOW_ONE,
-    "num_workers": Bound(0, 1024, whole=True),
+    "num_workers": Bound(0, 2**31 - 1, whole=True),
     "seed": SEED,
     "digits": Bound(1, 9, whole=True),
     "held_out": Bound(1, 2**31 - 1, whole=True),
@@ -226,13 +226,12 @@ def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[
 
     def decorate(init: Callable[P, None]) -> Callable[P, None]:
         signature = inspect.signature(init)
-        passed_on = [name for name, each in signature.parameters.items() if each.kind == each.VAR_KEYWORD]
         owner = f"lm.{init.__qualname__.split('.')[0]}"
 
         @wraps(init)
         def check_and_init(*args: P.args, **kwargs: P.kwargs) -> None:
             given = signature.bind(*args, **kwargs).arguments
-            own = {name: value for name, value in given.items() if name not in passed_on}
+            own = {name: value for name, value in given.items() if bound(owner, name)}  # parts have checked theirs
             for complaint in complaints(own, owner, prefix):
                 raise error(complaint)
             init(*args, **kwargs)

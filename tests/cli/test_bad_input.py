@@ -49,7 +49,7 @@ TABLE = {
     "no steps": ((*FIT, "--trainer.max_steps", -1), "trainer.max_steps is -1"),
     "negative learning rate": (
         (*FIT, "--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.lr", -1),
-        "model.optimizer: Invalid learning rate",
+        "model.optimizer.lr is -1: it must be at least 0",
     ),
     "no evaluation interval": ((*FIT, "--trainer.val_check_interval", 0), "trainer.val_check_interval is 0"),
     "no accumulation": ((*FIT, "--trainer.accumulate_grad_batches", 0), "trainer.accumulate_grad_batches is 0"),
