@@ -27,6 +27,32 @@ class UserError(CommandError):
     exit_code = 2
 
 
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "multiplication overflow",
+    "std::bad_alloc",
+    "Invalid buffer size",
+)
+"""How torch says that there is not enough memory, if it has no class for that."""
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """Return what a user can do about an error of the system: memory that is short, a file; None for any other."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        found = str(error).splitlines()[0][-200:] if str(error) else "none is left"
+        return UserError(
+            f"memory does not suffice ({found}): make the network, data.block_size or data.batch_size smaller, or "
+            "accumulate micro-batches (trainer.accumulate_grad_batches)"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        name = str(error.filename or "a file or device")
+        return UserError(f"{name if len(name) < 200 else name[:80] + '…'}: {error.strerror}")
+    return None
+
+
 class CheckError(CommandError):
     """A check failed: the input was good, the outcome is not."""
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any
 
+from lm.errors import UserError
+
 
 def as_json() -> bool:
     """Return whether lines are to be JSON."""
@@ -114,8 +116,8 @@ class Output:
     def _losing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            self.error = error
+        except (OSError, UserError) as error:  # a command's standard output makes the latter of the former
+            self.error = error if isinstance(error, OSError) else OSError(*getattr(error.__cause__, "args", ()))
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered must go somewhere
 
     @property

@@ -11,8 +11,8 @@ from contextlib import suppress
 from types import FrameType
 
 from lm import __version__, log
-from lm.cli import help
-from lm.errors import CommandError, Stopped, UserError, take_stops
+from lm.cli import help, streams
+from lm.errors import CommandError, Stopped, UserError, as_user_error, take_stops
 
 COMMANDS = {
     "fit": ("lm.cli.fit:fit", "train a network; writes checkpoints/RUN and logs/RUN"),
@@ -56,27 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a check failed, 2 bad input, 128 + n stopped by signal n.
     """
+    if arguments is None:  # a process of its own
+        streams.prepare()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words in (["-h"], ["--help"]):
-        print(usage())
-        return 0
-    if words == ["--version"]:
-        print(f"lm {__version__}")
-        return 0
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except CommandError as error:
-        if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
-            raise
-        level = "warning" if isinstance(error, Stopped) else "error"
-        if str(error) and log.first_to_say(str(error)):
-            with suppress(OSError):  # nobody reads it any more
-                print(log.line(str(error), level=level, run=error.run, exit_code=error.exit_code), file=sys.stderr)
-        write_exit_code(error.exit_code)
-        return error.exit_code
+        return _end(error)
     except BrokenPipeError:  # the reader of our output has gone; say no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.drop_output()
         return 128 + signal.SIGPIPE
+    except (OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("LM_DEBUG") or (found := as_user_error(error)) is None:
+            raise
+        return _end(found)
+
+
+def _end(error: CommandError) -> int:
+    """Say why a command ends, and return its exit code."""
+    if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
+        raise error
+    level = "warning" if isinstance(error, Stopped) else "error"
+    if str(error) and log.first_to_say(str(error)):
+        line = log.line(str(error), level=level, run=error.run, exit_code=error.exit_code)
+        with suppress(OSError):  # nobody can be told
+            print(line, file=sys.stderr, flush=True)
+    write_exit_code(error.exit_code)
+    return error.exit_code
 
 
 def write_exit_code(code: int) -> None:
@@ -100,6 +108,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(words: list[str]) -> int:
+    if words in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if words == ["--version"]:
+        print(f"lm {__version__}")
+        return 0
     if not words:
         print(usage(), file=sys.stderr)
         raise UserError("no command: say one of " + ", ".join(COMMANDS))

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lm import __version__
-from lm.cli import common
+from lm.cli import common, values
 from lm.data import files
 from lm.errors import CheckError, UserError
 from lm.training import disk
@@ -262,8 +262,7 @@ def doctor(arguments: list[str]) -> None:
     )
     parser.add_argument("--lock", type=Path | None, default=None, help="Hold installed packages against this lock.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON; the table goes to stderr.")
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     found = [finding for check in CHECKS for finding in check()]
     if options.lock is not None:
         found.append(locked(options.lock))

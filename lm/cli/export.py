@@ -7,7 +7,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from lm import log
-from lm.cli import common
+from lm.cli import common, values
 from lm.inference import exporting
 
 
@@ -30,8 +30,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="The folder, or the file: a new one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what lm has exported there before.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     write = {"safetensors": exporting.export_safetensors, "file": exporting.export_file}[options.format]
     path = write(options.ckpt_path, options.output, overwrite=options.overwrite, note=_note)
     _say("exported", path, options.json)
@@ -49,8 +48,7 @@ def import_(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="The checkpoint file: a new one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint of lm's.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     path = exporting.import_safetensors(options.source, options.output, overwrite=options.overwrite, note=_note)
     _say("imported", path, options.json)
 

@@ -68,11 +68,12 @@ class Fit(parsing.Recipes):
         lightning_callbacks.refuse_settings(limits)
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
+        if limits.min_steps is not None and limits.min_steps > limits.max_steps:
+            raise UserError(
+                f"trainer.min_steps {limits.min_steps} is above trainer.max_steps {limits.max_steps}: change one"
+            )
         if limits.max_steps < 1 and not limits.fast_dev_run:
             raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
-        for key in ("val_check_interval", "accumulate_grad_batches"):
-            if isinstance(limits[key], int | float) and limits[key] <= 0:
-                raise UserError(f"trainer.{key} is {limits[key]}: it must be above 0")
         if limits.limit_train_batches not in (None, 1.0):
             raise UserError("trainer.limit_train_batches: training has no epochs to limit, say trainer.max_steps")
         if log.rank() == 0 and folders.unfinished(self.checkpoints):
@@ -187,7 +188,7 @@ class Fit(parsing.Recipes):
         if settings["gradient_clip_val"] is not None:
             if settings["gradient_clip_algorithm"] == "value":
                 raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-            module.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"], None
+            module.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"] or None, None
         if isinstance(module, ManualLanguageModel):
             check_precision(settings["precision"])
             module.accumulate, settings["accumulate_grad_batches"] = settings["accumulate_grad_batches"], 1

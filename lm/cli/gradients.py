@@ -16,6 +16,7 @@ from lm.errors import CheckError, CommandError, UserError
 from lm.training import audit
 from lm.training.by_hand import compile_pass
 from lm.training.compute import compiler_missing
+from lm.training.parts import make_net
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES = 4  # a step of one process that accumulates them all, or of two that accumulate two each
@@ -69,7 +70,7 @@ class Compare(parsing.Recipes):
         module = parsing.language_model(self.model)
         torch.manual_seed(data.seed)
         try:
-            net = module.make_net(data.vocab_size, data.block_size).to(dtype)
+            net = make_net(module.make_net, data.vocab_size, data.block_size).to(dtype)
             check(net)
         except (ValueError, NoRuleError) as error:
             raise UserError(f"model.net: {error}") from error

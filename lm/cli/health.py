@@ -7,7 +7,7 @@ from urllib.request import urlopen
 
 from jsonargparse import ArgumentParser
 
-from lm.cli import common
+from lm.cli import values
 from lm.errors import CheckError
 
 TIMEOUT = 5.0  # seconds
@@ -25,8 +25,7 @@ def health(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("--url", type=str | None, default=None, help="Who is asked; by default process 1 if it serves.")
-    with common.one_line_errors(lambda: parser, arguments):
-        url = parser.parse_args(arguments).url or served_by(Path("/proc/1/cmdline"))
+    url = values.parse(parser, arguments).url or served_by(Path("/proc/1/cmdline"))
     if url is None:
         print("nothing is served here")
         return

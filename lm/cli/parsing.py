@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lm.cli import common, help, messages
+from lm.cli import common, environment, help, messages, values
 from lm.errors import UserError
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
@@ -76,6 +76,8 @@ class Recipes(LightningCLI):
             # not parser defaults: those would leave their values behind where a recipe names another class
             arguments = [*self.classes, *arguments]
         deny_what_runs_code()
+        environment.check()
+        values.prepare(arguments)
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
         try:
             with common.one_line_errors(lambda: self.parser, arguments, recipe_names), trainer_errors(None):
@@ -108,11 +110,12 @@ class Recipes(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, or print the help that was asked for and stop."""
+        """Parse, and hold all numbers against their bounds; or print the help that was asked for, and stop."""
         if asked := [word.removeprefix("--help.") for word in args if word.startswith("--help.")]:
             print(section_help(parser, asked[0], args), end="")
             raise SystemExit(0)
         super().parse_arguments(parser, args)
+        values.check(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
@@ -124,13 +127,21 @@ class Recipes(LightningCLI):
         parser.add_lightning_class_args(Watch, "watch")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
+    def instantiate_classes(self) -> None:
+        """Make the recipe's parts, and see that they are such as lm trains and trains on."""
+        super().instantiate_classes()
+        language_model(self.model)
+        if not all(hasattr(type(self.datamodule), name) for name in ("vocab_size", "text_tokenizer", "divided")):
+            raise UserError(
+                f"data {type(self.datamodule).__name__}: it is not an lm.data.TokenData, which gives tokens"
+            )
+
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
-        values = yaml.safe_load(text)
         return {
             key: value
-            for key, value in values.items()
+            for key, value in yaml.safe_load(text).items()
             if key not in ("config", "ckpt_path", "init_from", "json", "split")
         }
 

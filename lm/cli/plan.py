@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
 from lm.errors import UserError
-from lm.training import planning
+from lm.training import parts, planning
 
 
 class Plan(parsing.Recipes):
@@ -36,11 +36,6 @@ class Plan(parsing.Recipes):
             UserError: There is no such GPU or number.
         """
         config = self.config
-        for name in ("num_nodes", "devices"):
-            if config[name] < 1:
-                raise UserError(f"--{name} is {config[name]}: it must be at least 1")
-        if not 0 < config.mfu <= 1:
-            raise UserError(f"--mfu is {config.mfu}: it is a share, above 0 and at most 1")
         known = {name.lower(): name for name in planning.DEVICES}
         if config.gpu.lower() not in known:
             near = difflib.get_close_matches(config.gpu.lower(), known, n=1)
@@ -59,7 +54,7 @@ class Plan(parsing.Recipes):
         tokens, targets = data.training_examples()(0, 1)
         make_net: Any = module.make_net
         return planning.Recipe(
-            partial(make_net, data.vocab_size, data.block_size),
+            partial(parts.make_net, make_net, data.vocab_size, data.block_size),
             module.make_optimizer,
             (size, *tokens.shape[1:]),
             (size, *targets.shape[1:]),

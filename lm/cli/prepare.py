@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from lm.cli import common
+from lm.cli import common, values
 from lm.data import shards
 from lm.data.prepare import Preparation, prepare, summary
 from lm.data.reading import Settings
@@ -51,8 +51,7 @@ def make_parser() -> ArgumentParser:
 def prepare_command(arguments: list[str]) -> None:
     """Run `lm prepare`."""
     parser = make_parser()
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     began = time.monotonic()
     if options.verify is not None:
         folder = Path(options.verify or _needed("output", options.output))

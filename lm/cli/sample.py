@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
-from lm.cli import common, parsing
+from lm.cli import common, parsing, values
 from lm.data.tasks import TaskData
 from lm.errors import UserError
 from lm.inference.loading import load
@@ -34,15 +34,9 @@ def sample(arguments: list[str]) -> None:
     """Run `lm sample`."""
     parsing.quiet()
     parser = make_parser()
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        sampler = Sampler(**{name: options[name] for name in names})
-    for name in ("max_new_tokens", "num_samples"):
-        if options[name] < 1:
-            raise UserError(f"--{name} {options[name]}: it must be at least 1")
-    if not -(2**63) <= options.seed < 2**63:
-        raise UserError(f"--seed {options.seed}: it must fit into 64 bits")
+    options = values.parse(parser, arguments)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampler = Sampler(**{name: options[name] for name in names})
     if "" in options.stop:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)

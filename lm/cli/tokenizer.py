@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from lm.cli import common
+from lm.cli import common, values
 from lm.data.reading import Settings
 from lm.data.training_tokenizers import train
 
@@ -32,8 +32,7 @@ def make_parser() -> ArgumentParser:
 def tokenizer(arguments: list[str]) -> None:
     """Run `lm tokenizer`."""
     parser = make_parser()
-    with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+    options = values.parse(parser, arguments)
     began = time.monotonic()
     settings = Settings(**{name: options[name] for name in ("text_key", "errors", "format")})
     with common.text_options(options.source):

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lm.bounds import checked
 from lm.data import corpora
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
@@ -41,6 +42,7 @@ class LinesData(TokenData):
         seed: Chooses the training sequences; set from seed_everything.
     """
 
+    @checked("data.", UserError)
     def __init__(
         self,
         *,
@@ -57,10 +59,9 @@ class LinesData(TokenData):
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if len(end) != 1 or end == "\n":
             raise UserError(f"data.end is {end!r}: it must be one character that is no line end")
-        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+        if val_fraction + test_fraction >= 1:
             raise UserError(
-                f"data.val_fraction is {val_fraction}, data.test_fraction {test_fraction}: shares are above 0, and "
-                "leave some lines to train on"
+                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on"
             )
         self.corpus, self.targets, self.end = corpus, targets, end
         self.val_fraction, self.test_fraction = val_fraction, test_fraction

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lm.bounds import checked
 from lm.data.chunks import IGNORED as IGNORED
 from lm.data.chunks import Batch, From, Stream
 from lm.data.tokenizers import Tokenizer
@@ -40,13 +41,9 @@ class TokenData(LightningDataModule, ABC):
         seed: Chooses the training sequences.
     """
 
+    @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        for name, size in {"block_size": block_size, "batch_size": batch_size}.items():
-            if size < 1:
-                raise UserError(f"data.{name} is {size}: it must be at least 1")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers is {num_workers}: it must be at least 0")
         self.block_size, self.batch_size = block_size, batch_size
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: str | Tokenizer = ""

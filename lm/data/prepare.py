@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from lm.bounds import complaints
 from lm.data import files, outputs, reading, shards, tokenizers
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
@@ -63,14 +64,12 @@ class Preparation:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.val_fraction >= 0 and self.test_fraction >= 0 and self.val_fraction + self.test_fraction < 1):
+        for complaint in complaints(vars(self), "lm.Preparation", "--"):
+            raise UserError(complaint)
+        if self.val_fraction + self.test_fraction >= 1:
             raise UserError(
-                f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: shares are at least 0, and "
-                "leave something to train on"
+                f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: leave nothing to train on"
             )
-        for name, value in {"shard_tokens": self.shard_tokens, "workers": self.workers}.items():
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: it must be at least 1")
 
 
 def prepare(job: Preparation) -> dict[str, Any]:

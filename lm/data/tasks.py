@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from lm.bounds import checked
 from lm.data.chunks import Batch, draw
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import IGNORED, TokenData
@@ -37,6 +38,7 @@ class TaskData(TokenData):
     exact_match = True
     """Whether the share of problems with a wholly right answer is measured."""
 
+    @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, held_out: int, num_workers: int, seed: int) -> None:
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.held_out = held_out
@@ -157,6 +159,7 @@ class ArithmeticData(TaskData):
         seed: Chooses the training problems; set from seed_everything.
     """
 
+    @checked("data.", UserError)
     def __init__(
         self,
         *,
@@ -173,8 +176,6 @@ class ArithmeticData(TaskData):
         super().__init__(
             block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
         )
-        if not 1 <= digits <= 9:
-            raise UserError(f"data.digits is {digits}: it must be from 1 to 9")
         unknown = [operator for operator in operators if operator not in OPERATORS]
         if unknown or not operators or len(set(operators)) < len(operators):
             found = f"unknown operator {unknown[0]!r}" if unknown else f"{operators!r} is empty or says one twice"
@@ -253,6 +254,7 @@ class ReverseData(TaskData):
         seed: Chooses the training problems; set from seed_everything.
     """
 
+    @checked("data.", UserError)
     def __init__(
         self,
         *,
@@ -270,10 +272,9 @@ class ReverseData(TaskData):
         )
         if len(set(alphabet)) < max(2, len(alphabet)) or set(alphabet) & set(END + ">"):
             raise UserError(f"data.alphabet is {alphabet!r}: say two or more letters, each once, without {END} and >")
-        if not 1 <= shortest_length <= longest_length:
+        if shortest_length > longest_length:
             raise UserError(
-                f"data.shortest_length is {shortest_length}, data.longest_length {longest_length}: they must be at "
-                "least 1, and in that order"
+                f"data.shortest_length {shortest_length} is above data.longest_length {longest_length}: change one"
             )
         self.alphabet, self.shortest_length, self.longest_length = alphabet, shortest_length, longest_length
 

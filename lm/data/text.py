@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from lm.bounds import checked
 from lm.data import evaluation_sets, shards, store
 from lm.data.chunks import Batch, Sliced
 from lm.data.evaluation_sets import EvaluationSet
@@ -36,6 +37,7 @@ class TextData(TokenData):
         seed: Chooses the training sequences; set from seed_everything.
     """
 
+    @checked("data.", UserError)
     def __init__(
         self,
         *,
@@ -51,11 +53,9 @@ class TextData(TokenData):
         seed: int = 1337,
     ) -> None:
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        if val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on"
-                if val_fraction > 0 and test_fraction >= 0
-                else f"data.val_fraction is {val_fraction}, data.test_fraction {test_fraction}: shares are above 0"
             )
         self.weights = corpus if isinstance(corpus, dict) else {corpus: 1.0}
         if not self.weights:

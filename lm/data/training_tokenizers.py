@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from lm.bounds import complaints
 from lm.data import files, outputs, reading
 from lm.data.ranks import from_text, to_text
 from lm.data.tokenizers import BytePairTokenizer
@@ -37,8 +38,8 @@ def train(
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < 256:
-        raise UserError(f"--vocab_size {vocab_size}: the 256 single bytes are tokens too: say at least 256")
+    for complaint in complaints({"vocab_size": vocab_size}, "tokenizer", "--"):
+        raise UserError(complaint)
     outputs.new(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")

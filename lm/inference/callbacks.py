@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lm.bounds import checked
 from lm.errors import UserError
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
 from lm.training.harmless import harmless
@@ -22,6 +23,7 @@ class SampleText(Callback):
         seed: Of the sampling; each step draws the same numbers, so that samples differ by the weights alone.
     """
 
+    @checked("samples.", UserError)
     def __init__(
         self, *, max_new_tokens: int = 200, prompt: str = "", temperature: float = 0.8, seed: int = 1337
     ) -> None:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lm.bounds import complaints
 from lm.data.tokenizers import Tokenizer
 from lm.errors import CheckError, UserError
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +38,8 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (self.temperature >= 0, "at least 0"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-        }
-        for name, (good, allowed) in ranges.items():
-            if not good:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be {allowed}")
+        for complaint in complaints(vars(self), "lm.Sampler", "--"):
+            raise UserError(complaint)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Return the probability of each token.
@@ -60,7 +55,7 @@ class Sampler:
             old = logits.gather(1, seen)  # (B, T)
             new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
             logits = logits.scatter(1, seen, new).nan_to_num()  # a tiny penalty makes infinities
-        if self.temperature == 0:
+        if self.temperature < TINY:  # 32 bits hold no smaller one
             return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # never above 0: no overflow
         if self.top_k is not None and self.top_k < logits.shape[-1]:

@@ -5,6 +5,8 @@ The first rung of the road (Karpathy, "makemore" part 1). Shapes: B batch, T tim
 
 from torch import Tensor, nn
 
+from lm.bounds import checked
+
 
 class Bigram(nn.Module):
     """A table of logits, one row a token.
@@ -16,6 +18,7 @@ class Bigram(nn.Module):
         block_size: Longest sequence it is asked for; the table itself only ever looks at one token.
     """
 
+    @checked()
     def __init__(self, vocab_size: int, block_size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.bounds import checked
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
 from lm.models.rotary import Rotary
@@ -240,6 +241,7 @@ class GPT(nn.Module):
             unknown, or two settings cannot work together.
     """
 
+    @checked()
     def __init__(
         self,
         vocab_size: int,

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lm.bounds import checked
 from lm.models.layers import BatchNorm, check_length, check_sizes, padded
 
 
@@ -32,6 +33,7 @@ class MLP(nn.Module):
         ValueError: A size is not positive.
     """
 
+    @checked()
     def __init__(
         self,
         vocab_size: int,

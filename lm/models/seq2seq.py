@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.bounds import checked
 from lm.models.feed_forward import MLP
 from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
 
@@ -116,6 +117,7 @@ class Seq2Seq(nn.Module):
             is outside the vocabulary, or both are the same.
     """
 
+    @checked()
     def __init__(
         self,
         vocab_size: int,

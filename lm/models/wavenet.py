@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.bounds import checked
 from lm.models.layers import BatchNorm, FlattenConsecutive, check_dropout, check_length, check_sizes, padded
 
 
@@ -38,6 +39,7 @@ class WaveNet(nn.Module):
         ValueError: block_size is no power of n, or settings do not go together.
     """
 
+    @checked()
     def __init__(
         self,
         vocab_size: int,
@@ -163,6 +165,7 @@ class GatedWaveNet(nn.Module):
         ValueError: A size is not positive, or dropout is outside [0, 1).
     """
 
+    @checked()
     def __init__(
         self,
         vocab_size: int,

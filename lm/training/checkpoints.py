@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lm.bounds import checked
 from lm.errors import UserError
 from lm.training import checkpoint as files
 from lm.training import owned, progress
@@ -28,13 +29,10 @@ class Checkpoints(Checkpoint):
         keep_every: Periodic checkpoints of steps that this divides are kept whatever keep_last says; null for none.
     """
 
+    @checked("checkpoint.", UserError)
     def __init__(
         self, *, every_n_steps: int = 1000, keep_last: int | None = None, keep_every: int | None = None
     ) -> None:
-        numbers = {"every_n_steps": every_n_steps, "keep_last": keep_last, "keep_every": keep_every}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise UserError(f"checkpoint.{name} is {number}: it must be at least 1")
         self.every_n_steps, self.keep_last, self.keep_every = every_n_steps, keep_last, keep_every
         self.folder = Path("checkpoints")  # the command line sets both
         self.start = 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lm.backprop import Gradients
+from lm.bounds import checked
 from lm.errors import UserError
 from lm.training import pictures
 from lm.training.harmless import harmless
@@ -53,6 +54,7 @@ class Figures(Callback):
         embedding: The token embedding in the projector, when training ends.
     """
 
+    @checked("figures.", UserError)
     def __init__(
         self,
         *,
@@ -64,8 +66,6 @@ class Figures(Callback):
         attention: bool = True,
         embedding: bool = True,
     ) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"figures.every_n_steps is {every_n_steps}: it must be at least 0")
         self.every_n_steps = every_n_steps
         self.activations, self.gradients, self.saturation = activations, gradients, saturation
         self.updates, self.attention, self.embedding = updates, attention, embedding

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
 from lm.backprop.rules import precise
+from lm.bounds import checked
 from lm.data.module import IGNORED, TokenData
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
@@ -29,7 +30,8 @@ from lm.training.evaluation import Evaluated
 from lm.training.figures import Figures
 from lm.training.finetune import take_weights
 from lm.training.guard import Guard, clip, global_norm, share_gradient
-from lm.training.optimizers import adamw, parameter_groups
+from lm.training.optimizers import adamw
+from lm.training.parts import make_net, make_optimizer
 from lm.training.schedules import Constant, Schedule
 from lm.training.sharded import is_sharded, shard
 
@@ -46,7 +48,7 @@ class LanguageModel(Evaluated):
         optimizer: Makes the optimizer from parameter groups. Its weight decay applies to matrices only. Default: AdamW
             with learning rate 1e-3 and weight decay 0.1.
         schedule: Factor on the learning rate, a pure function of the step; constant by default.
-        clip_norm: Largest global norm of the gradient; larger ones are scaled down to it. None never scales.
+        clip_norm: Largest global norm of the gradient; larger ones are scaled down to it. 0 and None never scale.
         steps_per_call: Optimizer steps that one of the Trainer's own takes. Its loop costs about half a millisecond,
             more than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and
             stops by a signal come at its multiples. For one process, in full precision, without accumulation.
@@ -60,6 +62,7 @@ class LanguageModel(Evaluated):
             keep them: less memory, a third more computation.
     """
 
+    @checked("model.", UserError)
     def __init__(
         self,
         net: Callable[[int, int], nn.Module],
@@ -76,16 +79,12 @@ class LanguageModel(Evaluated):
         super().__init__()
         self.guard = Guard(on_nonfinite, spike)
         self.compiled, self.activation_checkpointing = compile, activation_checkpointing
-        if steps_per_call < 1:
-            raise UserError(f"model.steps_per_call is {steps_per_call}: it must be at least 1")
         self.steps_per_call, self.calibrate = steps_per_call, calibrate
         self.automatic_optimization = steps_per_call == 1
-        if clip_norm is not None and not clip_norm > 0:
-            raise UserError(f"model.clip_norm is {clip_norm}: it must be above 0, or null for none")
         # a default of the argument itself would leave its weight decay to any other class that a recipe names
         self.make_net, self.make_optimizer = net, optimizer or adamw
         self.schedule = schedule or Constant()
-        self.clip_norm = clip_norm
+        self.clip_norm = clip_norm or None
         self.net: nn.Module | None = None
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None
@@ -140,11 +139,8 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        try:
-            with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
-                self.net = self.make_net(data.vocab_size, data.block_size)
-        except ValueError as error:
-            raise UserError(f"model.net: {error}") from error
+        with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
+            self.net = make_net(self.make_net, data.vocab_size, data.block_size)
         self.tokenizer = data.text_tokenizer
         compatibility.check_data(self.net, data)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
@@ -177,10 +173,7 @@ class LanguageModel(Evaluated):
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
         assert self.net is not None
-        try:
-            optimizer = self.make_optimizer(parameter_groups(self.net))
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
+        optimizer = make_optimizer(self.make_optimizer, self.net)
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         self._fitted = [p for p in self.net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, self._fitted)), "each parameter belongs to exactly one group"
@@ -321,7 +314,7 @@ class LanguageModel(Evaluated):
                 for parameter in self._fitted:  # without a gradient, an optimizer leaves a parameter alone
                     parameter.grad = None
                 return
-        clip_norm = self.clip_norm if gradient_clip_val is None else gradient_clip_val
+        clip_norm = self.clip_norm if gradient_clip_val is None else gradient_clip_val or None
         if clip_norm is not None:
             clip(gradients, clip_norm, norm)
         for watcher in self._watching:

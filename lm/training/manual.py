@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 
 from lm.backprop import Gradients, NoRuleError, check
+from lm.bounds import checked
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
 from lm.training import audit, progress
@@ -35,10 +36,9 @@ class ManualLanguageModel(LanguageModel):
         settings: All that `LanguageModel` takes.
     """
 
+    @checked("model.", UserError)
     def __init__(self, *, compile: bool = False, audit_every: int | None = None, **settings: Any) -> None:
         super().__init__(compile=compile, **settings)
-        if audit_every is not None and audit_every < 1:
-            raise UserError(f"model.audit_every is {audit_every}: it must be at least 1, or null for none")
         self.automatic_optimization = False
         self.audit_every = audit_every
         self.accumulate = 1

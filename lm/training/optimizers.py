@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from lm.bounds import checked
 from lm.errors import UserError
 
 
@@ -54,6 +55,7 @@ class MuonAdamW(Optimizer):
         UserError: The network has no hidden matrix, or this torch has no Muon.
     """
 
+    @checked("model.optimizer.", UserError)
     def __init__(
         self,
         params: Iterable[dict[str, Any]],

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from lm.bounds import checked
 from lm.errors import UserError
 
 
@@ -18,9 +19,8 @@ class Schedule(ABC):
         warmup_steps: Steps over which the factor rises from near 0 to 1.
     """
 
+    @checked("schedule.", UserError)
     def __init__(self, *, warmup_steps: int = 0) -> None:
-        if warmup_steps < 0:
-            raise UserError(f"schedule.warmup_steps is {warmup_steps}: it must be at least 0")
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int, max_steps: int) -> float:
@@ -70,6 +70,7 @@ class Linear(Schedule):
         min_factor: Where it ends.
     """
 
+    @checked("schedule.", UserError)
     def __init__(self, *, warmup_steps: int = 0, min_factor: float = 0.0) -> None:
         super().__init__(warmup_steps=warmup_steps)
         self.min_factor = min_factor
@@ -87,6 +88,7 @@ class Cosine(Schedule):
         min_factor: Where it ends; GPT-3 and nanoGPT use 0.1.
     """
 
+    @checked("schedule.", UserError)
     def __init__(self, *, warmup_steps: int = 0, min_factor: float = 0.1) -> None:
         super().__init__(warmup_steps=warmup_steps)
         self.min_factor = min_factor
@@ -106,6 +108,7 @@ class Step(Schedule):
         warmup_steps: Steps over which the factor rises from near 0 to 1.
     """
 
+    @checked("schedule.", UserError)
     def __init__(self, *, milestones: list[int], factor: float = 0.1, warmup_steps: int = 0) -> None:
         super().__init__(warmup_steps=warmup_steps)
         self.milestones, self.factor = milestones, factor
@@ -126,10 +129,9 @@ class WarmupStableDecay(Schedule):
         min_factor: Where it ends.
     """
 
+    @checked("schedule.", UserError)
     def __init__(self, *, decay_fraction: float = 0.2, warmup_steps: int = 0, min_factor: float = 0.0) -> None:
         super().__init__(warmup_steps=warmup_steps)
-        if not 0 < decay_fraction <= 1:
-            raise UserError(f"schedule.decay_fraction is {decay_fraction}: it must be above 0 and at most 1")
         self.decay_fraction, self.min_factor = decay_fraction, min_factor
 
     def after_warmup(self, step: int, max_steps: int) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lm import log
+from lm.bounds import checked
 from lm.errors import CheckError, UserError
 from lm.training import progress
 from lm.training.drift import check_drift
@@ -37,6 +38,7 @@ class Watch(Callback):
         drift_every_n_steps: Steps between comparisons of all weights' checksums over the ranks; 0 for none.
     """
 
+    @checked("watch.", UserError)
     def __init__(
         self,
         *,
@@ -45,12 +47,6 @@ class Watch(Callback):
         meet_timeout: float = 600,
         drift_every_n_steps: int = 1000,
     ) -> None:
-        limits = {"timeout": timeout, "step_timeout": step_timeout, "meet_timeout": meet_timeout}
-        for name, seconds in limits.items():
-            if not seconds > 0:
-                raise UserError(f"watch.{name} is {seconds}: it must be above 0 seconds")
-        if drift_every_n_steps < 0:
-            raise UserError(f"watch.drift_every_n_steps is {drift_every_n_steps}: it must be at least 0")
         self.timeout, self.step_timeout, self.meet_timeout = timeout, step_timeout, meet_timeout
         self.drift_every_n_steps = drift_every_n_steps
         self.progress = 0

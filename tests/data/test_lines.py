@@ -76,7 +76,7 @@ def test_evaluation_is_every_example_once(names: str) -> None:
         ("ab\nc\nd\n", {}, "leave none for its"),
         ("abcdef\nb\nc\n" * 9, {"targets": "all", "block_size": 6}, "'abcdef' and its mark need 7 tokens"),
         ("ab\nc\nd\n" * 9, {"end": ""}, "data.end is ''"),
-        ("ab\nc\nd\n" * 9, {"val_fraction": 0.9}, "data.val_fraction is 0.9"),
+        ("ab\nc\nd\n" * 9, {"val_fraction": 0.9}, "data.val_fraction 0.9 and data.test_fraction 0.1 leave"),
     ],
 )
 def test_bad_lines(workplace: Path, text: str, settings: dict, message: str) -> None:

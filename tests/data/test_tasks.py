@@ -129,7 +129,7 @@ def test_strings_are_reversed_and_all_of_them_are_there() -> None:
         ),
         (ArithmeticData, {"held_out": 500_000}, "leave none to train on: there are 1,000,000 problems"),
         (ReverseData, {"alphabet": "aa"}, "data.alphabet is 'aa'"),
-        (ReverseData, {"shortest_length": 7}, "data.shortest_length is 7"),
+        (ReverseData, {"shortest_length": 7}, "data.shortest_length 7 is above"),
         (ReverseData, {"longest_length": 9}, "data.block_size 16 does not hold"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_test_split_is_the_end_of_the_text(workplace: Path) -> None:
         ({"block_size": 0}, "data.block_size is 0"),
         ({"batch_size": -1}, "data.batch_size is -1"),
         ({"num_workers": -1}, "data.num_workers is -1"),
-        ({"val_fraction": 0.0}, "data.val_fraction is 0.0"),
+        ({"val_fraction": 0.0}, "data.val_fraction is 0: it must be above 0"),
         ({"val_fraction": 0.7, "test_fraction": 0.3}, "leave nothing to train on"),
         ({"block_size": 5000}, r"val split has \d+ tokens, block_size 5000 needs 5001"),
         ({"corpus": "nowhere.txt"}, "corpus nowhere.txt: no such file or folder"),

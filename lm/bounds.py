@@ -1,0 +1,241 @@
+"""What each number of a recipe or a command may be: one table, which front door and constructors ask alike.
+
+A number has a bound by its name; where classes use one name differently, by "Class.name". All numbers are finite, and
+no boolean is taken for one.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
+INT64 = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number may be.
+
+    Args:
+        low: The least value.
+        high: The largest.
+        open_low: Whether low itself is left out.
+        open_high: Whether high itself is left out.
+        whole: Whether it is a whole number.
+        share: Whether a number with a decimal point is a share, at most 1.
+        flag: Whether true and false stand for numbers, too.
+        note: What more there is to say to who had it wrong.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    whole: bool = False
+    share: bool = False
+    flag: bool = False
+    note: str = ""
+
+    def allows(self, value: Any) -> bool:
+        """Return whether a value is within; one that is no number has no bound to keep."""
+        if isinstance(value, Mapping | list | tuple):
+            return all(map(self.allows, value.values() if isinstance(value, Mapping) else value))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return self.flag or not isinstance(value, bool)
+        if isinstance(value, float) and (self.whole or not math.isfinite(value) or (self.share and value > 1)):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        """Return what follows "it must be"."""
+        kind = "a whole number, " * self.whole or "a finite number"
+        low = f"{'above' if self.open_low else 'at least'} {_shown(self.low)}"
+        high = f"{'below' if self.open_high else 'at most'} {_shown(self.high)}"
+        if not math.isfinite(self.low):
+            return kind + self.note
+        if self.share:
+            return f"{low}: a whole number, or a share, at most 1.0{self.note}"
+        if self.high >= INT64:
+            return low + self.note
+        return f"{low} and {high}{self.note}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message: short, whatever it is."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:80] + "…"
+
+
+ANY = Bound()
+FREE = Bound(flag=True)
+POSITIVE = Bound(0, open_low=True)
+NOT_NEGATIVE = Bound(0)
+SHARE = Bound(0, 1)
+BELOW_ONE = Bound(0, 1, open_high=True)
+PART = Bound(0, 1, open_low=True)
+INSIDE = Bound(0, 1, open_low=True, open_high=True)
+COUNT = Bound(1, INT64, whole=True)
+COUNT_OR_NONE = Bound(0, INT64, whole=True)
+SIZE = Bound(1, 2**31 - 1, whole=True)  # of a tensor: products of a few of them stay numbers that torch can refuse
+FEW = Bound(1, 2**16, whole=True)
+SEED = Bound(-(2**63), INT64, whole=True, note=": it has 64 bits")
+LIMIT = Bound(0, INT64, share=True)
+
+BOUNDS = {
+    # networks
+    **dict.fromkeys(("vocab_size", "block_size", "n_embd", "n_hidden", "hidden_size"), SIZE),
+    **dict.fromkeys(("n_layer", "n_head", "n_kv_head", "n_stack", "depth"), FEW),
+    "fuse": Bound(2, 2**16, whole=True),
+    "dropout": BELOW_ONE,
+    "rope_theta": POSITIVE,
+    "logit_soft_cap": POSITIVE,
+    "init_std": POSITIVE,
+    "head_scale": ANY,
+    "MLP.momentum": PART,
+    "WaveNet.momentum": PART,
+    **dict.fromkeys(("document_end", "start_token", "pad_token"), Bound(0, 2**31 - 1, whole=True)),
+    # how they are fitted
+    "clip_norm": Bound(0, note="; 0 or null never scales"),
+    "spike": Bound(1, open_low=True, note="; null for none"),
+    "steps_per_call": SIZE,
+    "audit_every": COUNT,
+    "warmup_steps": COUNT_OR_NONE,
+    "min_factor": SHARE,
+    "factor": SHARE,
+    "milestones": COUNT_OR_NONE,
+    "decay_fraction": PART,
+    **dict.fromkeys(("lr", "muon_lr", "weight_decay", "eps"), NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "betas"), BELOW_ONE),
+    # data
+    "batch_size": Bound(1, 2**20, whole=True),  # published ones go to some thousands
+    "corpus": POSITIVE,  # the weights of several
+    "val_fraction": INSIDE,
+    "Preparation.val_fraction": BELOW_ONE,
+    "test_fraction": BELOW_ONE,
+    "num_workers": Bound(0, 2**31 - 1, whole=True),
+    "seed": SEED,
+    "digits": Bound(1, 9, whole=True),
+    "held_out": Bound(1, 2**31 - 1, whole=True),
+    **dict.fromkeys(("shortest_length", "longest_length"), FEW),
+    "shard_tokens": COUNT,
+    "workers": Bound(1, 1024, whole=True),
+    "tokenizer.vocab_size": Bound(256, 2**20, whole=True, note=": the 256 single bytes are tokens, too"),
+    # what a run keeps and shows
+    **dict.fromkeys(("every_n_steps", "keep_last", "keep_every"), COUNT),
+    "Figures.every_n_steps": COUNT_OR_NONE,
+    "drift_every_n_steps": COUNT_OR_NONE,
+    **dict.fromkeys(("timeout", "step_timeout", "meet_timeout"), Bound(0, 10**9, open_low=True, note=" seconds")),
+    "SampleText.max_new_tokens": COUNT_OR_NONE,
+    # text
+    "max_new_tokens": COUNT,
+    "num_samples": FEW,
+    "temperature": NOT_NEGATIVE,
+    "top_k": COUNT,
+    "top_p": PART,
+    "min_p": SHARE,
+    "repetition_penalty": POSITIVE,
+    # a cluster
+    **dict.fromkeys(("num_nodes", "devices"), Bound(1, 2**20, whole=True)),
+    "mfu": PART,
+    # Lightning's
+    "seed_everything": Bound(0, 2**32 - 1, whole=True),
+    "Trainer.devices": Bound(-1, 2**20, whole=True, note=", which takes all there are"),
+    "fast_dev_run": Bound(0, INT64, whole=True, flag=True),
+    "max_epochs": Bound(-1, INT64, whole=True),
+    "min_epochs": COUNT_OR_NONE,
+    "max_steps": Bound(-1, INT64, whole=True),
+    "min_steps": COUNT_OR_NONE,
+    "max_time": NOT_NEGATIVE,
+    **dict.fromkeys([f"limit_{kind}_batches" for kind in ("train", "val", "test", "predict")], LIMIT),
+    "overfit_batches": LIMIT,
+    "val_check_interval": Bound(0, INT64, open_low=True, share=True),
+    "check_val_every_n_epoch": COUNT,
+    "num_sanity_val_steps": Bound(-1, INT64, whole=True),
+    "log_every_n_steps": COUNT_OR_NONE,
+    "accumulate_grad_batches": SIZE,
+    "gradient_clip_val": Bound(0, note="; 0 or null never scales"),
+    "reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
+}
+
+SECTIONS = {
+    "trainer": "Trainer",
+    "checkpoint": "Checkpoints",
+    "samples": "SampleText",
+    "figures": "Figures",
+    "watch": "Watch",
+}
+"""Sections of a recipe that need no class_path, and their classes."""
+
+
+def bound(owner: str, name: str) -> Bound | None:
+    """Return what a setting of a class, given by its import path, or of a command may be; None where it is free.
+
+    Args:
+        owner: The class's or the command's name; classes of others than lm and Lightning's Trainer know best.
+        name: The setting's.
+    """
+    path, _, kind = owner.rpartition(".")
+    if path.split(".")[0] not in ("", "lm", "torch"):
+        return None
+    found = BOUNDS.get(f"{kind}.{name}")
+    if path.startswith("torch.optim"):  # torch itself sees to the rest, infinity apart
+        return BOUNDS[name] if name in ("lr", "betas", "weight_decay") else FREE
+    return None if path.startswith("torch") else found or BOUNDS.get(name)
+
+
+def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> Iterator[str]:
+    """Yield a line for each number that is not what it may be, in a whole recipe or in one class's arguments.
+
+    Args:
+        values: Settings, nested as recipes are.
+        owner: Whose they are: a class's import path, or a command's name.
+        path: What is put in front of names: "data." say, or "--".
+    """
+    if isinstance(values.get("class_path"), str):
+        owner = values["class_path"]
+        values = {**(values.get("init_args") or {}), **(values.get("dict_kwargs") or {})}
+    for name, value in values.items():
+        if (allowed := bound(owner, str(name))) is not None:
+            if not allowed.allows(value):
+                yield f"{path}{name} is {_shown(value)}: it must be {allowed}"
+        elif isinstance(value, Mapping):
+            inner = SECTIONS.get(name, owner) if path in ("", "--") else owner
+            yield from complaints(value, inner, f"{path.removeprefix('--')}{name}.")
+        elif isinstance(value, list):
+            for each in value:
+                if isinstance(each, Mapping):
+                    yield from complaints(each, owner, f"{path.removeprefix('--')}{name}.")
+
+
+def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Return a decorator by which a constructor refuses numbers that they may not be.
+
+    Args:
+        prefix: Put in front of names: "data." say.
+        error: What is raised, with one line.
+    """
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        signature = inspect.signature(init)
+        owner = f"lm.{init.__qualname__.split('.')[0]}"
+
+        @wraps(init)
+        def check_and_init(*args: P.args, **kwargs: P.kwargs) -> None:
+            given = signature.bind(*args, **kwargs).arguments
+            own = {name: value for name, value in given.items() if bound(owner, name)}  # parts have checked theirs
+            for complaint in complaints(own, owner, prefix):
+                raise error(complaint)
+            init(*args, **kwargs)
+
+        return check_and_init
+
+    return decorate

@@ -1,0 +1,35 @@
+"""What launchers say in environment variables, looked at before anybody waits because of it."""
+
+import os
+
+from lm.errors import UserError
+
+COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES")
+NUMBERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", *COUNTS),
+)
+
+
+def check() -> None:
+    """Refuse variables by which no process could find its place among others.
+
+    Raises:
+        UserError: One is no number, or some do not go together.
+    """
+    found = {}
+    for name in NUMBERS:
+        value = os.environ.get(name, "")
+        if value and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= (name in COUNTS)):
+            raise UserError(f"{name} in the environment is {value[:40]!r}: a launcher sets it to a number: unset it")
+        if value:
+            found[name] = int(value)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if found.get(rank, 0) >= found.get(size, 1 << 31):
+            raise UserError(f"{rank} in the environment is {found[rank]}, {size} {found[size]}: unset them")
+    alone = not {"RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"} & found.keys()
+    if found.get("LOCAL_RANK") and alone:
+        raise UserError(
+            f"LOCAL_RANK in the environment is {found['LOCAL_RANK']}, and there is no MASTER_PORT to meet the others: "
+            "unset it, or start all by torchrun"
+        )

@@ -1,0 +1,61 @@
+"""The values of a command line: parsed, and held against the table of bounds before anything is done with them."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lm import bounds
+from lm.cli import common, yaml_files
+from lm.errors import UserError
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Return a command's options.
+
+    Raises:
+        UserError: One is unknown, missing, of a wrong type or out of its bounds.
+    """
+    prepare(arguments)
+    with common.one_line_errors(lambda: parser, arguments):
+        options = parser.parse_args(arguments)
+    check(options, parser.prog.split()[-1])
+    return options
+
+
+def prepare(arguments: list[str]) -> None:
+    """Let YAML be read as lm reads it, and look at the configs that are named: parsers forget in which one a fault is.
+
+    Args:
+        arguments: The words of the command line.
+    """
+    yaml_files.use()
+    for word, following in pairwise([*arguments, ""]):
+        name, _, value = word.partition("=")
+        if name in ("-c", "--config"):
+            yaml_files.check_file(Path(value or following))
+
+
+def check(options: Namespace, command: str = "") -> None:
+    """Refuse numbers that they may not be, and text that no file or program could take.
+
+    Args:
+        options: What was parsed, a whole recipe perhaps.
+        command: Its name, for bounds of its own.
+    """
+    values = options.as_dict()
+    for complaint in bounds.complaints(values, command, "--"):
+        raise UserError(complaint)
+    _check_text(values, "--")
+
+
+def _check_text(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_text(each, f"{path}{name}" if path == "--" else f"{path.removeprefix('--')}.{name}")
+    elif isinstance(value, list):
+        for each in value:
+            _check_text(each, path)
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{path} has a zero byte in it: say it without")

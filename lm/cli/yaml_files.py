@@ -1,0 +1,106 @@
+"""YAML as lm reads it: no key twice, no aliases that grow without end; top-level holders of anchors are left out."""
+
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from lm.errors import UserError
+
+LARGEST = 100_000  # values, aliases written out; a recipe has some dozens
+SECTIONS = ("trainer", "model", "data", "checkpoint", "samples", "figures", "watch")
+
+
+class Refused(yaml.YAMLError):
+    """A text is YAML, and not one that lm reads."""
+
+
+def use() -> None:
+    """Let all parsers read YAML by `load`."""
+    jsonargparse.set_loader("yaml", load, (yaml.YAMLError,))
+
+
+_theirs = jsonargparse.get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """Return the values of a YAML text, a file's or an option's.
+
+    Raises:
+        yaml.YAMLError: It is none, has a key twice, or too many values; the cause is a UserError where that is known.
+    """
+    try:
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if node is not None:
+            _size(node, {}, ())
+        values = _theirs(text)
+    except (RecursionError, ValueError) as error:  # thousands of brackets; numbers of thousands of digits; no Unicode
+        raise Refused("nested too deeply" if isinstance(error, RecursionError) else str(error)) from error
+    if not isinstance(node, yaml.MappingNode) or node.flow_style:  # an option's value
+        return _without_empty(values)
+    if isinstance(values, str) and text.strip(": \n") in SECTIONS:  # theirs takes `trainer:` alone for a text
+        values = {}
+    return _without_holders(values) if isinstance(values, dict) else values
+
+
+def check_file(path: Path) -> None:
+    """Say which file has what `load` refuses, as parsers do not; the rest is theirs.
+
+    Raises:
+        UserError: A key is there twice, or aliases stand for too much.
+    """
+    try:
+        load(path.read_text())
+    except Refused as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+
+
+def _size(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+    """Return how many values a node has, aliases written out; each node is looked at once."""
+    if id(node) in above:
+        _refuse(f"line {node.start_mark.line + 1} has an alias of what it is part of: write it out")
+    if id(node) not in sizes:
+        inside = (*above, id(node))
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            _no_key_twice(node)
+            total += sum(_size(part, sizes, inside) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(_size(part, sizes, inside) for part in node.value)
+        if total > LARGEST:
+            _refuse(f"line {node.start_mark.line + 1}: its aliases stand for more than {LARGEST:,} values: use fewer")
+        sizes[id(node)] = total
+    return sizes[id(node)]
+
+
+def _no_key_twice(node: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                _refuse(f"key {key.value} is there twice, in lines {first} and {line}: drop one")
+            lines[key.tag, key.value] = line
+
+
+def _refuse(text: str) -> None:
+    raise Refused(text) from UserError(text)
+
+
+def _without_holders(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a file's mapping without what only holds anchors, and without sections that have nothing in them."""
+    kept = {key: value for key, value in values.items() if not str(key).startswith((".", "x-"))}
+    return _without_empty({key: value for key, value in kept.items() if value is not None or key not in SECTIONS})
+
+
+def _without_empty(values: Any) -> Any:
+    """Return values without `init_args:` that has nothing in it."""
+    if isinstance(values, list):
+        return [_without_empty(each) for each in values]
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_empty(each) for key, each in values.items() if each is not None or key != "init_args"}

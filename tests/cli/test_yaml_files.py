@@ -1,0 +1,78 @@
+"""YAML as lm reads it: no key twice, no endless aliases, holders of anchors, sections with nothing in them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm.cli import yaml_files
+from tests.conftest import RECIPE
+
+TWICE = "trainer:\n  max_steps: 3\n  devices: 1\n  max_steps: 4\n"
+BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]" for name, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TWICE, "bad.yaml: key max_steps is there twice, in lines 2 and 4"),
+        ("trainer: {}\nseed_everything: 1\ntrainer: {}\n", "bad.yaml: key trainer is there twice, in lines 1 and 3"),
+        ("data: {init_args: {corpus: a, corpus: b}}", "bad.yaml: key corpus is there twice, in lines 1 and 1"),
+        (BILLION, "bad.yaml: line .*: its aliases stand for more than 100,000 values"),
+        ("a: &a [*a]", "bad.yaml: line 1 has an alias of what it is part of"),
+        ("a: " + "[" * 5000 + "]" * 5000, "bad.yaml: nested too deeply"),
+    ],
+)
+def test_what_is_refused(lm, workplace: Path, text: str, expected: str) -> None:
+    (workplace / "bad.yaml").write_text(text)
+    for words in (("fit", "--config", "bad.yaml"), ("prepare", "--config=bad.yaml")):
+        code, _, err = lm(*words)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert re.match(f"error: {expected}", err), err
+
+
+def test_a_key_twice_in_an_option(lm) -> None:
+    code, _, err = lm("fit", "--config", "tiny.yaml", "--data.init_args", "{block_size: 8, block_size: 9}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "block_size: 8, block_size: 9" in err
+
+
+def test_holders_anchors_and_merges(lm, workplace: Path) -> None:
+    recipe = yaml.safe_dump(RECIPE)
+    text = f"x-sizes: &sizes {{n_layer: 1, n_head: 2}}\n.wide: &wide\n  <<: *sizes\n  n_embd: 16\n{recipe}"
+    text = re.sub(r"n_embd: 16\n +n_head: 2\n +n_layer: 1", "<<: *wide", text)
+    assert "<<: *wide" in text
+    assert yaml_files.load(text) == RECIPE
+    (workplace / "held.yaml").write_text(text)
+    code, _, err = lm("fit", "--config", "held.yaml", "--trainer.max_steps", 1)
+    assert code == 0, err
+
+
+def test_holders_are_for_files_alone() -> None:
+    assert yaml_files.load("{.txt: 1, x-b.txt: 2}") == {".txt": 1, "x-b.txt": 2}
+    assert yaml_files.load("Q:") == "Q:"
+
+
+@pytest.mark.parametrize("section", yaml_files.SECTIONS)
+def test_a_section_with_nothing_in_it_is_as_if_left_out(section: str) -> None:
+    recipe = {key: value for key, value in RECIPE.items() if key != section}
+    assert yaml_files.load(f"{section}:\n" + yaml.safe_dump(recipe)) == recipe
+
+
+def test_fit_with_empty_sections(lm, workplace: Path) -> None:
+    recipe = {key: value for key, value in RECIPE.items() if key in ("model", "data")}
+    (workplace / "empty.yaml").write_text("trainer:\nsamples:\nwatch:\n" + yaml.safe_dump(recipe))
+    code, _, err = lm("fit", "--config", "empty.yaml", "--trainer.max_steps", 1, "--trainer.accelerator", "cpu")
+    assert code == 0, err
+    (workplace / "empty.yaml").write_text("trainer:\n")
+    code, _, err = lm("fit", "--config", "empty.yaml")
+    assert (code, err.count("\n")) == (2, 1), err
+
+
+def test_a_section_alone_and_init_args_alone() -> None:
+    assert yaml_files.load("trainer:\n") == {}
+    assert yaml_files.load("data:\n  class_path: a.B\n  init_args:\n") == {"data": {"class_path": "a.B"}}
+    assert yaml_files.load("checkpoint:\n  keep_last:\n") == {"checkpoint": {"keep_last": None}}
