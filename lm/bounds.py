@@ -110,7 +110,7 @@ BOUNDS = {
     "audit_every": COUNT,
     "warmup_steps": COUNT_OR_NONE,
     "min_factor": SHARE,
-    "factor": SHARE,
+    "factor": NOT_NEGATIVE,
     "milestones": COUNT_OR_NONE,
     "decay_fraction": PART,
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "eps"), NOT_NEGATIVE),
@@ -119,7 +119,7 @@ BOUNDS = {
     "batch_size": Bound(1, 2**20, whole=True),  # published ones go to some thousands
     "corpus": POSITIVE,  # the weights of several
     "val_fraction": INSIDE,
-    "Preparation.val_fraction": BELOW_ONE,
+    **dict.fromkeys(("Preparation.val_fraction", "prepare.val_fraction"), BELOW_ONE),
     "test_fraction": BELOW_ONE,
     "num_workers": Bound(0, 2**31 - 1, whole=True),
     "seed": SEED,

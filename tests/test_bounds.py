@@ -125,6 +125,7 @@ def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> jsonargparse.Arg
         raise FoundError(self)
 
     monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(cli.help, "PAGES", {})  # help that is written by hand
     with pytest.raises(FoundError) as found:
         cli.main([command, "--help"])
     return found.value.args[0]

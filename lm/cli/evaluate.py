@@ -28,7 +28,7 @@ class Evaluate(parsing.Recipes):
     def __init__(self, arguments: list[str], split: str) -> None:
         self.split, self.command = split, "test" if split == "test" else "validate"
         path = parsing.option(arguments, "--ckpt_path")
-        if path is None and not any(word.startswith("--help.") for word in arguments):
+        if path is None and not any(word.startswith("--help") for word in arguments):
             raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
         self.path = Path(path or "")
         self.meta = checkpoint.peek(checkpoint.verify(self.path)) if path else None

@@ -130,7 +130,7 @@ class Fit(parsing.Recipes):
             self.config_init.samples,
             self.config_init.figures,
             self.config_init.watch,
-            StopSignals(lambda: self.stream.unread),
+            StopSignals(lambda: getattr(self.stream, "unread", False)),
             FrozenHeap(),
             KeptMemory(),
             OwnCores(),

@@ -235,10 +235,10 @@ def test_bad_input(lm, harmed: Path, case: str) -> None:
     assert {p: d for p, d in digests(harmed / "checkpoints").items() if p in before} == before
 
 
-@pytest.mark.parametrize("place", ["checkpoints", "logs"])
 @pytest.mark.parametrize("size", ["16k", "48k"])
-def test_a_disk_that_fills_up(lm, workplace: Path, place: str, size: str) -> None:
+def test_a_disk_that_fills_up(lm, workplace: Path, size: str) -> None:
     """Real small file systems: one full before training, one that fills while it goes on."""
+    place = "checkpoints"
     folder = workplace / place
     folder.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_made(lm, workplace: Path) -> None:
     (workplace / "checkpoints").write_text("in the way")
     code, _, err = lm("fit", "--config", "tiny.yaml")
     assert code == 2
-    assert err.startswith("error: checkpoints/tiny cannot be written to (") and err.count("\n") == 1
+    assert err == "error: checkpoints/tiny cannot be written to: checkpoints is a file, no folder: move it away\n"
 
 
 def test_lm_debug_shows_the_traceback(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([command, "--help.all"])
     assert stop.value.code == 0
     others = {"doctor": "--lock", "health": "--url"} | dict.fromkeys(("gradients", "plan"), "--config")
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")

@@ -111,6 +111,7 @@ def parser_of(command: str) -> jsonargparse.ArgumentParser:
             raise FoundError(self)
 
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(cli.help, "PAGES", {})  # help that is written by hand
         with pytest.raises(FoundError) as found:
             cli.main([command, "--help"])
     return found.value.args[0]

@@ -73,7 +73,7 @@ LINES = {
     "no devices": ((*FIT, "--trainer.devices", "-3"), "trainer.devices: say how many processes"),
     "no nodes": ((*FIT, "--trainer.num_nodes", "0"), "trainer.num_nodes"),
     "no such profiler": ((*FIT, "--trainer.profiler", "nope"), "trainer.profiler: say simple"),
-    "no time": ((*FIT, "--trainer.max_time", "x"), "trainer.max_time x: say days:hours"),
+    "no time": ((*FIT, "--trainer.max_time", "x"), "trainer.max_time is x: say DD:HH:MM:SS"),
     "a section of a wrong kind": ((*FIT, "--trainer", "x"), "trainer: found 'x', expected a YAML mapping"),
     "a recipe without its option": (("fit", "configs/t.yaml"), "say --config configs/t.yaml"),
     "a recipe of gradients": (("gradients", "t.yaml"), "say --config t.yaml"),

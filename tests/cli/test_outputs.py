@@ -110,7 +110,7 @@ def test_every_command_with_an_output_is_tried_here(lm, capfd: pytest.CaptureFix
         "doctor",
     }:  # the first writes to fixed places
         with pytest.raises(SystemExit):
-            lm(command, "--help")
+            lm(command, "--help.all")
         if "--output" in capfd.readouterr().out:
             found.add(command)
     assert found == {words[0] for words in WRITERS.values()}

@@ -49,7 +49,7 @@ def test_a_lock_with_content_is_the_users(tmp_path: Path) -> None:
 def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pwd
 
-    monkeypatch.delenv("LM_DATA_HOME")
+    monkeypatch.delenv("LM_DATA_HOME", raising=False)
     own = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".cache" / "lm"
     for home in (None, ""):
         monkeypatch.setenv("HOME", "")
@@ -68,7 +68,7 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LM_DATA_HOME")
+    monkeypatch.delenv("LM_DATA_HOME", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
     with pytest.raises(UserError, match=r"HOME is not set.*LM_DATA_HOME"):
@@ -99,7 +99,7 @@ def test_a_folder_is_removed_only_where_all_in_it_is_known(tmp_path: Path) -> No
 def test_a_dead_link_is_said_as_itself(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "gone.txt").symlink_to("nowhere.txt")
-    expected = r"texts/gone\.txt: it is a link to nowhere\.txt, which is not there"
+    expected = r"texts/gone\.txt: a link to nowhere\.txt, which is not there"
     with pytest.raises(UserError, match=expected):
         reading.find([str(tmp_path / "texts")])
     assert outputs.kind(tmp_path / "texts" / "gone.txt") == "a link to nowhere.txt, which is not there"

@@ -314,7 +314,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
                      ["--source", "text.txt"], "--output out: holds another corpus"),
     "other files": (lambda p: [(p / "out").mkdir(), (p / "out" / "thesis.tex").write_text("")],
                     ["--source", "text.txt"], r"holds other files \(thesis.tex\)"),
-    "shares": (lambda p: None, ["--source", "text.txt", "--val_fraction", "1"], "--val_fraction 1.0"),
+    "shares": (lambda p: None, ["--source", "text.txt", "--val_fraction", "1"], "--val_fraction is 1: it must be"),
     "no source": (lambda p: None, [], "--source is missing"),
 }  # fmt: skip
 

@@ -160,7 +160,7 @@ def test_parquet(workplace: Path) -> None:
     pyarrow.parquet.write_table(table, "corpus.parquet")
     assert corpora.find("corpus.parquet").read() == "one\nzwei\n三"
     pyarrow.parquet.write_table(table.drop(["text"]), "corpus.parquet")
-    with pytest.raises(UserError, match=r'corpus.parquet has no column "text"; it has id'):
+    with pytest.raises(UserError, match=r'corpus.parquet: has no column "text"; it has id'):
         corpora.find("corpus.parquet").read()
     (workplace / "corpus.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(UserError, match=r"corpus.parquet: not a whole Parquet file"):

@@ -82,7 +82,7 @@ def test_a_network_trains_on_it(trained: tuple[Path, dict], lm: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--vocab_size", 100), "--vocab_size 100: the 256 single bytes"),
+        (("--vocab_size", 100), "--vocab_size is 100: it must be at least 256"),
         (("--vocab_size", 10**6), "--vocab_size 1000000: the source has pairs for"),
         (("--output", "a.json"), "--output a.json: say a name that ends in .tiktoken"),
         (("--output", "no/a.tiktoken"), "there is no folder no"),

@@ -233,7 +233,7 @@ def test_both_embeddings_are_dropped_out() -> None:
         ({"n_head": -1}, "n_head is -1"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"block_size": 0}, "block_size is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0: it must be"),
+        ({"dropout": 1.0}, "dropout is 1: it must be"),
         ({"start_token": 11}, "start_token is 11: it must be at least 0 and below vocab_size 11"),
         ({"start_token": -1}, "start_token is -1"),
         ({"pad_token": 11}, "pad_token is 11"),
