@@ -104,11 +104,10 @@ def run(folder: Path, words: tuple[str, ...], strace: Callable[[int], list[str]]
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ["LM_DATA_HOME"] = "data"
-            # the name of an event file has the time in it: always the same one here
-            event_file_writer.time = SimpleNamespace(time=lambda: 1e9)
-            count = itertools.count()  # and that of a part a number drawn at random
-            secrets.token_hex = lambda nbytes: f"{next(count):0{2 * nbytes}x}"
-            if strace:
+            if strace:  # names have the time in them, or a random number: here always the same ones
+                event_file_writer.time = SimpleNamespace(time=lambda: 1e9)
+                count = itertools.count()
+                secrets.token_hex = lambda nbytes: f"{next(count):0{2 * nbytes}x}"
                 os.kill(os.getpid(), signal.SIGSTOP)
             code = run_lm(words)
             sys.stdout.flush()

@@ -62,23 +62,25 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run's best loss: best.ckpt is this run's own. Make up for an evaluation that was cut short."""
         found = self._found(trainer) if trainer.is_global_zero else (False, False)
-        own, is_last = trainer.strategy.broadcast(found)  # ranks that look by themselves may see different files
+        own, saved = trainer.strategy.broadcast(found)  # ranks that look by themselves may see different files
         if not own:
             self.best = math.inf
             if progress.nothing_left(trainer):  # a new run that begins at the end evaluates it for itself
                 self.validated_step = -1
-        if is_last:
+        if saved:
             self.saved = trainer.global_step, self.validated_step
         self._retain_later(trainer)  # the process before this one may have been killed between a save and that
         if trainer.global_step and progress.validation_due(trainer):
             self._validate(trainer)
 
     def _found(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Return whether training goes on in a run that has a best.ckpt, and whether from its last.ckpt."""
+        """Return whether training goes on in a run that has a best.ckpt, and whether all of its last step was saved."""
         if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.folder.resolve():
             return False, False
-        last = files.newest_first(self.folder).get(self.last)
-        return (self.folder / "best.ckpt").exists(), last is not None and (last["start"], last["step"]) == self._origin
+        last, step = files.newest_first(self.folder).get(self.last), trainer.global_step
+        saved = last is not None and (last["start"], last["step"]) == self._origin
+        saved &= bool(step % self.every_n_steps) or self._periodic(step).exists()
+        return (self.folder / "best.ckpt").exists(), saved
 
     def _validate(self, trainer: Trainer) -> None:
         if self.validated_step != trainer.global_step:
@@ -131,7 +133,10 @@ class Checkpoints(Checkpoint):
         """Return the periodic checkpoint's paths, where it is due."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and self.saved != (step, self.validated_step)
-        return [self.folder / f"step={step:07d}.ckpt", self.last] if due else []
+        return [self._periodic(step), self.last] if due else []
+
+    def _periodic(self, step: int) -> Path:
+        return self.folder / f"step={step:07d}.ckpt"
 
     def _save(self, trainer: Trainer, targets: list[Path]) -> None:
         """Save the state once, and under further names by copying the file."""
