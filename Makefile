@@ -23,10 +23,10 @@ train: .venv/installed
 
 test: .venv/installed-test
 	@echo "== running the tests (make test-slow runs the slow ones)"
-	$(BIN)/pytest -m "not slow and not container"
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not container"
 
 test-slow: .venv/installed-test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m slow
 
 test-container: .venv/installed-test
 	$(BIN)/pytest -m container

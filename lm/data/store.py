@@ -62,9 +62,7 @@ def load(
     first, second = int(len(text) * (1 - val_fraction - test_fraction)), int(len(text) * (1 - test_fraction))
     parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
     _write(folder, parts, tokenizer)
-    opened = _open(folder)
-    assert opened is not None
-    return opened
+    return shards.open_corpus(folder)
 
 
 def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.Tokenizer | None) -> shards.Corpus:

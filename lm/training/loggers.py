@@ -121,57 +121,57 @@ class MetricsCSV(_File):
     def __init__(self, folder: Path, removed: Removed | None = None) -> None:
         super().__init__(folder / "metrics.csv", removed)
         self._columns: list[str] = []
-        self._row: dict[str, Any] = {}  # the last one
-        self._offset = 0  # where it begins in the file
+        self._rows: list[dict[str, Any]] = []  # the last one, to which more may come, and those the disk refused
+        self._offset = 0  # where the first of them begins in the file
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row, or add to the last one where it is of the same step; an unseen metric adds a column."""
-        if self._columns and not self._is_there():
-            self._removed(self.path)
-            row, self._offset = self._row, 0
-            self._open([*self._columns[1:], *metrics])
-            self._row = row
-        elif not self._columns or not metrics.keys() <= set(self._columns):
-            self._open([*metrics])
-        self._row = (self._row if self._row.get("step") == str(step) else self._next()) | metrics | {"step": str(step)}
-        try:
-            with self.path.open("r+", newline="") as file:
-                file.seek(self._offset)
-                file.truncate()
-                csv.DictWriter(file, self._columns, restval="").writerow(self._row)
-        except OSError:  # half a row on a full disk would spoil the next
-            self._row = {}
-            os.truncate(self.path, self._offset)
-            raise
+        """Append a row, or add to the last one where it is of the same step; an unseen metric adds a column.
+
+        A row that the disk refuses is kept, and tried again with the next.
+        """
+        if not (self._rows and self._rows[-1]["step"] == str(step)):
+            self._rows.append({"step": str(step)})
+        self._rows[-1] |= metrics
+        self._write()
 
     @rank_zero_only
     def save(self) -> None:
         """Wait until all rows are on the disk."""
-        if self._columns:
+        if self._rows:
+            self._write()
             files.flush(self.path)
             files.flush(self.path.parent)
 
-    def _is_there(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size >= self._offset
+    def _write(self) -> None:
+        """Write the rows that the file may not have yet."""
+        if self._columns and not (self.path.is_file() and self.path.stat().st_size >= self._offset):
+            self._removed(self.path)
+            self._columns = []
+        if not {name for row in self._rows for name in row} <= set(self._columns):
+            self._add_columns()
+        text = [_line(row, self._columns) for row in self._rows]
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._offset)
+                file.truncate()
+                file.write(b"".join(text))
+        except OSError:  # half a row would spoil the next
+            with suppress(OSError):
+                os.truncate(self.path, self._offset)
+            raise
+        self._offset += sum(map(len, text[:-1]))
+        self._rows = self._rows[-1:]
 
-    def _open(self, metrics: list[str]) -> None:
-        """Rewrite the table with columns for these metrics, and stand before its last row."""
+    def _add_columns(self) -> None:
+        """Make the table anew with columns for all rows to come; an earlier process may have begun the first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns, rows = read_csv(self.path)
-        columns = [*dict.fromkeys((*columns, *metrics))]
-        self._columns = []  # where the disk refuses, the next row tries again
-        self._row = rows.pop() if rows else {}
+        if rows and rows[-1]["step"] == self._rows[0]["step"]:
+            self._rows[0] = rows.pop() | self._rows[0]
+        columns = [*dict.fromkeys([*columns, *(name for row in self._rows for name in row)])]
         write_csv(self.path, columns, rows)
-        self._offset = self.path.stat().st_size
-        if self._row:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, columns, restval="").writerow(self._row)
-        self._columns = columns
-
-    def _next(self) -> dict[str, Any]:
-        self._offset = self.path.stat().st_size
-        return {}
+        self._columns, self._offset = columns, self.path.stat().st_size
 
 
 class MetricsProm(_File):
@@ -234,6 +234,12 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     if columns[0] != "step":
         raise UserError(f"{path} is not the table that lm wrote (its first column is not step): move it away")
     return columns, rows
+
+
+def _line(row: dict[str, Any], columns: list[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, restval="").writerow(row)
+    return text.getvalue().encode()
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -1,12 +1,14 @@
 """What is logged is there to the end, whatever happens to the files meanwhile."""
 
 import csv
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm.training import loggers
 from lm.training.loggers import _event_files, forget
 
 LOGS = Path("logs/tiny")
@@ -79,3 +81,28 @@ def test_a_start_that_is_refused_leaves_nothing(lm, workplace: Path, words: tupl
     code, _, err = lm("fit", "--config", "tiny.yaml", *words)
     assert code == 2 and len(err.splitlines()) == 1, err
     assert {path for path in workplace.rglob("*") if "data" not in path.parts} == before
+
+
+@pytest.mark.parametrize("refused", ["r+b", "xb"])
+def test_a_row_that_the_disk_refuses_comes_with_the_next(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, opened = loggers.MetricsCSV(tmp_path), Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if mode == refused:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *args, **kwargs)  # type: ignore[call-overload]
+
+    table.log_metrics({"loss": 1.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(OSError, match="No space"):
+            table.log_metrics({"loss": 2.0, "new": 0.5}, 2)
+    table.log_metrics({"loss": 3.0}, 3)
+    table.log_metrics({"val": 4.0}, 3)
+
+    columns, rows = loggers.read_csv(tmp_path / "metrics.csv")
+    assert columns == ["step", "loss", "new", "val"]
+    said = [(row["step"], row["loss"], row["val"]) for row in rows]
+    assert said == [("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", "4.0")]
