@@ -61,7 +61,7 @@ EPOCHS: tuple[tuple[type[Callback], str, Any], ...] = (
 )
 """Settings of callbacks that would let them do nothing at all, or the same once at the end."""
 
-TRAINING = ("loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
+TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
 """What every logged step has, under train/: see `LanguageModel.metrics`."""
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
