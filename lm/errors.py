@@ -1,6 +1,7 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -69,6 +70,18 @@ class Stopped(CommandError):  # noqa: N818
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it ahead of that
         self.at_boundary = at_boundary
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that it came from, and so on back to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def described(error: BaseException, length: int = 200) -> str:
+    """Return an error's type and text in one line, cut to a length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
 
 
 def take_stops(handler: Any) -> dict[int, Any]:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from jsonargparse import ArgumentParser
 
-from lm.errors import UserError
+from lm.errors import UserError, causes
 
 
 def output(as_json: bool) -> IO[str]:
@@ -48,8 +48,9 @@ def one_line_errors(
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError, AttributeError) as error:
-        if cause := _cause(error):
-            raise cause from error
+        for cause in causes(error):
+            if isinstance(cause, UserError):  # a constructor's, called while parsing
+                raise cause from error
         if not isinstance(error, ArgumentError) and os.environ.get("LM_DEBUG"):
             raise
         from lm.cli import messages  # here: most command lines have no fault
@@ -79,15 +80,6 @@ def text_options(source: list[str]) -> Iterator[None]:
 def known_names(parser: ArgumentParser) -> list[str]:
     """Return the options that a parser knows."""
     return sorted({action.dest for action in parser._actions if not action.dest.endswith("help")})
-
-
-def _cause(error: BaseException | None) -> UserError | None:
-    """Return the UserError among an error's causes: one that a constructor raised while it was being parsed."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 TOKENIZERS = "char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file."

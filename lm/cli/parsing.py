@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.cli import common, environment, help, messages, values
-from lm.errors import UserError
+from lm.errors import UserError, causes
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
 from lm.training import LanguageModel
@@ -256,11 +256,9 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
             raise UserError(f"trainer.callbacks: {error}") from error
         raise
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
-        cause: BaseException | None = error
-        while cause is not None:  # jsonargparse's, around what a class of Lightning says of its arguments
+        for cause in causes(error):  # jsonargparse's, around what a class of Lightning says of its arguments
             if isinstance(cause, MisconfigurationException):
                 raise UserError(f"trainer: {cause}") from error
-            cause = cause.__cause__ or cause.__context__
         if str(error).startswith("BatchNorm in training mode"):
             raise UserError(f"data.batch_size: {error}") from error
         if str(error).startswith("You set `"):  # SLURM's variables say otherwise

@@ -22,7 +22,7 @@ from torch import distributed
 from torch.distributed import checkpoint as dcp
 
 from lm.data import files, outputs
-from lm.errors import UserError
+from lm.errors import UserError, described
 from lm.training import disk, folders, owned, schema
 from lm.training.writer import Writer
 
@@ -166,7 +166,7 @@ def _foreign(path: Path) -> str | None:
     try:
         peek(path)
     except Exception as error:
-        return f"it is no checkpoint of lm ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"it is no checkpoint of lm ({described(error)})"
     return None
 
 
@@ -221,8 +221,9 @@ def of_lm(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (*FOREIGN, dcp.api.CheckpointException) as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({what})") from error
+        raise UserError(
+            f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({described(error)})"
+        ) from error
 
 
 @contextmanager
@@ -233,9 +234,9 @@ def restored(io: AtomicCheckpointIO) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if io.restoring is None or "loaded state dict" in str(error):  # that is told elsewhere
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"checkpoint {io.restoring}: training cannot go on from it ({what}): LM_DEBUG=1 shows where; use another"
+            f"checkpoint {io.restoring}: training cannot go on from it ({described(error)}): LM_DEBUG=1 shows where; "
+            "use another"
         ) from error
 
 
