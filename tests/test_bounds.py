@@ -148,6 +148,7 @@ def test_every_number_of_a_command_has_a_bound(command: str, monkeypatch: pytest
     [
         ("data.batch_size", 0, "data.batch_size is 0: it must be at least 1"),
         ("model.clip_norm", -1, "model.clip_norm is -1: it must be at least 0; 0 or null never scales"),
+        ("model.spike", 0.5, "model.spike is 0.5: it must be above 1; null for none"),
         ("model.net.dropout", 1.5, "model.net.dropout is 1.5: it must be at least 0 and below 1"),
         ("model.schedule.min_factor", -1, "model.schedule.min_factor is -1: it must be at least 0 and at most 1"),
         ("trainer.gradient_clip_val", -1, "trainer.gradient_clip_val is -1: it must be at least 0"),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lm.bounds import complaints
+from lm import bounds
 from lm.data import files, outputs, reading, shards, tokenizers
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
@@ -64,8 +64,7 @@ class Preparation:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for complaint in complaints(vars(self), "lm.Preparation", "--"):
-            raise UserError(complaint)
+        bounds.check(vars(self), "lm.Preparation", "--", UserError)
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: leave nothing to train on"
