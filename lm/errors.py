@@ -37,11 +37,11 @@ NO_MEMORY = (
     "std::bad_alloc",
     "Invalid buffer size",
 )
-"""How torch says that there is not enough memory, if it has no class for that."""
+"""What torch's errors say where memory is short, those that have no class of their own."""
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return what a user can do about an error of the system: memory that is short, a file; None for any other."""
+    """Return the line for an error of the system, of memory or of a file; None for any other."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         found = str(error).splitlines()[0][-200:] if str(error) else "none is left"
         return UserError(
@@ -85,7 +85,7 @@ def described(error: BaseException, length: int = 200) -> str:
 
 
 def take_stops(handler: Any) -> dict[int, Any]:
-    """Let a handler take the signals that stop a command; return who had them before.
+    """Install a handler for the signals that stop a command; return the handlers that they had before.
 
     SIGHUP stays ignored where it is: under nohup.
     """

@@ -1,7 +1,6 @@
 """What all commands share and costs nothing to import: options, output, errors in one line."""
 
 import json
-import math
 import os
 import sys
 from argparse import ArgumentError
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from jsonargparse import ArgumentParser
 
+from lm import log
 from lm.errors import UserError, causes
 
 
@@ -21,12 +21,7 @@ def output(as_json: bool) -> IO[str]:
 
 def print_json(values: dict[str, Any]) -> None:
     """Print a result as one line of JSON, which has no NaN or infinity: they become null."""
-    print(json.dumps(finite(values), allow_nan=False), flush=True)
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with null for what JSON has no word for."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    print(json.dumps(log.finite(values), allow_nan=False), flush=True)
 
 
 @contextmanager
@@ -66,7 +61,7 @@ def one_line_errors(
 
 @contextmanager
 def text_options(source: list[str]) -> Iterator[None]:
-    """Add to an error in a text the option that mends it, and say which files of a folder are left out."""
+    """Add to an error about a text the option that helps; at the end, note the files that were left out."""
     from lm.data import reading
 
     try:
