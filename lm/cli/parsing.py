@@ -15,6 +15,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.cli import common, environment, help, messages, values
@@ -144,6 +145,24 @@ class Recipes(LightningCLI):
             for key, value in yaml.safe_load(text).items()
             if key not in ("config", "ckpt_path", "init_from", "json", "split")
         }
+
+
+class Untrained(Recipes):
+    """Parses a recipe that is looked at and not trained: without a Trainer, and without a checkpoint."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make no trainer."""
+        return None  # type: ignore[return-value]
+
+    def set_up_data(self) -> None:
+        """Let the data be read and tokenized.
+
+        Raises:
+            UserError: It is to inherit a tokenizer.
+        """
+        if getattr(self.datamodule, "tokenizer", None) == "inherit":
+            raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
+        self.datamodule.setup("fit")
 
 
 class _Parser(LightningArgumentParser):
