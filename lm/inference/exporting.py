@@ -22,7 +22,6 @@ from lm.inference.loading import build, not_finite
 from lm.training import checkpoint, owned
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
-PREFIX = "net."
 
 
 def export_safetensors(
@@ -42,7 +41,7 @@ def export_safetensors(
     outputs.new(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
-        weights = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
+        weights = checkpoint.weights(saved)
         alone, same = _without_doubles(weights)
         rest = saved["lm"] | {"step": saved["global_step"], "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
@@ -121,15 +120,7 @@ def import_safetensors(
         raise UserError(
             f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
+    except (*checkpoint.FOREIGN, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
     saved = {
@@ -137,7 +128,7 @@ def import_safetensors(
         "lm": rest,
         "global_step": step,
         "epoch": 0,
-        "state_dict": {PREFIX + name: value for name, value in weights.items()},
+        "state_dict": {checkpoint.NET + name: value for name, value in weights.items()},
         "optimizer_states": [],
         "start": 0,
     }

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 
 from lm.data import files, outputs
@@ -26,6 +26,8 @@ from lm.errors import UserError, described
 from lm.training import disk, folders, owned, schema
 from lm.training.writer import Writer
 
+NET = "net."
+"""What the names of a network's weights begin with in a checkpoint."""
 FOREIGN = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -211,6 +213,12 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
         with of_lm(path):
             return folders.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights and buffers of a checkpoint's network, under their names in it."""
+    state = checkpoint["state_dict"].items()
+    return {key.removeprefix(NET): value for key, value in state if key.startswith(NET)}
 
 
 @contextmanager

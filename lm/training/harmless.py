@@ -1,4 +1,4 @@
-"""What only shows a training never costs it a step: the one place where errors of figures, samples and loggers end."""
+"""Where errors of figures, samples and loggers end: what only shows a training must never stop it."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ WRITES = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_che
 
 
 def harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method of what shows a training fail without harm: the error is said, and training goes on.
+    """Decorate a method of what shows a training: its errors are printed, once for each kind, and training goes on.
 
-    A second signal is no error of the method's, and comes through.
+    A second stop signal, which may come at any moment, is let through.
     """
 
     @wraps(hook)

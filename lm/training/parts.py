@@ -1,4 +1,4 @@
-"""What recipes name by class_path, made: a class that is no such part is refused with the reason."""
+"""Makes the network and the optimizer that a recipe names; a class that cannot be one is refused with the reason."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from lm.training.optimizers import parameter_groups
 
 
 def make_net(make: Callable[..., Any], vocab_size: int, block_size: int, **settings: Any) -> nn.Module:
-    """Return a network; settings go to its class, over what a recipe says.
+    """Return a network; settings take the place of the recipe's.
 
     Raises:
         UserError: Its settings do not go together, or its class is no network for tokens.
