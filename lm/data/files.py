@@ -123,7 +123,7 @@ def part_of(path: Path) -> Path:
 
 
 def parts(folder: Path, name: str) -> list[Path]:
-    """Return what processes that were killed while they wrote have left in a folder; others may be at it still.
+    """Return the unfinished files in a folder: of processes that were killed, and of those that still write.
 
     Args:
         folder: Where they wrote.

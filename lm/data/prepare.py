@@ -80,7 +80,7 @@ def prepare(job: Preparation) -> dict[str, Any]:
     Raises:
         UserError: The source cannot be read, the output folder is not free, or the disk is full.
     """
-    outputs.place(job.output, made="folder")
+    outputs.check_place(job.output, made="folder")
     if job.output.is_file():
         raise UserError(f"--output {job.output}: it is a file: say an empty or a new folder")
     try:
@@ -233,7 +233,7 @@ class _Run:
         return counts
 
     def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[Batch]:
-        """Yield what is left of the source in batches, from a `Batch.place` on."""
+        """Yield what is left of the source in batches, from a `Batch.place` on; older ones have three numbers."""
         batch: list[Piece] = []
         size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):

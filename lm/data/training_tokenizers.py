@@ -39,7 +39,7 @@ def train(
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bounds.check({"vocab_size": vocab_size}, "tokenizer", "--", UserError)
-    outputs.new(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
+    outputs.check_free(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():

@@ -38,7 +38,7 @@ def export_safetensors(
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
-    outputs.new(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
+    outputs.check_free(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         weights = checkpoint.weights(saved)
@@ -107,7 +107,7 @@ def import_safetensors(
         UserError: The folder is none, its weights are not those of the network that it names, or the output is not
             free or cannot be written.
     """
-    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     try:
         rest = json.loads((folder / REST).read_text())
         weights = load_file(folder / WEIGHTS)
@@ -149,7 +149,7 @@ def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
     Raises:
         UserError: It is damaged, or the file is not free or cannot be written.
     """
-    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         _note_not_finite(ckpt_path, saved["state_dict"], note)

@@ -82,7 +82,7 @@ def _seal(folder: Path) -> None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Return what processes that were killed while they wrote have left; others may be at it still."""
+    """Return the unfinished checkpoints in a folder: of processes that were killed, and of those that still write."""
     return [*folder.glob(".*.ckpt.new.part"), *folder.glob(".*.ckpt.old.part")]
 
 

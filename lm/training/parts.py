@@ -25,7 +25,7 @@ def make_net(make: Callable[..., Any], vocab_size: int, block_size: int, **setti
         raise UserError(f"model.net: it cannot be made of vocab_size and block_size: {error}: see lm.models") from error
     if not all(isinstance(getattr(net, name, None), int) for name in ("vocab_size", "block_size")):
         raise UserError(
-            f"model.net {type(net).__name__} is no network for tokens: one has vocab_size and block_size: see lm.models"
+            f"model.net {type(net).__name__} is no network for tokens, with vocab_size and block_size: see lm.models"
         )
     return net
 
