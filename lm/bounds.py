@@ -1,7 +1,7 @@
-"""What each number of a recipe or a command may be: one table, which front door and constructors ask alike.
+"""The range of every number in a recipe or on a command line: one table, for the command line and for constructors.
 
-A number has a bound by its name; where classes use one name differently, by "Class.name". All numbers are finite, and
-no boolean is taken for one.
+A bound is found by the setting's name; where classes use one name differently, by "Class.name". Numbers must be finite,
+and true and false are not numbers.
 """
 
 import inspect
@@ -17,17 +17,17 @@ INT64 = 2**63 - 1
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number may be.
+    """The range of a number.
 
     Args:
         low: The least value.
         high: The largest.
-        open_low: Whether low itself is left out.
-        open_high: Whether high itself is left out.
-        whole: Whether it is a whole number.
+        open_low: Whether low itself is out of bounds.
+        open_high: Whether high itself is out of bounds.
+        whole: Whether it must be a whole number.
         share: Whether a number with a decimal point is a share, at most 1.
-        flag: Whether true and false stand for numbers, too.
-        note: What more there is to say to who had it wrong.
+        flag: Whether true and false are allowed, too.
+        note: What an error's message says besides.
     """
 
     low: float = -math.inf
@@ -40,7 +40,7 @@ class Bound:
     note: str = ""
 
     def allows(self, value: Any) -> bool:
-        """Return whether a value is within; one that is no number has no bound to keep."""
+        """Return whether a value is within; of a list or a mapping, whether all are. What is not a number always is."""
         if isinstance(value, Mapping | list | tuple):
             return all(map(self.allows, value.values() if isinstance(value, Mapping) else value))
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -177,11 +177,12 @@ SECTIONS = {
 
 
 def bound(owner: str, name: str) -> Bound | None:
-    """Return what a setting of a class, given by its import path, or of a command may be; None where it is free.
+    """Return the bound of a setting; None where it has none.
 
     Args:
-        owner: The class's or the command's name; classes of others than lm and Lightning's Trainer know best.
-        name: The setting's.
+        owner: Import path of the class, or name of the command, that has the setting. Other packages' classes check
+            their own, Lightning's Trainer and torch's optimizers apart.
+        name: The setting's name.
     """
     path, _, kind = owner.rpartition(".")
     if path.split(".")[0] not in ("", "lm", "torch"):
@@ -193,12 +194,12 @@ def bound(owner: str, name: str) -> Bound | None:
 
 
 def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> Iterator[str]:
-    """Yield a line for each number that is not what it may be, in a whole recipe or in one class's arguments.
+    """Yield a line for each number that is out of bounds, in a whole recipe or in one class's arguments.
 
     Args:
         values: Settings, nested as recipes are.
         owner: Whose they are: a class's import path, or a command's name.
-        path: What is put in front of names: "data." say, or "--".
+        path: What messages put in front of names: "data." say, or "--".
     """
     if isinstance(values.get("class_path"), str):
         owner = values["class_path"]
@@ -216,11 +217,17 @@ def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> It
                     yield from complaints(each, owner, f"{path.removeprefix('--')}{name}.")
 
 
+def check(values: Mapping[str, Any], owner: str, path: str, error: type[Exception]) -> None:
+    """Raise an error for the first number that is out of bounds, see `complaints`."""
+    for complaint in complaints(values, owner, path):
+        raise error(complaint)
+
+
 def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Return a decorator by which a constructor refuses numbers that they may not be.
+    """Return a decorator that lets a constructor refuse numbers that are out of bounds.
 
     Args:
-        prefix: Put in front of names: "data." say.
+        prefix: What messages put in front of names: "data." say.
         error: What is raised, with one line.
     """
 
@@ -232,8 +239,7 @@ def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[
         def check_and_init(*args: P.args, **kwargs: P.kwargs) -> None:
             given = signature.bind(*args, **kwargs).arguments
             own = {name: value for name, value in given.items() if bound(owner, name)}  # parts have checked theirs
-            for complaint in complaints(own, owner, prefix):
-                raise error(complaint)
+            check(own, owner, prefix, error)
             init(*args, **kwargs)
 
         return check_and_init

@@ -1,6 +1,7 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -36,11 +37,11 @@ NO_MEMORY = (
     "std::bad_alloc",
     "Invalid buffer size",
 )
-"""How torch says that there is not enough memory, if it has no class for that."""
+"""What torch's errors say where memory is short, those that have no class of their own."""
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return what a user can do about an error of the system: memory that is short, a file; None for any other."""
+    """Return the line for an error of the system, of memory or of a file; None for any other."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         found = str(error).splitlines()[0][-200:] if str(error) else "none is left"
         return UserError(
@@ -71,8 +72,20 @@ class Stopped(CommandError):  # noqa: N818
         self.at_boundary = at_boundary
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that it came from, and so on back to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def described(error: BaseException, length: int = 200) -> str:
+    """Return an error's type and text in one line, cut to a length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+
+
 def take_stops(handler: Any) -> dict[int, Any]:
-    """Let a handler take the signals that stop a command; return who had them before.
+    """Install a handler for the signals that stop a command; return the handlers that they had before.
 
     SIGHUP stays ignored where it is: under nohup.
     """

@@ -1,18 +1,14 @@
 """Lines that lm prints while it works: for people, or with LM_LOG=json as JSON, one object a line, for machines."""
 
-import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import IO, Any
-
-from lm.errors import UserError
+from typing import Any
 
 
 def as_json() -> bool:
@@ -33,7 +29,7 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
 
     Args:
         text: What it says to people.
-        level: info, warning or error; people see it of an error alone.
+        level: info, warning or error; people are shown it for errors alone.
         run: Name of the run.
         fields: What a machine would otherwise have to find in the text, step and metrics say. None and numbers that are
             not finite, which JSON lacks, become null.
@@ -43,14 +39,19 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
         return f"error: {text}" if level == "error" else text
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-    known = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
-    return json.dumps({"time": stamp, "level": level, "run": run, "rank": rank(), **known, "message": text})
+    about = {"time": stamp, "level": level, "run": run, "rank": rank()}
+    return json.dumps({**about, **finite(fields), "message": text})
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with null for NaN and infinity, for which JSON has no word."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def shared_memory() -> str | None:
-    """Return where processes of this machine can note what they have said; None where the system has no such place.
+    """Return the path of a file in which a machine's processes note what they have said; None where there can be none.
 
-    It is this process's own memory, and goes when it ends.
+    It lies in this process's memory, and goes when the process ends.
     """
     if not hasattr(os, "memfd_create"):
         return None
@@ -71,7 +72,7 @@ def first_to_say(text: str) -> bool:
 
 
 def take_over(run: str) -> None:
-    """Let what Python's warnings and loggers say come as JSON too, where lines are."""
+    """Print Python's warnings and what its loggers say as JSON, too, where lines are JSON."""
     if not as_json():
         return
 
@@ -83,51 +84,3 @@ def take_over(run: str) -> None:
         logging.getLogger(name).handlers = [Lines()]
     logging.captureWarnings(True)
     warnings.formatwarning = lambda message, *_, **__: str(message)
-
-
-class Output:
-    """A standard stream that may be lost, `| head` say, while work goes on: what is written to it then is dropped.
-
-    Args:
-        stream: The stream; None where the process was started without it.
-    """
-
-    def __init__(self, stream: IO[str] | None) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-        self.error: OSError | None = None
-        """Why a write failed."""
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the stream's own."""
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, unless that is impossible."""
-        with self._losing():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, unless that is impossible."""
-        with self._losing():
-            self.stream.flush()
-
-    @contextmanager
-    def _losing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UserError) as error:  # a command's standard output makes the latter of the former
-            self.error = error if isinstance(error, OSError) else OSError(*getattr(error.__cause__, "args", ()))
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered must go somewhere
-
-    @property
-    def unread(self) -> bool:
-        """Whether its reader has gone."""
-        return self.error is not None and self.error.errno == errno.EPIPE
-
-
-@contextmanager
-def losing_output() -> Iterator[None]:
-    """Let standard output and standard error be lost without an error."""
-    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
-        yield

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 import yaml
 from torch import distributed
 
+from lm import cli
 from lm.cli import main
 from lm.errors import STOPS
 
@@ -92,3 +95,21 @@ def start(*arguments: object, cwd: Path, **settings: object) -> subprocess.Popen
     environment |= settings.pop("environment", {})  # type: ignore[arg-type]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
     return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)  # type: ignore[call-overload]
+
+
+class FoundError(Exception):
+    pass
+
+
+def parser_of(command: str) -> jsonargparse.ArgumentParser:
+    """Return the parser that a command makes for itself."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def parse_args(self: jsonargparse.ArgumentParser, *_: Any, **__: Any) -> None:
+            raise FoundError(self)
+
+        patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(cli.help, "PAGES", {})  # help that is written by hand
+        with pytest.raises(FoundError) as found:
+            cli.main([command, "--help"])
+    return found.value.args[0]

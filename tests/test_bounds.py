@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -21,6 +20,7 @@ from lm.training.checkpoints import Checkpoints
 from lm.training.figures import Figures
 from lm.training.language_model import LanguageModel
 from lm.training.watch import Watch
+from tests.conftest import parser_of
 
 NET = {"vocab_size": 5, "block_size": 8}
 NEEDED: dict[type, dict[str, Any]] = {
@@ -116,24 +116,9 @@ def test_others_know_their_own_bounds() -> None:
     assert not list(bounds.complaints({"model": {"net": node}}, path="--"))
 
 
-class FoundError(Exception):
-    pass
-
-
-def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> jsonargparse.ArgumentParser:
-    def parse_args(self: jsonargparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        raise FoundError(self)
-
-    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(cli.help, "PAGES", {})  # help that is written by hand
-    with pytest.raises(FoundError) as found:
-        cli.main([command, "--help"])
-    return found.value.args[0]
-
-
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_number_of_a_command_has_a_bound(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = parser_of(command, monkeypatch)
+def test_every_number_of_a_command_has_a_bound(command: str) -> None:
+    parser = parser_of(command)
     for action in parser._actions:
         kind = getattr(action, "type", None) or getattr(action, "_typehint", None)
         text = re.sub(r"Literal\[[^]]*\]", "", str(getattr(action, "_typehint", kind)))
@@ -148,6 +133,7 @@ def test_every_number_of_a_command_has_a_bound(command: str, monkeypatch: pytest
     [
         ("data.batch_size", 0, "data.batch_size is 0: it must be at least 1"),
         ("model.clip_norm", -1, "model.clip_norm is -1: it must be at least 0; 0 or null never scales"),
+        ("model.spike", 0.5, "model.spike is 0.5: it must be above 1; null for none"),
         ("model.net.dropout", 1.5, "model.net.dropout is 1.5: it must be at least 0 and below 1"),
         ("model.schedule.min_factor", -1, "model.schedule.min_factor is -1: it must be at least 0 and at most 1"),
         ("trainer.gradient_clip_val", -1, "trainer.gradient_clip_val is -1: it must be at least 0"),

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _end(error)
     except BrokenPipeError:  # the reader of our output has gone; say no more
-        streams.drop_output()
+        streams.drop(1)
         return 128 + signal.SIGPIPE
     except (OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("LM_DEBUG") or (found := as_user_error(error)) is None:

@@ -1,7 +1,6 @@
 """What all commands share and costs nothing to import: options, output, errors in one line."""
 
 import json
-import math
 import os
 import sys
 from argparse import ArgumentError
@@ -11,7 +10,8 @@ from typing import IO, Any
 
 from jsonargparse import ArgumentParser
 
-from lm.errors import UserError
+from lm import log
+from lm.errors import UserError, causes
 
 
 def output(as_json: bool) -> IO[str]:
@@ -21,12 +21,7 @@ def output(as_json: bool) -> IO[str]:
 
 def print_json(values: dict[str, Any]) -> None:
     """Print a result as one line of JSON, which has no NaN or infinity: they become null."""
-    print(json.dumps(finite(values), allow_nan=False), flush=True)
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with null for what JSON has no word for."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    print(json.dumps(log.finite(values), allow_nan=False), flush=True)
 
 
 @contextmanager
@@ -48,8 +43,9 @@ def one_line_errors(
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError, AttributeError) as error:
-        if cause := _cause(error):
-            raise cause from error
+        for cause in causes(error):
+            if isinstance(cause, UserError):  # a constructor's, called while parsing
+                raise cause from error
         if not isinstance(error, ArgumentError) and os.environ.get("LM_DEBUG"):
             raise
         from lm.cli import messages  # here: most command lines have no fault
@@ -65,7 +61,7 @@ def one_line_errors(
 
 @contextmanager
 def text_options(source: list[str]) -> Iterator[None]:
-    """Add to an error in a text the option that mends it, and say which files of a folder are left out."""
+    """Add to an error about a text the option that helps; at the end, note the files that were left out."""
     from lm.data import reading
 
     try:
@@ -79,15 +75,6 @@ def text_options(source: list[str]) -> Iterator[None]:
 def known_names(parser: ArgumentParser) -> list[str]:
     """Return the options that a parser knows."""
     return sorted({action.dest for action in parser._actions if not action.dest.endswith("help")})
-
-
-def _cause(error: BaseException | None) -> UserError | None:
-    """Return the UserError among an error's causes: one that a constructor raised while it was being parsed."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 TOKENIZERS = "char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file."

@@ -1,4 +1,4 @@
-"""What launchers say in environment variables, looked at before anybody waits because of it."""
+"""Launchers' environment variables, checked before a process waits for others because of them."""
 
 import os
 
@@ -12,7 +12,7 @@ NUMBERS = (
 
 
 def check() -> None:
-    """Refuse variables by which no process could find its place among others.
+    """Refuse variables that give this process no place among the others.
 
     Raises:
         UserError: One is no number, or some do not go together.

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log
-from lm.cli import common, parsing
+from lm.cli import common, parsing, streams
 from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
@@ -293,7 +293,7 @@ def _listed(value: Any) -> list[Any]:
 def fit(arguments: list[str]) -> None:
     """Run `lm fit`."""
     parsing.quiet()
-    with log.losing_output():  # a step is worth more than a line
+    with streams.losable():  # a step is worth more than a line
         cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
         try:
             result = cli.run()
@@ -307,6 +307,7 @@ def fit(arguments: list[str]) -> None:
 
 
 def _done(cli: Fit, result: dict[str, Any]) -> None:
+    """Print the result; raise an error where standard output was lost on the way."""
     if cli.config.json:
         common.print_json(result)
     else:
@@ -320,6 +321,7 @@ def _done(cli: Fit, result: dict[str, Any]) -> None:
 
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
+    """Return the error of a stop that says at which step, and what is saved."""
     stop.run = cli.name
     files: Any = cli.trainer.strategy.checkpoint_io
     files.writer.finish()  # a second signal may have come while it wrote

@@ -2,13 +2,13 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
+from lm import log
 from lm.backprop import NoRuleError, atomic, check, compare
 from lm.cli import common, parsing
 from lm.data.module import IGNORED
@@ -26,7 +26,7 @@ TOKENS = {  # compared at a time, in all
 }
 
 
-class Compare(parsing.Recipes):
+class Compare(parsing.Untrained):
     """Parses a recipe, and what to compare."""
 
     command = "gradients"
@@ -55,18 +55,12 @@ class Compare(parsing.Recipes):
         )
         parser.add_argument("--mode", type=Literal["train", "eval"], default="train", help="Of the network.")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make no trainer: nothing is trained."""
-        return None  # type: ignore[return-value]
-
     def batches(self, dtype: torch.dtype) -> tuple[nn.Module, list[audit.Batch]]:
         """Return the recipe's network, stirred so that no term is zero, and its first batches, cut to some tokens."""
         config, data = self.config, self.datamodule
-        if getattr(data, "tokenizer", None) == "inherit":
-            raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
         if config.seed is not None:
             data.seed = config.seed
-        data.setup("fit")
+        self.set_up_data()
         module = parsing.language_model(self.model)
         torch.manual_seed(data.seed)
         try:
@@ -137,7 +131,7 @@ def gradients(arguments: list[str]) -> None:
         )
     wrong = [row.name for row in table if not row.approximate]
     if cli.config.json:
-        common.print_json({"ok": not wrong, "rows": [common.finite(asdict(row)) for row in table]})
+        common.print_json({"ok": not wrong, "rows": [log.finite(asdict(row)) for row in table]})
     if wrong:
         ways = [way for way, found in tables.items() if not all(row.approximate for row in found)]
         raise CheckError(

@@ -15,10 +15,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.cli import common, environment, help, messages, values
-from lm.errors import UserError
+from lm.errors import UserError, causes
 from lm.inference.callbacks import SampleText
 from lm.inference.loading import deny_what_runs_code
 from lm.training import LanguageModel
@@ -146,6 +147,24 @@ class Recipes(LightningCLI):
         }
 
 
+class Untrained(Recipes):
+    """Parses a recipe that is looked at and not trained: without a Trainer, and without a checkpoint."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make no trainer."""
+        return None  # type: ignore[return-value]
+
+    def set_up_data(self) -> None:
+        """Let the data be read and tokenized.
+
+        Raises:
+            UserError: It is to inherit a tokenizer.
+        """
+        if getattr(self.datamodule, "tokenizer", None) == "inherit":
+            raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
+        self.datamodule.setup("fit")
+
+
 class _Parser(LightningArgumentParser):
     """Writes settings that a class has an enum for, as Lightning's Timer, as the string that a recipe would say."""
 
@@ -256,11 +275,9 @@ def trainer_errors(ckpt_path: Path | None) -> Iterator[None]:
             raise UserError(f"trainer.callbacks: {error}") from error
         raise
     except ValueError as error:  # torch's, from Optimizer.load_state_dict, or a network's own
-        cause: BaseException | None = error
-        while cause is not None:  # jsonargparse's, around what a class of Lightning says of its arguments
+        for cause in causes(error):  # jsonargparse's, around what a class of Lightning says of its arguments
             if isinstance(cause, MisconfigurationException):
                 raise UserError(f"trainer: {cause}") from error
-            cause = cause.__cause__ or cause.__context__
         if str(error).startswith("BatchNorm in training mode"):
             raise UserError(f"data.batch_size: {error}") from error
         if str(error).startswith("You set `"):  # SLURM's variables say otherwise

@@ -4,7 +4,6 @@ import difflib
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
@@ -12,7 +11,7 @@ from lm.errors import UserError
 from lm.training import parts, planning
 
 
-class Plan(parsing.Recipes):
+class Plan(parsing.Untrained):
     """Parses a recipe and a cluster."""
 
     command = "plan"
@@ -24,10 +23,6 @@ class Plan(parsing.Recipes):
         parser.add_argument("--devices", type=int, default=1, help="GPUs of each.")
         parser.add_argument("--gpu", type=str, default="H100", help=f"One of {', '.join(planning.DEVICES)}.")
         parser.add_argument("--mfu", type=float, default=0.4, help="The share of the GPU's FLOP/s that is used.")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make no trainer: nothing is trained."""
-        return None  # type: ignore[return-value]
 
     def cluster(self) -> tuple[planning.Device, int]:
         """Return the kind of GPU and the number of processes.
@@ -44,12 +39,10 @@ class Plan(parsing.Recipes):
         return planning.DEVICES[known[config.gpu.lower()]], config.num_nodes * config.devices
 
     def recipe(self, processes: int) -> planning.Recipe:
-        """Return what of the recipe counts, for a micro-batch of each process."""
+        """Return the parts of the recipe that decide what it needs, for a micro-batch of each process."""
         data, trainer = self.datamodule, self.config.trainer
-        if getattr(data, "tokenizer", None) == "inherit":
-            raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
         size = data.divided(processes, trainer.accumulate_grad_batches)
-        data.setup("fit")
+        self.set_up_data()
         module = parsing.language_model(self.model)
         tokens, targets = data.training_examples()(0, 1)
         make_net: Any = module.make_net

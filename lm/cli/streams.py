@@ -1,11 +1,14 @@
 """Standard streams that cannot surprise: one that is closed, full, or of a narrow encoding is no traceback."""
 
+import errno
 import io
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, Any
 
-from lm.errors import UserError
+from lm.errors import UserError, causes
 
 
 class Output(io.TextIOWrapper):
@@ -29,8 +32,56 @@ class Output(io.TextIOWrapper):
 def _told(error: OSError) -> Exception:
     if isinstance(error, BrokenPipeError):  # who reads has gone, which is no fault
         return error
-    drop_output()
+    drop(1)
     return UserError(f"standard output cannot be written to ({error.strerror}): free its disk, or send it elsewhere")
+
+
+class Losable:
+    """A standard stream that work goes on without: once a write to it fails, what is written to it is dropped.
+
+    Args:
+        stream: The stream.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+        """Why a write failed."""
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's own."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, unless that is impossible."""
+        with self._losing():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless that is impossible."""
+        with self._losing():
+            self.stream.flush()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UserError) as error:  # `Output` makes the latter of the former
+            self.error = next(cause for cause in causes(error) if isinstance(cause, OSError))
+            drop(self.stream.fileno())  # what is buffered must go somewhere
+
+    @property
+    def unread(self) -> bool:
+        """Whether its reader has gone."""
+        return self.error is not None and self.error.errno == errno.EPIPE
+
+
+@contextmanager
+def losable() -> Iterator[None]:
+    """Let work go on without standard output and standard error where they are lost, by `| head` say."""
+    with redirect_stdout(Losable(sys.stdout)), redirect_stderr(Losable(sys.stderr)):
+        yield
 
 
 def prepare() -> None:
@@ -47,8 +98,8 @@ def prepare() -> None:
     sys.stdout = Output(out.detach(), encoding, "backslashreplace", line_buffering=interactive)
 
 
-def drop_output() -> None:
-    """Let what is still to be written to standard output go nowhere."""
+def drop(descriptor: int) -> None:
+    """Let what is still to be written to a stream go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""The values of a command line: parsed, and held against the table of bounds before anything is done with them."""
+"""The values of a command line: parsed, and checked against the table of bounds before anything is done with them."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Let YAML be read as lm reads it, and look at the configs that are named: parsers forget in which one a fault is.
+    """Let parsers read YAML by lm's rules, and check the configs first, as parsers do not say in which one a fault is.
 
     Args:
         arguments: The words of the command line.
@@ -38,15 +38,14 @@ def prepare(arguments: list[str]) -> None:
 
 
 def check(options: Namespace, command: str = "") -> None:
-    """Refuse numbers that they may not be, and text that no file or program could take.
+    """Refuse numbers that are out of bounds, and text with a zero byte, which no file or program takes.
 
     Args:
         options: What was parsed, a whole recipe perhaps.
         command: Its name, for bounds of its own.
     """
     values = options.as_dict()
-    for complaint in bounds.complaints(values, command, "--"):
-        raise UserError(complaint)
+    bounds.check(values, command, "--", UserError)
     _check_text(values, "--")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from lm.cli.help import SECTIONS
 from lm.errors import UserError
 
 LARGEST = 100_000  # values, aliases written out; a recipe has some dozens
-SECTIONS = ("trainer", "model", "data", "checkpoint", "samples", "figures", "watch")
 
 
 class Refused(yaml.YAMLError):
@@ -45,7 +45,7 @@ def load(text: str) -> Any:
 
 
 def check_file(path: Path) -> None:
-    """Say which file has what `load` refuses, as parsers do not; the rest is theirs.
+    """Refuse a file by its name, which parsers do not say, where `load` refuses what is in it.
 
     Raises:
         UserError: A key is there twice, or aliases stand for too much.

@@ -66,7 +66,7 @@ def tokens_home() -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """Return the path, or what is there of its parents."""
+    """Return the path, or the nearest of its parents that is there."""
     return next(p for p in (path, *path.parents) if os.path.lexists(p) or not p.name)
 
 
@@ -90,12 +90,15 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole(path: Path, take_place: Callable[[Path, Path], Any] = os.replace) -> Iterator[IO[bytes]]:
-    """Open a new file beside path; once it is on the disk, it takes path's place. After an error it is removed.
+def whole(
+    path: Path, take_place: Callable[[Path, Path], Any] = os.replace, *, flushed: bool = True
+) -> Iterator[IO[bytes]]:
+    """Open a new file beside path; once it is written, it takes path's place. After an error it is removed.
 
     Args:
-        path: What is to be there whole or not at all, even where the machine stops.
+        path: What is to be there whole or not at all.
         take_place: Puts the new file where path is.
+        flushed: Whether that holds where the machine stops, too: it waits for the disk.
     """
     part = part_of(path)
     opened = part.open("xb")  # never over what is there
@@ -103,9 +106,11 @@ def whole(path: Path, take_place: Callable[[Path, Path], Any] = os.replace) -> I
         with opened as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flushed:
+                os.fsync(file.fileno())
         take_place(part, path)
-        flush(path.parent)
+        if flushed:
+            flush(path.parent)
     except BaseException:
         with suppress(OSError):  # the error that led here is the one to be told
             part.unlink()
@@ -118,7 +123,7 @@ def part_of(path: Path) -> Path:
 
 
 def parts(folder: Path, name: str) -> list[Path]:
-    """Return what processes that were killed while they wrote have left in a folder; others may be at it still.
+    """Return the unfinished files in a folder: of processes that were killed, and of those that still write.
 
     Args:
         folder: Where they wrote.

@@ -16,7 +16,7 @@ from lm.bounds import checked
 from lm.data import corpora
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
-from lm.data.module import IGNORED, TokenData
+from lm.data.module import IGNORED, TokenData, check_fractions
 from lm.data.tokenizers import CharTokenizer, Tokenizer
 from lm.errors import UserError
 
@@ -59,10 +59,7 @@ class LinesData(TokenData):
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if len(end) != 1 or end == "\n":
             raise UserError(f"data.end is {end!r}: it must be one character that is no line end")
-        if val_fraction + test_fraction >= 1:
-            raise UserError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.corpus, self.targets, self.end = corpus, targets, end
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.examples: dict[str, Batch] = {}

@@ -166,6 +166,14 @@ class TokenData(LightningDataModule, ABC):
             )
 
 
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raise UserError where validation and test take all of a text."""
+    if val_fraction + test_fraction >= 1:
+        raise UserError(
+            f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on"
+        )
+
+
 def _end_workers() -> None:
     """Kill the workers that are left when this process ends: they ignore the SIGTERM that it would wait for."""
     for child in multiprocessing.active_children():

@@ -8,7 +8,7 @@ from lm.data import files
 from lm.errors import UserError
 
 
-def place(output: Path, *, made: str) -> None:
+def check_place(output: Path, *, made: str) -> None:
     """Check that a path can be written to: a new one, or a file or folder, whatever is in it.
 
     Args:
@@ -34,7 +34,7 @@ def place(output: Path, *, made: str) -> None:
         raise UserError(f"--output {output}: it is {kind(output)}: say the name of a new {made}")
 
 
-def new(output: Path, *, made: str, ours: Callable[[Path], bool], overwrite: bool) -> None:
+def check_free(output: Path, *, made: str, ours: Callable[[Path], bool], overwrite: bool) -> None:
     """Check that a path is free, or has what lm wrote and may be overwritten.
 
     Args:
@@ -44,9 +44,9 @@ def new(output: Path, *, made: str, ours: Callable[[Path], bool], overwrite: boo
         overwrite: Whether such may be replaced.
 
     Raises:
-        UserError: It is not free; or see `place`.
+        UserError: It is not free; or see `check_place`.
     """
-    place(output, made=made)
+    check_place(output, made=made)
     if not os.path.lexists(output):
         return
     if not ours(output):

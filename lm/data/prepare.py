@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lm.bounds import complaints
+from lm import bounds
 from lm.data import files, outputs, reading, shards, tokenizers
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
@@ -64,8 +64,7 @@ class Preparation:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for complaint in complaints(vars(self), "lm.Preparation", "--"):
-            raise UserError(complaint)
+        bounds.check(vars(self), "lm.Preparation", "--", UserError)
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: leave nothing to train on"
@@ -81,7 +80,7 @@ def prepare(job: Preparation) -> dict[str, Any]:
     Raises:
         UserError: The source cannot be read, the output folder is not free, or the disk is full.
     """
-    outputs.place(job.output, made="folder")
+    outputs.check_place(job.output, made="folder")
     if job.output.is_file():
         raise UserError(f"--output {job.output}: it is a file: say an empty or a new folder")
     try:
@@ -234,7 +233,7 @@ class _Run:
         return counts
 
     def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[Batch]:
-        """Yield what is left of the source in batches, from a `Batch.place` on."""
+        """Yield what is left of the source in batches, from a `Batch.place` on; older ones have three numbers."""
         batch: list[Piece] = []
         size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):

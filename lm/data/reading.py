@@ -4,6 +4,7 @@ To add a format, write a function from an open file to its documents and enter i
 """
 
 import codecs
+import errno
 import glob
 import gzip
 import json
@@ -310,7 +311,7 @@ def left_out(sources: Iterable[str]) -> str | None:
 def _reason(path: Path, error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return str(error)
-    if error.errno == 40 or "loop" in str(error).lower():
+    if error.errno == errno.ELOOP or "loop" in str(error).lower():
         return "a loop of symbolic links"
     if path.is_symlink() and not path.exists():
         return f"a link to {os.readlink(path)}, which is not there"

@@ -6,7 +6,6 @@ copy over each other, so the copying is ours: to a name of its own, checked agai
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ class Remote:
         """
         if path.exists():
             return
-        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part = files.part_of(path)
         try:
             system, root = _system(self.url)
             system.get_file(f"{root}/{path.name}", str(part))

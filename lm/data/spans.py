@@ -150,13 +150,11 @@ class Mixture:
 
     def __init__(self, parts: list[Examples], weights: list[float], seed: int) -> None:
         self.parts, self.seed = parts, seed
-        if not all(weight > 0 for weight in weights):
-            raise UserError(f"data.corpus: its weights are {weights}: each must be above 0")
         exact = np.array(weights) / sum(weights) * ROUND
         self.quotas = np.floor(exact).astype(np.int64)
         largest = np.argsort(self.quotas - exact, kind="stable")[: ROUND - self.quotas.sum()]  # the largest remainders
         self.quotas[largest] += 1
-        if not self.quotas.all():
+        if self.quotas.min() < 1:
             raise UserError(f"data.corpus: its weights are {weights}: each must be at least a thousandth of their sum")
 
     def assign(self, turn: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from lm.bounds import checked
 from lm.data import evaluation_sets, shards, store
 from lm.data.chunks import Batch, Sliced
 from lm.data.evaluation_sets import EvaluationSet
-from lm.data.module import TokenData
+from lm.data.module import TokenData, check_fractions
 from lm.data.spans import Documents, Examples, Mixture, Order, Running, numbered
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
@@ -53,10 +53,7 @@ class TextData(TokenData):
         seed: int = 1337,
     ) -> None:
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if val_fraction + test_fraction >= 1:
-            raise UserError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.weights = corpus if isinstance(corpus, dict) else {corpus: 1.0}
         if not self.weights:
             raise UserError("data.corpus: it names none")

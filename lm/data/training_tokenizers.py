@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from lm.bounds import complaints
+from lm import bounds
 from lm.data import files, outputs, reading
 from lm.data.ranks import from_text, to_text
 from lm.data.tokenizers import BytePairTokenizer
@@ -38,9 +38,8 @@ def train(
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    for complaint in complaints({"vocab_size": vocab_size}, "tokenizer", "--"):
-        raise UserError(complaint)
-    outputs.new(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
+    bounds.check({"vocab_size": vocab_size}, "tokenizer", "--", UserError)
+    outputs.check_free(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():

@@ -22,7 +22,6 @@ from lm.inference.loading import build, not_finite
 from lm.training import checkpoint, owned
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
-PREFIX = "net."
 
 
 def export_safetensors(
@@ -39,10 +38,10 @@ def export_safetensors(
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
-    outputs.new(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
+    outputs.check_free(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
-        weights = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
+        weights = checkpoint.weights(saved)
         alone, same = _without_doubles(weights)
         rest = saved["lm"] | {"step": saved["global_step"], "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
@@ -108,7 +107,7 @@ def import_safetensors(
         UserError: The folder is none, its weights are not those of the network that it names, or the output is not
             free or cannot be written.
     """
-    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     try:
         rest = json.loads((folder / REST).read_text())
         weights = load_file(folder / WEIGHTS)
@@ -121,15 +120,7 @@ def import_safetensors(
         raise UserError(
             f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
+    except (*checkpoint.FOREIGN, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
     saved = {
@@ -137,7 +128,7 @@ def import_safetensors(
         "lm": rest,
         "global_step": step,
         "epoch": 0,
-        "state_dict": {PREFIX + name: value for name, value in weights.items()},
+        "state_dict": {checkpoint.NET + name: value for name, value in weights.items()},
         "optimizer_states": [],
         "start": 0,
     }
@@ -158,7 +149,7 @@ def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
     Raises:
         UserError: It is damaged, or the file is not free or cannot be written.
     """
-    outputs.new(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         _note_not_finite(ckpt_path, saved["state_dict"], note)

@@ -40,8 +40,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
     with checkpoint.of_lm(path):
         meta = saved["lm"]
         net = build(meta["config"]["model"]["init_args"]["net"], meta["vocab_size"], meta["block_size"])
-        state = saved["state_dict"].items()
-        weights = {key.removeprefix("net."): value for key, value in state if key.startswith("net.")}
+        weights = checkpoint.weights(saved)
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lm.bounds import complaints
+from lm import bounds
 from lm.data.tokenizers import Tokenizer
 from lm.errors import CheckError, UserError
 
@@ -38,8 +38,7 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for complaint in complaints(vars(self), "lm.Sampler", "--"):
-            raise UserError(complaint)
+        bounds.check(vars(self), "lm.Sampler", "--", UserError)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Return the probability of each token.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lm.bounds import checked
 from lm.models.feed_forward import FeedForward, make_feed_forward
-from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
+from lm.models.layers import check_heads, check_length, initialise
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
@@ -359,21 +359,16 @@ class GPT(nn.Module):
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings of a `GPT` that make no network.
+    """Refuse settings of a `GPT` that make no network; `lm.bounds` has looked at each number by itself.
 
     Raises:
         ValueError: Which setting, its value and what to do.
     """
-    check_sizes(**{name: settings[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")})
     for name, choices in CHOICES.items():
         if settings[name] not in get_args(choices):
             raise ValueError(f"{name} is {settings[name]}: choose from {', '.join(get_args(choices))}")
     n_embd, n_head, n_kv_head = settings["n_embd"], settings["n_head"], settings["n_kv_head"]
     check_heads(n_embd, n_head)
-    check_dropout(settings["dropout"])
-    for name, remedy in {"logit_soft_cap": "null for none", "init_std": "null for torch's own"}.items():
-        if settings[name] is not None and not settings[name] > 0:
-            raise ValueError(f"{name} is {settings[name]}: it must be above 0, or {remedy}")
     if settings["attention"] == "separate":
         for name, on in {
             "n_kv_head": n_kv_head is not None,
@@ -384,7 +379,7 @@ def check_settings(settings: dict[str, Any]) -> None:
                 raise ValueError(f"{name} {settings[name]} needs attention batched, and it is separate: drop one")
         if settings["positions"] == "rotary":
             raise ValueError("positions rotary needs attention batched, and it is separate: change one")
-    if n_kv_head is not None and (n_kv_head < 1 or n_head % n_kv_head):
+    if n_kv_head is not None and n_head % n_kv_head:
         raise ValueError(f"n_kv_head {n_kv_head} does not divide n_head {n_head}: choose one of its divisors")
     if settings["norm"] == "none" and settings["norm_position"] == "post":
         raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")

@@ -148,19 +148,6 @@ class FlattenConsecutive(nn.Module):
         return x.squeeze(1) if x.shape[1] == 1 else x
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError, with its name, where a size is not positive."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise ValueError where it is no probability of dropping less than everything."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
-
-
 def check_heads(n_embd: int, n_head: int) -> None:
     """Raise ValueError where heads do not divide the width."""
     if n_embd % n_head:

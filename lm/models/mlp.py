@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.bounds import checked
-from lm.models.layers import BatchNorm, check_length, check_sizes, padded
+from lm.models.layers import BatchNorm, check_length, padded
 
 
 class MLP(nn.Module):
@@ -49,7 +49,6 @@ class MLP(nn.Module):
         head_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        check_sizes(block_size=block_size, n_embd=n_embd, n_hidden=n_hidden, n_layer=n_layer)
         self.vocab_size, self.block_size = vocab_size, block_size
         self.wte = nn.Embedding(vocab_size, n_embd)
         widths = [block_size * n_embd] + [n_hidden] * n_layer

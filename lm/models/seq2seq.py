@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lm.bounds import checked
 from lm.models.feed_forward import MLP
-from lm.models.layers import check_dropout, check_heads, check_length, check_sizes, initialise
+from lm.models.layers import check_heads, check_length, initialise
 
 
 class Attention(nn.Module):
@@ -132,9 +132,7 @@ class Seq2Seq(nn.Module):
         pad_token: int | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         check_heads(n_embd, n_head)
-        check_dropout(dropout)
         for name, token in {"start_token": start_token, "pad_token": pad_token}.items():
             if token is not None and not 0 <= token < vocab_size:
                 raise ValueError(f"{name} is {token}: it must be at least 0 and below vocab_size {vocab_size}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.bounds import checked
-from lm.models.layers import BatchNorm, FlattenConsecutive, check_dropout, check_length, check_sizes, padded
+from lm.models.layers import BatchNorm, FlattenConsecutive, check_length, padded
 
 
 class WaveNet(nn.Module):
@@ -56,7 +56,6 @@ class WaveNet(nn.Module):
         head_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        check_sizes(n_embd=n_embd, n_hidden=n_hidden, depth=1 if depth is None else depth)
         depth = _depth(block_size, fuse) if depth is None else depth
         if not dense and fuse**depth != block_size:
             raise ValueError(f"depth {depth} fuses {fuse**depth} tokens, block_size is {block_size}: make them equal")
@@ -177,8 +176,6 @@ class GatedWaveNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_sizes(n_embd=n_embd, n_layer=n_layer, n_stack=n_stack)
-        check_dropout(dropout)
         self.vocab_size, self.block_size = vocab_size, block_size
         self.wte = nn.Embedding(vocab_size, n_embd)
         dilations = [2**i for i in range(n_layer)] * n_stack

@@ -52,7 +52,7 @@ class Reference:
         self.wide: dict[str, Tensor] = {}  # the same with more digits, which shows autograd's own error
 
     def see(self, tokens: Tensor, targets: Tensor) -> None:
-        """Look at a micro-batch before it is trained on: at the same weights, with the same random numbers."""
+        """Add a micro-batch's gradient, before it is trained on: at the same weights, with the same random numbers."""
         count = int((targets != IGNORED).sum())
         self.predictions += count
         part = count / max(1, self.predictions)
@@ -72,9 +72,7 @@ class Reference:
             own = torch.tensor(float(self.predictions), device=next(self.net.parameters()).device)
             part = self.predictions / max(1.0, float(total(own.clone())))
             mean, wide = ({name: total(g * part) for name, g in one.items()} for one in (mean, wide))
-        found = {name: p.grad for name, p in (net or self.net).named_parameters() if p.requires_grad}
-        whole = {name: torch.zeros_like(mean[name]) if g is None else g for name, g in found.items()}
-        return rows(mean, whole, tolerances(mean, wide))
+        return rows(mean, gradients(net or self.net), tolerances(mean, wide))
 
 
 def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
@@ -101,6 +99,13 @@ def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
 def fitted(net: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that have a gradient."""
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    """Return the gradient of each parameter that has one; zeros where it played no part."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters() if p.requires_grad
+    }
 
 
 def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> dict[str, list[Row]]:
@@ -150,9 +155,7 @@ def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled
     step = StepByHand(net, fitted(net), Gradients(), accumulate=len(batches), compiled=compiled)
     with undisturbed(net):
         _end(step, _add(step, batches), batches)
-    found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters() if p.requires_grad
-    }
+    found = gradients(net)
     with torch.random.fork_rng():  # the losses that follow must draw the dropout masks that the gradients saw
         directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
     slopes = {name: (found[name] * direction).sum() for name, direction in directions.items()}

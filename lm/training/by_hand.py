@@ -1,4 +1,4 @@
-"""StepByHand: a step's gradient by the rules of lm.backprop. Training takes it from here, and so does its check.
+"""StepByHand: a step's gradient by the rules of lm.backprop, for training and for what checks it.
 
 Shapes: B sequences, T tokens.
 """

@@ -18,14 +18,16 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 
 from lm.data import files, outputs
-from lm.errors import UserError
+from lm.errors import UserError, described
 from lm.training import disk, folders, owned, schema
 from lm.training.writer import Writer
 
+NET = "net."
+"""What the names of a network's weights begin with in a checkpoint."""
 FOREIGN = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -166,7 +168,7 @@ def _foreign(path: Path) -> str | None:
     try:
         peek(path)
     except Exception as error:
-        return f"it is no checkpoint of lm ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"it is no checkpoint of lm ({described(error)})"
     return None
 
 
@@ -213,6 +215,12 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights and buffers of a checkpoint's network, under their names in it."""
+    state = checkpoint["state_dict"].items()
+    return {key.removeprefix(NET): value for key, value in state if key.startswith(NET)}
+
+
 @contextmanager
 def of_lm(path: Path) -> Iterator[None]:
     """Turn what is raised where a checkpoint lacks something, or has it of another type, into a UserError."""
@@ -221,8 +229,9 @@ def of_lm(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (*FOREIGN, dcp.api.CheckpointException) as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({what})") from error
+        raise UserError(
+            f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({described(error)})"
+        ) from error
 
 
 @contextmanager
@@ -233,9 +242,9 @@ def restored(io: AtomicCheckpointIO) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         if io.restoring is None or "loaded state dict" in str(error):  # that is told elsewhere
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"checkpoint {io.restoring}: training cannot go on from it ({what}): LM_DEBUG=1 shows where; use another"
+            f"checkpoint {io.restoring}: training cannot go on from it ({described(error)}): LM_DEBUG=1 shows where; "
+            "use another"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,9 @@ class Checkpoints(Checkpoint):
         periodic = [path for path in files.newest_first(self.folder) if re.fullmatch(r"step=\d+\.ckpt", path.name)]
         for old in periodic[self.keep_last :]:
             step = int(old.stem.removeprefix("step="))
-            if owned.is_ours(old) and (self.keep_every is None or step % self.keep_every):
-                owned.remove(old)
+            if self.keep_every is None or step % self.keep_every:
+                with suppress(UserError):  # lm did not write it
+                    owned.remove(old)
 
 
 def _writer(trainer: Trainer) -> Writer:

@@ -63,7 +63,7 @@ def check(
 
 
 def check_data(net: Any, data: Any) -> None:
-    """Refuse data that a network makes nothing of.
+    """Refuse data that does not go with a network.
 
     Raises:
         UserError: Its attention starts anew after another token than the end of text, or it reads a source and writes

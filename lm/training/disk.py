@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lm.data import files, outputs
-from lm.errors import UserError
+from lm.errors import UserError, causes
 from lm.training import owned
 
 
@@ -90,11 +90,11 @@ def probe(folder: Path) -> None:
 
 def reason(error: BaseException, folder: Path) -> str:
     """Return what a disk said, in a few words."""
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(error).splitlines() or [""])[0]
+    chain = list(causes(error))
+    found = next((one for one in chain if isinstance(one, OSError)), chain[-1])
+    if isinstance(found, OSError) and found.errno:
+        return os.strerror(found.errno)
+    return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(found).splitlines() or [""])[0]
 
 
 def remedy(folder: Path) -> str:

@@ -37,7 +37,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
         )
     if config and saved["lm"]["config"]:
         compatibility.check_network(f"--init_from {path}", saved["lm"]["config"], config)
-    weights = {key.removeprefix("net."): value for key, value in saved["state_dict"].items() if key.startswith("net.")}
+    weights = checkpoint.weights(saved)
     cropped = _crop(net, weights, saved["lm"]["block_size"])
     built = net.state_dict()
     for key in (*weights, *built):

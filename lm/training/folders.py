@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lm.data import files
-from lm.errors import UserError
+from lm.errors import UserError, described
 from lm.training import owned
 
 META, SUMS = "lm.pt", "checksums.json"
@@ -82,7 +82,7 @@ def _seal(folder: Path) -> None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """Return what processes that were killed while they wrote have left; others may be at it still."""
+    """Return the unfinished checkpoints in a folder: of processes that were killed, and of those that still write."""
     return [*folder.glob(".*.ckpt.new.part"), *folder.glob(".*.ckpt.old.part")]
 
 
@@ -138,7 +138,7 @@ def damage(path: Path) -> str | None:
     try:
         shapes(Reader(path))
     except Exception as error:  # another program's can raise anything
-        return f"its index cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"its index cannot be read ({described(error)})"
     return None
 
 

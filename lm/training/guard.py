@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from lm.data.module import IGNORED
-from lm.errors import CheckError, UserError
+from lm.errors import CheckError
 
 MEMORY = 0.99  # of the running mean of the loss: about the last hundred steps
 MOST_IN_A_ROW = 20
@@ -25,8 +25,6 @@ class Guard:
     """
 
     def __init__(self, on_nonfinite: Literal["stop", "skip"] = "stop", spike: float | None = None) -> None:
-        if spike is not None and not spike > 1:
-            raise UserError(f"model.spike is {spike}: a loss that many times its mean is a spike, so above 1; or null")
         self.on_nonfinite, self.spike = on_nonfinite, spike
         self.mean, self.weight = 0.0, 0.0  # of the losses, discounted; their ratio is the running mean
         self.skipped = self.in_a_row = 0

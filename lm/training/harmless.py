@@ -1,4 +1,4 @@
-"""What only shows a training never costs it a step: the one place where errors of figures, samples and loggers end."""
+"""Where errors of figures, samples and loggers end: what only shows a training must never stop it."""
 
 import os
 import sys
@@ -11,15 +11,15 @@ from lightning.pytorch.loggers import Logger
 from tqdm import tqdm
 
 from lm import log
-from lm.errors import Stopped
+from lm.errors import Stopped, causes, described
 
 WRITES = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
 
 
 def harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method of what shows a training fail without harm: the error is said, and training goes on.
+    """Decorate a method of what shows a training: its errors are printed, once for each kind, and training goes on.
 
-    A second signal is no error of the method's, and comes through.
+    A second stop signal, which may come at any moment, is let through.
     """
 
     @wraps(hook)
@@ -43,10 +43,8 @@ def guard(logger: Logger) -> None:
 
 def _say_once(owner: Any, error: Exception) -> None:
     """Print a line about an error, unless the same object has had one of its kind."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):  # TensorBoardLogger makes a ValueError of a full disk
-        cause = cause.__cause__ or cause.__context__
-    error = cause if isinstance(cause, Exception) else error
+    # a full disk comes out of TensorBoardLogger as a ValueError
+    error = next((cause for cause in causes(error) if isinstance(cause, OSError)), error)
     said = vars(owner).setdefault("_errors_said", set())
     kind = (type(error), getattr(error, "errno", None))
     if kind in said:
@@ -54,6 +52,6 @@ def _say_once(owner: Any, error: Exception) -> None:
     said.add(kind)
     if os.environ.get("LM_DEBUG"):
         traceback.print_exception(error)
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    line = f"note: {type(owner).__name__} failed ({what}): training goes on; more errors of this kind are not shown"
-    tqdm.write(log.line(line, level="warning"), file=sys.stderr)  # above a progress bar, where there is one
+    what = f"{type(owner).__name__} failed ({described(error, 300)})"
+    line = log.line(f"note: {what}: training goes on; more errors of this kind are not shown", level="warning")
+    tqdm.write(line, file=sys.stderr)  # above a progress bar, where there is one

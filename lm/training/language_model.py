@@ -321,7 +321,7 @@ class LanguageModel(Evaluated):
             watcher.before_update(self.net)
 
     def check_gradients(self) -> None:
-        """See the step's gradient when it is whole, before it is clipped."""
+        """Check the step's gradient, which is whole and not clipped yet; nothing is checked here."""
 
     def optimizer_step(
         self,

@@ -1,11 +1,10 @@
-"""Lightning's own callbacks and Trainer arguments in `lm fit`: which are refused and why, and what is mended.
+"""Lightning's own callbacks and Trainer arguments in `lm fit`: which are refused and why, and how others are adapted.
 
 docs/lightning.md lists all of them. Lightning counts batches and epochs where a training here has steps: numbers of
 steps are put right in one place, see `Loop`.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -59,7 +58,7 @@ EPOCHS: tuple[tuple[type[Callback], str, Any], ...] = (
     (parts.ModelCheckpoint, "save_on_train_epoch_end", True),
     (parts.Timer, "interval", "epoch"),
 )
-"""Settings of callbacks that would let them do nothing at all, or the same once at the end."""
+"""Settings with which callbacks wait for the end of an epoch: they would act when the run ends, or never."""
 
 TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
 """What every logged step has, under train/: see `LanguageModel.metrics`."""
@@ -178,7 +177,7 @@ class Loop(_TrainingEpochLoop):
     def _batches_that_stepped(self) -> int:
         """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
         batches = self.batch_progress.total.ready
-        steps = math.ceil(batches / self.trainer.accumulate_grad_batches) * progress.steps_per_call(self.trainer)
+        steps = -(-batches // self.trainer.accumulate_grad_batches) * progress.steps_per_call(self.trainer)
         return min(steps, self.max_steps) if self.max_steps > 0 else steps
 
     @_batches_that_stepped.setter
@@ -196,9 +195,10 @@ class Connector(_LoggerConnector):
         if trainer._active_loop is not trainer.fit_loop:
             return super().should_update_logs
         last = trainer.fit_loop.epoch_loop._batches_that_stepped
-        steps = range(last, last - progress.steps_per_call(trainer), -1)
+        before = last - progress.steps_per_call(trainer)
         every = trainer.log_every_n_steps or trainer.max_steps  # type: ignore[attr-defined]
-        return trainer.should_stop or any(step % every == 0 or step in (1, trainer.max_steps) for step in steps)
+        first_or_last = before < 1 or before < trainer.max_steps <= last
+        return first_or_last or last // every > before // every or trainer.should_stop
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log under the number of the step, without Lightning's count of epochs."""
@@ -237,18 +237,18 @@ class StepBar(parts.ProgressBar):
 
 
 class AfterTheStep(Callback):
-    """Mixed into a monitor that looks before a step, when its learning rate is not set yet: it looks after it."""
+    """Mixed into a monitor that reads the learning rate before a step, where it is not set yet: reads it after it."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: there is but one epoch."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Wait."""
+        """Do nothing: the step's rate is not set yet."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look."""
+        """Read the rate of the step that has been finished."""
         if progress.step_finished(trainer, batch_idx):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
@@ -272,7 +272,7 @@ def _max_time(duration: Any) -> MaxTime:
 
 
 class Endings(Callback):
-    """Sees that what other callbacks need is there, ends an early end between two steps, and says why it came.
+    """Checks what other callbacks monitor; puts an early end off until a step is finished, and says why it came.
 
     Args:
         say: Prints a line.
@@ -309,7 +309,7 @@ class Endings(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put off an end that a callback wants in the middle of a step: random numbers of half a step are drawn."""
+        """Put off an end that a callback wants in the middle of a step: half of its random numbers are drawn."""
         self._wanted |= trainer.should_stop
         trainer.should_stop = self._wanted and progress.step_finished(trainer, batch_idx)
 

@@ -75,7 +75,7 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 class Meeting:
-    """What one process knows of the meeting.
+    """One process's wait for all the others.
 
     torch waits for the others in C++, where no signal reaches a Python program. So all wait here first, in Python, and
     see each other by keys in a store that torch's own, of the same process and port, shares.

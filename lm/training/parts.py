@@ -1,4 +1,4 @@
-"""What recipes name by class_path, made: a class that is no such part is refused with the reason."""
+"""Makes the network and the optimizer that a recipe names; a class that cannot be one is refused with the reason."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from lm.training.optimizers import parameter_groups
 
 
 def make_net(make: Callable[..., Any], vocab_size: int, block_size: int, **settings: Any) -> nn.Module:
-    """Return a network; settings go to its class, over what a recipe says.
+    """Return a network; settings take the place of the recipe's.
 
     Raises:
         UserError: Its settings do not go together, or its class is no network for tokens.
@@ -25,7 +25,7 @@ def make_net(make: Callable[..., Any], vocab_size: int, block_size: int, **setti
         raise UserError(f"model.net: it cannot be made of vocab_size and block_size: {error}: see lm.models") from error
     if not all(isinstance(getattr(net, name, None), int) for name in ("vocab_size", "block_size")):
         raise UserError(
-            f"model.net {type(net).__name__} is no network for tokens: one has vocab_size and block_size: see lm.models"
+            f"model.net {type(net).__name__} is no network for tokens, with vocab_size and block_size: see lm.models"
         )
     return net
 

@@ -83,7 +83,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a recipe counts.
+    """The parts of a recipe that decide what it needs.
 
     Args:
         make_net: Returns the network; with `layers`, the one of n_layer layers.
@@ -105,15 +105,15 @@ class Recipe:
 
     @property
     def deep(self) -> bool:
-        """Whether a few layers tell the rest: there are many, and they are alike."""
+        """Whether two and three layers tell how much all need: there are many more, and they are alike."""
         if self.layers is None or self.layers <= FEW:
             return False
         with torch.device("meta"):
             lists = [part for part in self.make_net(n_layer=3).children() if isinstance(part, nn.ModuleList)]
         return bool(lists) and all(len(part) == 3 and len({str(block) for block in part}) == 1 for part in lists)
 
-    def of(self, n_layer: int) -> "Recipe":
-        """Return the recipe with so few layers."""
+    def with_layers(self, n_layer: int) -> "Recipe":
+        """Return the recipe with so many layers."""
         return replace(self, make_net=partial(self.make_net, n_layer=n_layer), layers=n_layer)
 
     @property
@@ -135,7 +135,7 @@ class Recipe:
         targets: torch.Tensor,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        """Do what a micro-batch does, and something else between the two passes."""
+        """Run the forward and the backward pass of a micro-batch, and call `between` between them."""
         with self.context:
             logits = net(tokens)
             loss = F.cross_entropy(precise(logits).flatten(0, -2), targets.flatten())
@@ -149,14 +149,14 @@ R = TypeVar("R", int, float, Moments)
 
 
 def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
-    """Let what is counted of a deep network be counted of two layers and of three: each further one adds the same."""
+    """Decorate what counts something of a network: of a deep one, two layers and three tell what each further adds."""
 
     @wraps(count)
     def counted(recipe: Recipe, *args: P.args, **kwargs: P.kwargs) -> R:
         if not recipe.deep:
             return count(recipe, *args, **kwargs)
         assert recipe.layers is not None
-        two, three = count(recipe.of(2), *args, **kwargs), count(recipe.of(3), *args, **kwargs)
+        two, three = count(recipe.with_layers(2), *args, **kwargs), count(recipe.with_layers(3), *args, **kwargs)
         if isinstance(two, tuple):
             return tuple(b.after(a, recipe.layers) for a, b in zip(two, three, strict=True))  # type: ignore[return-value]
         return two + (recipe.layers - 2) * (three - two)
@@ -243,7 +243,7 @@ def sharded(recipe: Recipe, alone: Memory, processes: int) -> Memory:
 def at_once(recipe: Recipe) -> int:
     """Return how many parameters a rank holds whole under FSDP2: those in no block, two blocks, and a gradient."""
     with torch.device("meta"):
-        net = (recipe.of(3) if recipe.deep else recipe).build()
+        net = (recipe.with_layers(3) if recipe.deep else recipe).build()
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(net)]
     return sum(p.numel() for p in net.parameters()) - sum(sizes) + 3 * max(sizes, default=0)
 

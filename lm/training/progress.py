@@ -12,7 +12,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 
 class WholeFit(_FitLoop):
-    """Lightning's loop, that begins and ends a training also where no step is left: what else is due is done then."""
+    """Lightning's loop, except that it runs where no step is left, too: an evaluation or a checkpoint may be due."""
 
     @property
     def skip(self) -> bool:
@@ -21,7 +21,7 @@ class WholeFit(_FitLoop):
 
 
 def begin_and_end_always(trainer: Trainer) -> None:
-    """Let training begin and end, with all that callbacks do there, also where all steps have been taken before."""
+    """Let training begin and end, with all that callbacks do then, even where no step is left."""
     loop = trainer.fit_loop
     trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
     trainer.fit_loop.epoch_loop = loop.epoch_loop

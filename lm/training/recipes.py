@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 NO_MATTER = {"num_workers", "steps_per_call", "compile", "activation_checkpointing", "audit_every"}
-"""Settings that say how a step is computed, and not which."""
+"""Settings that say how a step is computed, not what comes out."""
 OF_TRAINER = (
     "max_steps",
     "min_steps",
@@ -20,13 +20,13 @@ OF_TRAINER = (
     "limit_val_batches",
 )
 """Settings of the Trainer that are about the training, and not about the machine."""
-WHERE_NONE_IS_SAID = {
+OMITTED = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.1}},
     "schedule": {"class_path": "lm.training.schedules.Constant"},
 }
+"""What a model has where its recipe leaves them out."""
 DERIVED = {"attention_bias", "n_kv_head", "hidden_size", "depth"}
-"""Settings of lm.models' networks for which null stands for what others imply; the weights' shapes tell if they differ.
-"""
+"""Settings of lm.models' networks whose null means that others decide; if they differ, the weights' shapes do."""
 PRECISIONS = {None: "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -59,7 +59,7 @@ def between(there: dict[str, Any], here: dict[str, Any]) -> list[Difference]:
 
 
 def _trained(recipe: dict[str, Any], section: str) -> Any:
-    """Return what a section says of the training, with the defaults that no signature tells."""
+    """Return a section's settings of the training, with the defaults that are in no signature."""
     settings = recipe.get(section) or {}
     if section == "seed_everything":
         return {section: recipe.get(section)}
@@ -69,9 +69,7 @@ def _trained(recipe: dict[str, Any], section: str) -> Any:
         return chosen | {"precision": PRECISIONS.get(precision and str(precision), precision)}
     if section == "model":
         arguments = settings.get("init_args") or {}
-        return settings | {
-            "init_args": arguments | {k: arguments.get(k) or usual for k, usual in WHERE_NONE_IS_SAID.items()}
-        }
+        return settings | {"init_args": arguments | {k: arguments.get(k) or usual for k, usual in OMITTED.items()}}
     return settings
 
 

@@ -64,8 +64,10 @@ class StopSignals(Callback):
         """Stop where a step has been finished."""
         if progress.step_finished(trainer, batch_idx):
             module: Any = pl_module
-            told = [signum for signum in REASONS if module.answers.get(signum)]
-            if received := self.received if trainer.world_size == 1 else max(told, default=0):
+            received = self.received
+            if trainer.world_size > 1:
+                received = max((signum for signum in REASONS if module.answers.get(signum)), default=0)
+            if received:
                 raise Stopped(received, at_boundary=True)
 
     def on_validation_batch_end(

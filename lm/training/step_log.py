@@ -1,4 +1,4 @@
-"""What there is to say of training steps: the loss since the line before, tokens so far, learning rates."""
+"""The metrics of training steps: the mean loss since the last logged step, tokens so far, learning rates."""
 
 import math
 import time
@@ -33,9 +33,9 @@ class StepLog:
 
         Args:
             trainer: Knows the step, the device and the number of ranks.
-            targets: Always those of the step in progress, in the same list, a tensor for each micro-batch.
+            targets: A list that always holds the targets of the step in progress, a tensor for each micro-batch.
             optimizer: Its `group_names`, where it has them, name its parameter groups' learning rates.
-            settings: Each group's, as configured.
+            settings: Each parameter group's settings, as configured.
         """
         self._device, self._targets, self._world_size = trainer.strategy.root_device, targets, trainer.world_size
         self._begin_average(float(self._total), self._steps)
@@ -44,7 +44,7 @@ class StepLog:
         self.restart_clock(trainer.global_step)
 
     def _begin_average(self, total: float, steps: int) -> None:
-        """Go on from the sum of so many losses: a number on a CPU; elsewhere a tensor, which waits for no device."""
+        """Begin with the sum of so many losses: on a CPU a float, elsewhere a tensor, as adding must not wait."""
         self._total: Tensor | float = total
         self._steps = steps
         if self._device.type != "cpu":
@@ -81,7 +81,7 @@ class StepLog:
         return self._first[1] + self.tokens_since_start(step)
 
     def tokens_since_start(self, step: int) -> int:
-        """Return how many of these came after the checkpoint that training went on from."""
+        """Return how many tokens of these this start has trained on."""
         return (step - self._first[0]) * self._tokens_per_step()
 
     def _tokens_per_step(self) -> int:

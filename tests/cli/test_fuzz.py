@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pytest
 import torch
 import yaml
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 
 from lm import cli, data, models, training
 from lm.training import schedules
-from tests.conftest import ROOT, TEXT
+from tests.conftest import ROOT, TEXT, parser_of
 
 RECIPE = {
     "trainer": {"max_steps": 1, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
@@ -97,24 +96,6 @@ WORDS = (
     "&a [*a]", "%", "@", "*x", "auto", "os.system", "lm.models.GPT", "torch.nn.ReLU", "torch.optim.SGD", "naïve☃",
     "\udcff", "x" * 300, "x" * 5000, "9" * 5000, "[" * 900, "a\nb", "--json", "-", "last", "gpt2", "class_path: x",
 )  # fmt: skip
-
-
-class FoundError(Exception):
-    pass
-
-
-def parser_of(command: str) -> jsonargparse.ArgumentParser:
-    """Return the parser that a command makes for itself."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def parse_args(self: jsonargparse.ArgumentParser, *_: Any, **__: Any) -> None:
-            raise FoundError(self)
-
-        patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
-        patch.setattr(cli.help, "PAGES", {})  # help that is written by hand
-        with pytest.raises(FoundError) as found:
-            cli.main([command, "--help"])
-    return found.value.args[0]
 
 
 def options_of(command: str) -> Iterator[str]:

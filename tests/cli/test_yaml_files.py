@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.cli import yaml_files
+from lm.cli import help, yaml_files
 from tests.conftest import RECIPE
 
 TWICE = "trainer:\n  max_steps: 3\n  devices: 1\n  max_steps: 4\n"
@@ -56,7 +56,7 @@ def test_holders_are_for_files_alone() -> None:
     assert yaml_files.load("Q:") == "Q:"
 
 
-@pytest.mark.parametrize("section", yaml_files.SECTIONS)
+@pytest.mark.parametrize("section", help.SECTIONS)
 def test_a_section_with_nothing_in_it_is_as_if_left_out(section: str) -> None:
     recipe = {key: value for key, value in RECIPE.items() if key != section}
     assert yaml_files.load(f"{section}:\n" + yaml.safe_dump(recipe)) == recipe
