@@ -42,7 +42,8 @@ def check(
     """
     if optimizer and checkpoint.get("optimizer_states") == []:
         raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
-    if wrong := schema.resuming_problem(checkpoint) if optimizer else schema.problem(checkpoint, schema.USED):
+    outline = schema.FITTED if config is None else schema.USED
+    if wrong := schema.resuming_problem(checkpoint) if optimizer and config else schema.problem(checkpoint, outline):
         raise UserError(f"checkpoint {path}: {wrong}: it is damaged, or another program's: use another one")
     if identity(checkpoint["lm"]["tokenizer"]) != identity(tokenizer.state()):
         raise UserError(

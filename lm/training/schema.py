@@ -8,15 +8,14 @@ Outline = Any
 """A type; a dict of keys and their outlines, where others may be besides; a list of one outline, for all items."""
 
 NUMBER = (int, float)
-USED: Outline = {
+FITTED: Outline = {
     "global_step": int,
     "state_dict": dict,
-    "lm": {
-        "config": {"model": {"init_args": {"net": {"class_path": str}}}},
-        "tokenizer": {"kind": str},
-        "vocab_size": int,
-        "block_size": int,
-    },
+    "lm": {"tokenizer": {"kind": str}, "vocab_size": int, "block_size": int},
+}
+"""What a LanguageModel saves, also in a Trainer of a user's own."""
+USED: Outline = FITTED | {
+    "lm": FITTED["lm"] | {"config": {"model": {"init_args": {"net": {"class_path": str}}}}},
 }
 """What every command needs."""
 RESUMED: Outline = USED | {

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import signal
 import socket
 import sys
 import threading
@@ -18,7 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lm import log
 from lm.bounds import checked
-from lm.errors import CheckError, UserError
+from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.training import progress
 from lm.training.drift import check_drift
 from lm.training.meeting import Launcher, Meeting, end, end_starter, lost_child
@@ -140,8 +139,7 @@ class Watch(Callback):
 
     def name_the_lost(self, error: BaseException) -> CheckError:
         """Wait until it is known which rank was lost, and end; return an error where all seem to live."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda number, frame: os._exit(128 + number))
+        take_stops(lambda signum, frame: os._exit(Stopped(signum).exit_code))
         if self._lives is not None:
             time.sleep(self.timeout + 3 * self._lives.interval)  # meanwhile the watching threads end the process
         if lost := lost_child(self.children):  # before they could begin to watch

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from lm.cli.fit import Fit
 from lm.data import TextData
 from lm.errors import UserError
 from lm.inference import load
+from lm.models import Bigram
 from lm.training import LanguageModel
 from lm.training.loggers import read_csv
 from lm.training.metrics import TokenLoss
@@ -159,3 +162,18 @@ def test_the_heap_is_frozen_in_training_and_free_after_it(lm, workplace: Path, m
     assert gc.get_freeze_count() == 0
     assert lm("fit", "--config", "tiny.yaml", "--name", "stopped")[0] == 2
     assert gc.get_freeze_count() == 0
+
+
+def test_a_trainer_of_ones_own_goes_on_from_its_checkpoint(workplace: Path) -> None:
+    def fit(steps: int, ckpt_path: str | None = None) -> Trainer:
+        keeper = ModelCheckpoint(dirpath="kept", save_last=True, every_n_train_steps=2)
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, callbacks=[keeper],
+            enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=None, val_check_interval=2,
+        )  # fmt: skip
+        data = TextData(corpus="text.txt", block_size=8, batch_size=4)
+        trainer.fit(LanguageModel(net=Bigram), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    fit(2)
+    assert fit(4, "kept/last.ckpt").global_step == 4
