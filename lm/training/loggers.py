@@ -123,6 +123,7 @@ class MetricsCSV(_File):
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}  # the last one
         self._offset = 0  # where it begins in the file
+        self._file: os.stat_result | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -153,7 +154,8 @@ class MetricsCSV(_File):
             files.flush(self.path.parent)
 
     def _is_there(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size >= self._offset
+        """Return whether it is still the file that was opened: an editor puts another one in its place."""
+        return self._file is not None and _same(self.path, self._file) and self.path.stat().st_size >= self._offset
 
     def _open(self, metrics: list[str]) -> None:
         """Rewrite the table with columns for these metrics, and stand before its last row."""
@@ -167,7 +169,7 @@ class MetricsCSV(_File):
         if self._row:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, columns, restval="").writerow(self._row)
-        self._columns = columns
+        self._columns, self._file = columns, self.path.stat()
 
     def _next(self) -> dict[str, Any]:
         self._offset = self.path.stat().st_size
