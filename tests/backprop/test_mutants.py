@@ -240,7 +240,7 @@ def test_the_checker_finds_every_mutant_in_each_arithmetic(dtype: torch.dtype, m
     assert found(dtype) is None
     wrong = {}
     for module, old, new, name in [*MUTANTS, *ACCUMULATION]:
-        if name is not None:
+        if name not in (None, "cross-entropy: divided by all"):  # that is the loss alone, its gradient is right
             with broken(module, old, new):
                 monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
                 monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
