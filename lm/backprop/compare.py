@@ -15,7 +15,7 @@ from lm.backprop.rules import precise
 IGNORED = -100  # F.cross_entropy's own, and lm.data's
 EXACT = 1e-10
 """The tolerance in float64, where a wrong formula has nowhere to hide: rounding is 1e-16, some hundred times."""
-SPARE = 4.0
+SPARE = 12.0
 """How many times autograd's own error the two may differ, where a wider arithmetic can tell that error."""
 UNITS = 4  # in the last place: the least error that a sum of many numbers has
 FLOOR = 0.01

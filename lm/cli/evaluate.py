@@ -11,8 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm.cli import common, parsing
 from lm.data.tokenizers import from_state
 from lm.errors import CheckError, UserError
-from lm.inference.loading import not_finite
-from lm.training import checkpoint
+from lm.training import checkpoint, schema
 
 
 class Evaluate(parsing.Recipes):
@@ -77,7 +76,7 @@ class Evaluate(parsing.Recipes):
         values = {name: value for name, value in module.validation.items() if name != "step"}
         if not math.isfinite(values["loss"]):
             assert module.net is not None
-            culprit = not_finite(module.net.state_dict())
+            culprit = schema.not_finite(module.net.state_dict())
             why = f"{culprit} is not finite" if culprit else "its network computes what is not finite"
             raise CheckError(
                 f"checkpoint {self.config.ckpt_path}: the loss is {values['loss']}: {why}, training had diverged: use "

@@ -234,7 +234,7 @@ class ArithmeticData(TaskData):
     def longest(self) -> tuple[str, str]:
         """Return the problem of the longest answer."""
         top = 10**self.digits - 1
-        pairs = {"+": (top, top), "-": (top // 10 + 1, top), "*": (top, top), "/": (top, top // 10 + 1)}
+        pairs = {"+": (top, top), "-": (top // 10 + 1, top), "*": (top, top), "/": (top, top // 2 + 1)}
         return max(
             (self._problem(pairs[op][0], op, pairs[op][1]) for op in self.operators), key=lambda e: len("".join(e))
         )

@@ -18,8 +18,8 @@ from torch import Tensor
 from lm.data import files, outputs
 from lm.data.tokenizers import from_state
 from lm.errors import UserError
-from lm.inference.loading import build, not_finite
-from lm.training import checkpoint, owned
+from lm.inference.loading import build
+from lm.training import checkpoint, owned, schema
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
 
@@ -73,7 +73,7 @@ def _is_export(path: Path) -> bool:
 
 
 def _note_not_finite(path: Path, weights: dict[str, Tensor], note: Callable[[str], None]) -> None:
-    if name := not_finite(weights):
+    if name := schema.not_finite(weights):
         note(f"{path}: {name} is not finite: it is written as it is, the network is of no use")
 
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.init import _EmptyInit
-from torch import Tensor, nn
+from torch import nn
 
 from lm.data.tasks import TaskData
 from lm.data.tokenizers import Tokenizer, from_state
 from lm.errors import CheckError, UserError
-from lm.training import checkpoint
+from lm.training import checkpoint, schema
 
 
 class Fitted(NamedTuple):
@@ -47,14 +47,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
             raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
         task = task_of(meta["config"])
         fitted = Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"], task)
-    if name := not_finite(weights):
+    if name := schema.not_finite(weights):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
     return fitted
-
-
-def not_finite(weights: dict[str, Tensor]) -> str | None:
-    """Return the name of the first of a network's weights that has NaN or infinity."""
-    return next((name for name, value in weights.items() if not value.isfinite().all()), None)
 
 
 def task_of(config: dict[str, Any]) -> TaskData | None:

@@ -123,7 +123,7 @@ def clear(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
     probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
     for part in (*files.parts(folder, r".*\.ckpt"), *probes):
-        if part.is_file() and not part.is_symlink():
+        if owned.is_ours(part):
             part.unlink()
     for part in (*folders.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
         owned.remove(part)

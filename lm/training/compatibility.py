@@ -9,7 +9,7 @@ from torch import Tensor
 from lm import __version__
 from lm.data.chunks import IGNORED
 from lm.data.tokenizers import Tokenizer, identity
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 from lm.training import recipes, schema
 
 FREE = {"dropout"}
@@ -39,6 +39,7 @@ def check(
 
     Raises:
         UserError: Something is of another kind; says what it is there and here.
+        CheckError: Training is to go on from weights that are not finite.
     """
     if optimizer and checkpoint.get("optimizer_states") == []:
         raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
@@ -58,9 +59,18 @@ def check(
         there, here = saved.get(key, "missing"), built.get(key, "missing")
         if there != here and ((key in saved and key in built) or key.startswith("net.")):
             raise _another(str(path), key, there, here)
+    if optimizer:
+        check_finite(str(path), checkpoint["state_dict"])
     kinds = [one and _optimizer(one) for one in (checkpoint["lm"]["config"], config)]
     if optimizer and all(kinds) and kinds[0] != kinds[1]:
         raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
+
+
+def check_finite(path: str, weights: dict[str, Tensor]) -> None:
+    """Raise a CheckError where weights have NaN or infinity; those of sharded checkpoints are not read yet."""
+    there = {name.removeprefix("net."): value for name, value in weights.items() if not value.is_meta}
+    if name := schema.not_finite(there):
+        raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
 
 
 def check_data(net: Any, data: Any) -> None:

@@ -27,6 +27,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
 
     Raises:
         UserError: The checkpoint cannot be read, or is of another vocabulary or another network.
+        CheckError: Its weights are not finite.
     """
     saved = checkpoint.load(path)
     there = from_state(saved["lm"]["tokenizer"])
@@ -38,6 +39,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
     if config and saved["lm"]["config"]:
         compatibility.check_network(f"--init_from {path}", saved["lm"]["config"], config)
     weights = checkpoint.weights(saved)
+    compatibility.check_finite(str(path), weights)
     cropped = _crop(net, weights, saved["lm"]["block_size"])
     built = net.state_dict()
     for key in (*weights, *built):

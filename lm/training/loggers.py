@@ -123,6 +123,7 @@ class MetricsCSV(_File):
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []  # the last one, to which more may come, and those the disk refused
         self._offset = 0  # where the first of them begins in the file
+        self._file: os.stat_result | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -143,9 +144,13 @@ class MetricsCSV(_File):
             files.flush(self.path)
             files.flush(self.path.parent)
 
+    def _is_there(self) -> bool:
+        """Return whether it is still the file that was opened: an editor puts another one in its place."""
+        return self._file is not None and _same(self.path, self._file) and self.path.stat().st_size >= self._offset
+
     def _write(self) -> None:
         """Write the rows that the file may not have yet."""
-        if self._columns and not (self.path.is_file() and self.path.stat().st_size >= self._offset):
+        if self._columns and not self._is_there():
             self._removed(self.path)
             self._columns = []
         if not {name for row in self._rows for name in row} <= set(self._columns):
@@ -171,7 +176,8 @@ class MetricsCSV(_File):
             self._rows[0] = rows.pop() | self._rows[0]
         columns = [*dict.fromkeys([*columns, *(name for row in self._rows for name in row)])]
         write_csv(self.path, columns, rows)
-        self._columns, self._offset = columns, self.path.stat().st_size
+        self._columns, self._file = columns, self.path.stat()
+        self._offset = self._file.st_size
 
 
 class MetricsProm(_File):

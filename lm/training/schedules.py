@@ -45,7 +45,7 @@ def check(schedule: Callable[[int, int], float], first: int, max_steps: int) -> 
         UserError: It fails there, or gives no finite factor of at least 0.
     """
     name = f"model.schedule {type(schedule).__name__}"
-    for step in (*range(first, max_steps, 1 + (max_steps - first) // 1000), max_steps - 1):
+    for step in (*range(first, max_steps, 1 + max(0, max_steps - first) // 1000), max_steps - 1):
         try:
             factor = float(schedule(step, max_steps))
         except Exception as error:  # of a user's own class anything may come

@@ -67,3 +67,8 @@ def _not_a_number(found: Any, where: str) -> str | None:
     if isinstance(found, dict):
         return next(filter(None, (_not_a_number(value, f"{where}.{key}") for key, value in found.items())), None)
     return None if found is None or isinstance(found, NUMBER) else f"{where} is of type {type(found).__name__}"
+
+
+def not_finite(weights: dict[str, Tensor]) -> str | None:
+    """Return the name of the first of a network's weights that has NaN or infinity."""
+    return next((name for name, value in weights.items() if not value.isfinite().all()), None)

@@ -213,3 +213,11 @@ def test_seq2seq_on_data_without_a_source_is_refused(lm, workplace: Path, data: 
     code, _, error = lm("fit", "--config", "wrong.yaml")
     assert code == 2 and "model.net Seq2Seq writes what follows token 3, " in error.splitlines()[-1], error
     assert f"but {data} has targets before it" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("operators", ["+", "-", "*", "/", "/+"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_the_longest_problem_is_as_long_as_any(digits: int, operators: str, pad: bool) -> None:
+    data = ArithmeticData(digits=digits, operators=operators, pad=pad, held_out=5)
+    assert len("".join(data.longest())) == max(len("".join(data.example(i))) for i in range(data.size))

@@ -180,7 +180,9 @@ def test_a_full_disk_is_seen_before_training(small_disk: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path: Path) -> None:
-    (tmp_path / ".last.ckpt.123.part").write_bytes(b"half")
+    checkpoint.write({"lm": {}}, tmp_path / "whole")
+    (tmp_path / ".last.ckpt.123.part").write_bytes((tmp_path / "whole").read_bytes()[:200])
+    (tmp_path / "whole").unlink()
     (tmp_path / ".probe.123").touch()
     disk.probe(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another process may be at it
@@ -189,3 +191,10 @@ def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
         disk.probe(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("name", [".last.ckpt.12ab.part", ".probe.12ab"])
+def test_what_lm_did_not_write_is_not_cleared_whatever_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("years of work, nothing else\n" * 9)
+    checkpoint.clear(tmp_path)
+    assert (tmp_path / name).read_text() == "years of work, nothing else\n" * 9

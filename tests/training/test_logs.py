@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lm.errors import UserError
 from lm.training import loggers
-from lm.training.loggers import _event_files, forget
+from lm.training.loggers import MetricsCSV, _event_files, forget
 
 LOGS = Path("logs/tiny")
 
@@ -55,6 +56,16 @@ def events() -> set[int]:
     read = EventAccumulator(str(LOGS))
     read.Reload()
     return {event.step for event in read.Scalars("train/loss")}
+
+
+def test_a_table_of_another_is_not_written_into(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    (tmp_path / "notes").write_text("years of work, nothing else\n" * 9)
+    (tmp_path / "notes").replace(tmp_path / "metrics.csv")
+    with pytest.raises(UserError, match="not the table that lm wrote"):
+        logger.log_metrics({"loss": 2.0}, 2)
+    assert (tmp_path / "metrics.csv").read_text() == "years of work, nothing else\n" * 9
 
 
 def test_a_file_of_events_that_is_none_is_left_alone(tmp_path: Path) -> None:

@@ -131,6 +131,15 @@ def test_weights_that_are_not_finite_are_said_with_exit_1(lm, last: Path) -> Non
     assert code == 0 and "is not finite" in err
 
 
+@pytest.mark.parametrize("option", ["--ckpt_path", "--init_from"])
+def test_training_does_not_go_on_from_weights_that_are_not_finite(lm, last: Path, option: str) -> None:
+    nan(last)
+    code, out, err = lm("fit", "--config", "tiny.yaml", "--name", "on", option, "nan.ckpt", "--trainer.max_steps", 20)
+    assert code == 1 and "/20" not in out
+    assert err.startswith("error: checkpoint nan.ckpt: wte.weight is not finite") and len(err.splitlines()) == 1
+    assert not Path("checkpoints/on").exists()
+
+
 def sharded(last: Path) -> Path:
     """Write a checkpoint as a folder of one rank's share."""
     from torch.distributed import checkpoint as dcp
