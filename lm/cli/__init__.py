@@ -71,7 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("LM_DEBUG") or (found := as_user_error(error)) is None:
             raise
-        return _end(found)
+        return _end(_naming_the_option(found, error, words))
+
+
+def _naming_the_option(found: UserError, error: Exception, words: list[str]) -> UserError:
+    """Return what is said of a file, with the option in front that named it or the folder it is in."""
+    from lm.cli import messages
+
+    file = getattr(error, "filename", None)
+    for one in messages.said(words):
+        if isinstance(file, str) and one.value and one.key != "config" and file.startswith(one.value):
+            return UserError(f"{one.place or '--'}{one.key} {found}")
+    return found
 
 
 def _end(error: CommandError) -> int:

@@ -1,6 +1,7 @@
 """`lm doctor`: what of this machine matters to training, and what to change."""
 
 import ctypes
+import math
 import os
 import platform
 import re
@@ -23,8 +24,7 @@ from lm import __version__
 from lm.cli import common, values
 from lm.data import files
 from lm.errors import CheckError, UserError
-from lm.training import disk
-from lm.training.compute import compiler_missing
+from lm.training import compute, disk
 
 GIB = 1 << 30
 MARKS = {"ok": " ", "note": "!", "fail": "X"}
@@ -65,9 +65,9 @@ def locked(lock: Path) -> Finding:
         UserError: There is no such lock.
     """
     try:
-        text = lock.read_text()
+        text = files.plain(lock).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--lock {lock}: {error}") from error
+        raise UserError(f"--lock {lock}: {getattr(error, 'strerror', None) or error}") from error
     wanted = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
     if not wanted:
         raise UserError(f"--lock {lock}: it names no package: say a requirements.lock")
@@ -124,7 +124,7 @@ def devices() -> Iterator[Finding]:
 
 
 def _compiler(device: torch.device) -> Finding:
-    missing = compiler_missing(device)
+    missing = compute.compiler_missing(device)
     advice = f"model.compile goes on without: install {missing}"
     return Finding(
         f"torch.compile on {device.type}", f"lacks {missing}" if missing else "yes", "note" if missing else "ok", advice
@@ -133,14 +133,9 @@ def _compiler(device: torch.device) -> Finding:
 
 def memory() -> Iterator[Finding]:
     """Look at memory, shared memory and open files."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        total, free = (int(rows[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    except OSError:
+    total, free = compute.memory()
+    if total == math.inf:
         return
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(limit).exists() and (value := Path(limit).read_text().strip()).isdigit():
-            total, free = min(total, int(value)), min(free, int(value))
     verdict: Literal["ok", "fail"] = "ok" if free > GIB // 2 else "fail"
     value = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     yield Finding(

@@ -1,5 +1,6 @@
 """`lm health`: whether a container does what it was started for; Dockerfile's HEALTHCHECK."""
 
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from urllib.error import URLError
@@ -32,7 +33,7 @@ def health(arguments: list[str]) -> None:
     try:
         with urlopen(url, timeout=TIMEOUT) as answer:
             print(f"{url}: {answer.status}")
-    except (URLError, OSError) as error:
+    except (URLError, OSError, ValueError, HTTPException) as error:
         raise CheckError(f"{url}: {getattr(error, 'reason', error)}") from error
 
 

@@ -153,6 +153,8 @@ def _explain(text: str, words: Sequence[str], names: Sequence[str], classes: dic
     if unread := re.findall(r"Unable to load config \"(.*?)\"", text):
         where = next((str(one) for one in there[::-1] if one.value == unread[0]), "a section")
         return f"{where}: found {unread[0]!r}, expected a YAML mapping, or a file that has one"
+    if "File does not exist" in text and (config := config_fault(words)):
+        return config
     for pattern, line in SIMPLE:
         if found := re.findall(pattern, text):
             parts = found[-1] if isinstance(found[-1], tuple) else (found[-1],)
@@ -257,10 +259,11 @@ def _no_value(words: Sequence[str], text: str) -> str:
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         if (
             word.startswith("-")
-            and following.startswith("--")
+            and re.match(r"-(?![\d.]|$)", following)
             and (not named or f"-{named[1]}" in word or word == "-c")
         ):
-            return f"{word}: a value is missing behind it"
+            hint = "" if following.startswith("--") else f": say {word}={following} if {following} is the value"
+            return f"{word}: a value is missing behind it{hint}"
     return text
 
 

@@ -297,6 +297,8 @@ def run_name(config: Namespace) -> str:
     name = config.name or (Path(files[-1]).stem if files else "run")
     if not re.fullmatch(r"[\w][\w.=+-]*", name):
         raise UserError(f"--name {name}: use letters, digits, '.', '_', '-', '+' and '='")
+    if len(name.encode()) > 200:  # file systems take 255, and files beside it have longer names
+        raise UserError(f"--name {messages.shortened(name, 60)}: it has {len(name.encode())} bytes: say at most 200")
     return name
 
 

@@ -47,7 +47,7 @@ class Plan(parsing.Untrained):
         tokens, targets = data.training_examples()(0, 1)
         make_net: Any = module.make_net
         return planning.Recipe(
-            partial(parts.make_net, make_net, data.vocab_size, data.block_size),
+            partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),
             module.make_optimizer,
             (size, *tokens.shape[1:]),
             (size, *targets.shape[1:]),

@@ -76,8 +76,8 @@ def prepare_command(arguments: list[str]) -> None:
     seconds = time.monotonic() - began
     out = common.output(options.json)
     print(
-        f"{said}: {folder}: {done['tokens']:,} tokens of {done['documents']:,} documents, {done['bytes']:,} bytes, in "
-        f"{done['shards']} shards, {seconds:.1f} s",
+        f"{said}: {folder}: {done['tokens']:,} tokens of {_count(done['documents'], 'document')}, {done['bytes']:,} "
+        f"bytes, in {_count(done['shards'], 'shard')}, {seconds:.1f} s",
         file=out,
     )
     if done["replaced"]:
@@ -88,6 +88,10 @@ def prepare_command(arguments: list[str]) -> None:
         print("note: no text fell to validation, which lm fit needs: more text, or a larger --val_fraction", file=out)
     if options.json:
         common.print_json(done | {"seconds": round(seconds, 3)})
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

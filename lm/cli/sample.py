@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lm.cli import common, parsing, values
+from lm.data import files
 from lm.data.tasks import TaskData
 from lm.errors import UserError
 from lm.inference.loading import load
@@ -98,7 +99,8 @@ def _prompt(prompt: str, file: Path | None) -> str:
     if prompt:
         raise UserError("--prompt and --prompt_file: say one of them")
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        opened = str(file) == "/dev/stdin" or str(file).startswith("/dev/fd/")  # by the shell: no wait without end
+        return (file if opened else files.plain(file)).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

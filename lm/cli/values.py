@@ -10,6 +10,10 @@ from lm import bounds
 from lm.cli import common, yaml_files
 from lm.errors import UserError
 
+PATHS = ("config", "ckpt_path", "init_from", "corpus", "prompt_file")
+READ_ONCE = ("prompt", "stop", "prompt_file", "source", "output")
+"""Texts, and paths that are looked at where they are used."""
+
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Return a command's options.
@@ -25,16 +29,23 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Let parsers read YAML by lm's rules, and check the configs first, as parsers do not say in which one a fault is.
+    """Let parsers read YAML by lm's rules, and look at the files that are named before they do.
+
+    Parsers do not say in which config a fault is, and wait for ever for a pipe that nobody writes to.
 
     Args:
         arguments: The words of the command line.
     """
     yaml_files.use()
-    for word, following in pairwise([*arguments, ""]):
-        name, _, value = word.partition("=")
+    for word, following in pairwise([*arguments, "--"]):
+        name, equals, value = word.partition("=")
+        value, leaf = value if equals else following, name.split(".")[-1].lstrip("-")
+        if leaf in PATHS and not value:
+            raise UserError(f"{name} '': it is empty: name a file, or leave the option out")
         if name in ("-c", "--config"):
-            yaml_files.check_file(Path(value or following))
+            yaml_files.check_file(Path(value))
+        elif name.startswith("--") and leaf not in READ_ONCE and yaml_files.is_pipe(value):
+            raise UserError(f"{name} {value}: a pipe or a device, which cannot be read twice: say a file")
 
 
 def check(options: Namespace, command: str = "") -> None:

@@ -1,5 +1,9 @@
 """YAML as lm reads it: no key twice, no aliases that grow without end; top-level holders of anchors are left out."""
 
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +52,36 @@ def check_file(path: Path) -> None:
     """Refuse a file by its name, which parsers do not say, where `load` refuses what is in it.
 
     Raises:
-        UserError: A key is there twice, or aliases stand for too much.
+        UserError: It is a pipe or a device, which parsers would wait for; a key is there twice; aliases stand for too
+            much.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"--config {path}: a pipe or a device, which cannot be read twice: say a YAML file")
     try:
-        load(path.read_text())
+        values = load(path.read_text())
+        if pipe := next((text for text in _texts(values) if is_pipe(text)), None):
+            raise UserError(f"{path}: {pipe}: a pipe or a device, which cannot be read twice: say a file")
     except Refused as error:
         raise UserError(f"{path}: {error}") from error
     except (OSError, ValueError, yaml.YAMLError):
         pass
+
+
+def is_pipe(path: str) -> bool:
+    """Return whether a path is a named pipe: parsers open any value that may be a file, and wait."""
+    with suppress(OSError, ValueError):
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    return False
+
+
+def _texts(values: Any) -> Iterator[str]:
+    left = [values]  # a loop, as they may be nested as deeply as Python can recurse
+    while left:
+        one = left.pop()
+        if isinstance(one, dict | list):
+            left += one.values() if isinstance(one, dict) else one
+        elif isinstance(one, str):
+            yield one
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.data import shards, tokenizers
+from lm.errors import UserError
 
 
 class Piece(NamedTuple):
@@ -132,6 +134,11 @@ def ordered(
 
     try:
         yield results()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "--workers: a process that encodes was killed, for want of memory perhaps: say fewer, and give the same "
+            "command again: it goes on from there"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

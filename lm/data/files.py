@@ -1,5 +1,6 @@
 """Where data files live, and how one that is missing is had: once, with a timeout, under a pinned hash."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -78,6 +79,17 @@ def sha256(path: Path) -> str:
     except OSError as error:  # of one that opens and cannot be read, the system does not say the name
         error.filename = str(path)
         raise
+
+
+def plain(path: Path) -> Path:
+    """Return the path of a file that is to be read.
+
+    Raises:
+        OSError: It is a pipe or a device, which could keep its reader waiting for ever.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "a pipe or a device, which cannot be read twice: say a file", str(path))
+    return path
 
 
 def flush(path: Path) -> None:

@@ -149,7 +149,7 @@ class _Run:
             if not path.exists():
                 continue
             try:
-                known = json.loads(path.read_text())
+                known = json.loads(files.plain(path).read_text())
                 same = known["plan"] == plan
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--output {self.folder}: its {name} is not lm prepare's") from error

@@ -277,6 +277,8 @@ def find(sources: Iterable[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
+        if not source:
+            raise UserError("source '': it is empty: say a file, a folder or a glob")
         path = Path(source).expanduser()
         try:
             if path.is_dir():

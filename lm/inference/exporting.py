@@ -68,7 +68,7 @@ def _is_export(path: Path) -> bool:
     if not files.holds_only(path, f"{WEIGHTS}|{REST}"):
         return False
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return "class_path" in json.loads((path / REST).read_text())["config"]["model"]["init_args"]["net"]
+        return "class_path" in json.loads(files.plain(path / REST).read_text())["config"]["model"]["init_args"]["net"]
     return False
 
 
@@ -109,8 +109,8 @@ def import_safetensors(
     """
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     try:
-        rest = json.loads((folder / REST).read_text())
-        weights = load_file(folder / WEIGHTS)
+        rest = json.loads(files.plain(folder / REST).read_text())
+        weights = load_file(files.plain(folder / WEIGHTS))
         weights |= {name: weights[other] for name, other in rest.pop("same").items()}
         step = int(rest.pop("step"))
         net = build(rest["config"]["model"]["init_args"]["net"], rest["vocab_size"], rest["block_size"])

@@ -269,7 +269,8 @@ def newest_first(folder: Path) -> dict[Path, dict[str, Any]]:
     metas = {}
     for path in folder.glob("*.ckpt"):
         try:
-            metas[path] = peek(path)
+            if path.is_file() or path.is_dir():  # who opens a pipe may wait for ever
+                metas[path] = peek(path)
         except Exception:  # a damaged file can raise anything; it is no candidate
             continue
 

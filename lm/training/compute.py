@@ -1,7 +1,9 @@
 """How a network computes, other than what: compiled, or recomputing its blocks' activations."""
 
+import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -50,6 +52,19 @@ def compiler_missing(device: torch.device) -> str | None:
     except Exception:  # its own kind of error has changed between releases
         return f"a C++ compiler ({', '.join(str(name) for name in config.cpp.cxx if name)})"
     return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
+
+
+def memory() -> tuple[float, float]:
+    """Return this machine's or container's memory in bytes, all and what is free; infinity where nothing tells."""
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (float(int(rows[key].split()[0]) << 10) for key in ("MemTotal", "MemAvailable"))
+    except OSError:
+        return math.inf, math.inf
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(limit).exists() and (value := Path(limit).read_text().strip()).isdigit():
+            total, free = min(total, int(value)), min(free, int(value))
+    return total, free
 
 
 def leave_constants(module: nn.Module) -> None:

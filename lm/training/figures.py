@@ -29,7 +29,7 @@ MOST_POSITIONS = 32  # of an attention map, and of the rows of dlogits
 MOST_EXAMPLES = 64  # in the picture of units that pass no gradient
 LAYOUT = {  # charts of many curves, in the order of their use
     "training": {
-        "loss": ["Multiline", [r"train/loss", r"val/loss"]],
+        "loss": ["Multiline", ["train/loss$", "val/loss$"]],
         "update sizes: log10, about -3 is healthy": ["Multiline", [r"update_ratio/.*"]],
         "dead units": ["Multiline", [r"dead_units/.*"]],
         "share of saturated tanh units": ["Multiline", [r"saturation/.*"]],
@@ -45,8 +45,8 @@ class Figures(Callback):
 
     Args:
         every_n_steps: Steps between figures; 0 switches all of them off.
-        activations: Histograms of what each layer puts out.
-        gradients: Histograms of each parameter's gradient, after clipping.
+        activations: Histograms of what each layer puts out, but for LayerNorm and the like, which always look the same.
+        gradients: Histograms of each matrix's gradient, after clipping.
         saturation: Of each tanh layer, the share of units whose size is above 0.97; of each tanh and ReLU layer, which
             units pass no gradient at which examples, and the number of those that pass none at all: dead ones.
         updates: For each matrix, log10 of the update's standard deviation over the parameter's; about -3 is healthy.
@@ -109,7 +109,7 @@ class Figures(Callback):
         for name, module in net.named_modules():
             if (
                 isinstance(module, nn.Tanh | nn.Sigmoid | nn.ReLU | nn.GELU | nn.Linear)
-                or "Norm" in type(module).__name__
+                or "BatchNorm" in type(module).__name__
             ):
                 self._handles.append(module.register_forward_hook(self._look(name)))
 
@@ -136,7 +136,7 @@ class Figures(Callback):
     def before_update(self, net: Any) -> None:
         """Keep the gradients and the matrices as they are before the update."""
         for name, parameter in net.named_parameters():
-            if self.gradients and parameter.grad is not None:
+            if self.gradients and parameter.grad is not None and parameter.ndim >= 2:
                 self._gradients[name] = parameter.grad.detach().clone()
             if self.updates and parameter.ndim >= 2:
                 self._before[name] = parameter.detach().clone()
@@ -159,7 +159,8 @@ class Figures(Callback):
                 board.add_scalar(f"saturation/{name}", float(value), step)
             for name, stuck in self._stuck.items():
                 board.add_scalar(f"dead_units/{name}", int(stuck.all(0).sum()), step)
-                title = f"{name}: units that pass no gradient, at {min(len(stuck), MOST_EXAMPLES)} examples"
+                rows = min(len(stuck), MOST_EXAMPLES)
+                title = f"{name}: units (columns) that pass no gradient, at {rows} examples (rows)"
                 picture = pictures.stuck_units(stuck[:MOST_EXAMPLES], title)
                 board.add_image(f"dead_units/{name}", picture, step, dataformats="HWC")
             for name, parameter in net.named_parameters():
@@ -225,8 +226,8 @@ class Figures(Callback):
 
 
 def _symbol(label: str) -> str:
-    """Return a label without its quotes, unless nothing would be seen."""
-    return label[1:-1] if label[1:-1].strip() else label
+    """Return a label without its quotes; a space as a dot, which can be seen."""
+    return label[1:-1].replace(" ", "·")
 
 
 def _histogram(board: Any, tag: str, values: Tensor, step: int) -> None:

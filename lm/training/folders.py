@@ -115,7 +115,7 @@ def copy(source: Path, target: Path) -> None:
 def checksum(file: Path) -> int:
     """Return the CRC-32 of a file."""
     value = 0
-    with file.open("rb") as stream:
+    with files.plain(file).open("rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
@@ -129,7 +129,7 @@ def holds(path: Path) -> bool:
 def damage(path: Path) -> str | None:
     """Return what is wrong with a sharded checkpoint, or None where it is whole. Reads all of it."""
     try:
-        sums = json.loads((path / SUMS).read_text())
+        sums = json.loads(files.plain(path / SUMS).read_text())
         wrong = next((name for name, value in sums.items() if checksum(path / name) != value), None)
     except (OSError, ValueError, AttributeError) as error:
         return f"it is not whole or no checkpoint ({error})"
@@ -144,7 +144,7 @@ def damage(path: Path) -> str | None:
 
 def meta(path: Path) -> dict[str, Any]:
     """Return all of a sharded checkpoint but its tensors."""
-    return torch.load(path / META, map_location="cpu", weights_only=True)
+    return torch.load(files.plain(path / META), map_location="cpu", weights_only=True)
 
 
 class Reader(dcp.FileSystemReader):

@@ -36,7 +36,8 @@ def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
         symbols: V texts.
     """
     largest = max(float(rows.abs().max()), 1e-30)
-    panel = _panel(rows, [str(i) for i in range(len(rows))], symbols, "gradient of the loss by each logit", largest)
+    title = "gradient of the loss by each logit: red is pulled down, blue up"
+    panel = _panel(rows, [str(i) for i in range(len(rows))], symbols, title, largest)
     return np.asarray(_beside([panel, _bar(panel.height, f"{largest:.1e}", f"-{largest:.1e}", signed=True)]))
 
 
@@ -60,6 +61,8 @@ def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: s
     if cell >= FONT:
         left = 4 + int(max(font.getlength(name) for name in rows))
         top += 4 + int(max(font.getlength(name) for name in columns))
+    elif any(columns):
+        top += FONT + 4
     picture = Image.fromarray(colours.astype(np.uint8)).resize(
         (share.shape[1] * cell, share.shape[0] * cell), Image.Resampling.NEAREST
     )
@@ -75,6 +78,9 @@ def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: s
             draw.text((left - 4, top + i * cell + cell / 2), name, fill=TEXT, font=font, anchor="rm")
         for i, name in enumerate(columns):
             _upwards(panel, name, left + i * cell, top - 3, font)
+    else:
+        for i, name in enumerate(columns):
+            draw.text((left + i * cell, top - 3), name, fill=TEXT, font=font, anchor="ls")
     return panel
 
 

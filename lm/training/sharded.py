@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -60,6 +61,11 @@ class Sharded(ModelParallelStrategy):
     def __init__(self) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
         self._group: distributed.ProcessGroup | None = None  # in which the ranks' writers talk
+
+    def _configure_launcher(self) -> None:
+        # as DDP's: in every process, so that each comes to the meeting; Lightning's is the first process' alone
+        assert self.cluster_environment is not None
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Shard over all ranks, on one node or several."""

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -60,8 +61,17 @@ PARTS = {
     "model.init_args.schedule.init_args": schedules.Cosine,
     "data.init_args": data.TextData,
 }
-WAITS = ("trainer.num_nodes", "trainer.devices", "url")
-"""Options by which a command rightly waits for others: their good values are not tried."""
+WAITS = ("trainer.num_nodes", "trainer.devices", "url", "model.init_args.compile")
+"""Options by which a command rightly waits, for others or for a compiler: their good values are not tried."""
+ALSO = {
+    "ckpt_path": "checkpoint",
+    "init_from": "checkpoint",
+    "verify": "manifest",
+    "accelerator": "gpu",
+    "accumulate_grad_batches": "batch_size",
+    "block_size": "context",
+}
+"""By which other word of the field a message may name an option."""
 
 # devices are nodes of the folder's own: a fault of ours must not cost the machine its /dev/null
 PATHS = (
@@ -71,6 +81,7 @@ PATHS = (
     "/dev/null",
     "/dev/full",
     "dangling",
+    "pipe",
     "locked",
     "a/b",
     "text.txt/x",
@@ -150,6 +161,7 @@ class Fuzzer:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.template, place)
         (place / "dangling").symlink_to("nowhere")
+        os.mkfifo(place / "pipe")
         for name, minor in (("null", 3), ("full", 7)):
             try:
                 os.mknod(place / name, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
@@ -177,8 +189,19 @@ class Fuzzer:
             yield "traceback"
         if code in (1, 2) and sum(line.startswith("error: ") for line in lines) != 1:
             yield f"{sum(line.startswith('error: ') for line in lines)} lines that begin with error"
+        if code == 2 and not names_one(err, chosen):
+            yield "the message names none of the options"
         if any(digest != digests(place).get(name) for name, digest in before.items()):
             yield "a user's file was changed"
+
+
+def names_one(err: str, chosen: list[tuple[str, str]]) -> bool:
+    """Return whether a message has a word of the name of one of the options, or of a key that its value has."""
+    if "more.yaml" in err:  # the file that says them
+        return True
+    keys = {key for name, _ in chosen for key in name.split(".") if key != "init_args"}
+    keys |= {key for _, value in chosen for key in re.findall(r"\w+", value)[:1]}
+    return any(word in err for key in keys for word in (key, ALSO.get(key, key)))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -221,7 +221,7 @@ def test_hostile_texts_end_in_a_line_or_in_tokens(workplace: Path, lm: Run, name
 def test_one_text_is_one_document_and_an_empty_validation_split_is_said(workplace: Path, lm: Run) -> None:
     words = ("prepare", "--source", "text.txt", "--tokenizer", "byte", "--workers", 1, "--output")
     code, out, _ = lm(*words, "one")
-    assert code == 0 and "of 1 documents" in out and "note" not in out
+    assert code == 0 and "of 1 document," in out and "note" not in out
     code, out, _ = lm(*words, "none", "--val_fraction", 0)
     assert code == 0 and "note: no text fell to validation" in out
     code, _, error = lm("fit", "--config", "tiny.yaml", "--data.init_args.corpus", "none")

@@ -73,7 +73,7 @@ def test_train_and_validation_loss_are_in_one_chart_at_the_top(workplace: Path) 
                     layouts.append(Layout.FromString(value.tensor.string_val[0]))
     charts = [chart for category in layouts[0].category for chart in category.chart]
     assert len(layouts) == 1 and charts[0].title == "loss"
-    assert list(charts[0].multiline.tag) == ["train/loss", "val/loss"]
+    assert list(charts[0].multiline.tag) == ["train/loss$", "val/loss$"]
     found = tags()
     assert found["train/loss"] and found["val/loss"]
     shares = next(chart.multiline.tag[0] for chart in charts if "residual" in chart.title)

@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lm.errors import UserError
 from lm.training import checkpoint, folders
+from lm.training.sharded import Sharded
 from tests.training.test_ranks import finish, numbers, run, stop_at, write_recipe
 from tests.training.test_resume import assert_equal, state
 
 SHARDED = ("--trainer.strategy", "fsdp2")
+
+
+def test_every_rank_comes_to_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as for a process that the first has started
+    strategy = Sharded()
+    strategy.cluster_environment, strategy.parallel_devices = LightningEnvironment(), [torch.device("cpu")] * 2
+    strategy._configure_launcher()
+    assert strategy.launcher is not None
 
 
 def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -> None:
