@@ -27,6 +27,10 @@ def check() -> None:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if found.get(rank, 0) >= found.get(size, 1 << 31):
             raise UserError(f"{rank} in the environment is {found[rank]}, {size} {found[size]}: unset them")
+    if found.get("RANK") and "WORLD_SIZE" not in found:
+        raise UserError(
+            f"RANK in the environment is {found['RANK']}, and there is no WORLD_SIZE: unset it, or use torchrun"
+        )
     alone = not {"RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"} & found.keys()
     if found.get("LOCAL_RANK") and alone:
         raise UserError(

@@ -44,7 +44,7 @@ def sample(arguments: list[str]) -> None:
     fitted = load(options.ckpt_path, _device(options.device))
     prompt, asked = _question(fitted.task, prompt)
     answer = fitted.task.readable if fitted.task and asked else str
-    ids = start_tokens(fitted.tokenizer, asked)
+    ids = start_tokens(fitted.tokenizer, asked, "--prompt_file" if options.prompt_file else "--prompt")
     device = next(fitted.net.parameters()).device
     began = time.monotonic()
     tokens = generate(

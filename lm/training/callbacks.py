@@ -229,6 +229,7 @@ class Console(Callback):
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.stream.flush()  # its line ends before standard error has the next
             self.bar = None
 
     def _line(self, text: str, **fields: Any) -> None:

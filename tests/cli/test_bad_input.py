@@ -142,6 +142,7 @@ TABLE = {
     "unknown symbols": ((*SAMPLE, "--prompt", "1€2"), "--prompt: the vocabulary of .* lacks '€'"),
     "prompt not UTF-8": ((*SAMPLE, "--prompt_file", "latin.txt"), "latin.txt: not UTF-8 at byte offset 103"),
     "missing prompt file": ((*SAMPLE, "--prompt_file", "no.txt"), "--prompt_file no.txt: No such file"),
+    "prompt file of other symbols": ((*SAMPLE, "--prompt_file", "tiny.yaml"), "--prompt_file: the vocabulary"),
     "two prompts": ((*SAMPLE, "--prompt", "a", "--prompt_file", "text.txt"), "say one of them"),
     "no tokens": ((*SAMPLE, "--max_new_tokens", 0), "--max_new_tokens is 0: it must be at least 1"),
     "bad top_p": ((*SAMPLE, "--top_p", 2), "--top_p is 2: it must be above 0 and at most 1"),

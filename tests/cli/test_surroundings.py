@@ -2,6 +2,8 @@
 
 import pytest
 
+from lm.cli import environment
+from lm.errors import UserError
 from tests.conftest import start
 
 NET = "--model.init_args.net"
@@ -54,3 +56,10 @@ def test_variables_of_launchers(lm, monkeypatch, variables: dict[str, str], expe
 def test_classes_and_sizes_that_cannot_be(lm, words: tuple, expected: str) -> None:
     code, _, err = lm("fit", "--config", "tiny.yaml", *words)
     assert code == 2 and err.startswith(f"error: {expected}") and err.count("\n") == 1, err
+
+
+def test_a_rank_of_no_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="RANK in the environment is 3, and there is no WORLD_SIZE"):
+        environment.check()

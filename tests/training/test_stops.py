@@ -211,7 +211,15 @@ def test_a_narrow_terminal_shows_the_loss_and_ctrl_c_leaves_one_bar(workplace: P
     terminal, other = os.openpty()
     termios.tcsetwinsize(other, (25, columns))
     words = map(str, long("--trainer.val_check_interval", 100_000, "--model.init_args.steps_per_call", 2))
-    process = start(*words, "--checkpoint.every_n_steps", 1000, cwd=workplace, stdout=other, stderr=other)
+    process = start(
+        *words,
+        "--checkpoint.every_n_steps",
+        1000,
+        cwd=workplace,
+        stdout=other,
+        stderr=other,
+        environment={"PYTHONUNBUFFERED": ""},
+    )
     os.close(other)
     shown = b""
     while shown.count(b" loss ") < 3:
