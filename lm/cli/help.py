@@ -53,7 +53,9 @@ the training
 the network and its data
   --model CLASS                       [lm.training.LanguageModel]; lm.training.ManualLanguageModel: gradients by hand
 {NET}
+  --model.init_args.optimizer CLASS   [torch.optim.AdamW]; the learning rate is its init_args.lr
 {DATA}
+  --data.init_args.block_size N       tokens a sequence, of the network too
 
 {REST}"""
 EVALUATE = f"""
