@@ -35,7 +35,7 @@ def test_errors_are_objects_too_and_say_the_rank(as_json: None, lm, workplace: P
     code, out, err = lm("fit", "--config", "none.yaml")
     (line,) = map(json.loads, err.splitlines())
     assert code == line["exit_code"] == 2 and line["level"] == "error" and not out
-    assert line["message"].endswith("none.yaml: no such file") and line["run"] is None
+    assert line["message"].startswith("--config none.yaml: No such file") and line["run"] is None
     write_recipe()
     process = run("two", 2, "--data.init_args.corpus", "gone.txt", cwd=workplace)
     _, err = process.communicate(timeout=60)

@@ -19,7 +19,10 @@ from lm.training.compute import compiler_missing
 from lm.training.parts import make_net
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHES = 4  # a step of one process that accumulates them all, or of two that accumulate two each
+BATCHES = {  # of a step
+    "autograd": 4,  # one process accumulates them all, or two accumulate two each
+    "differences": 1,  # BatchNorm over a few rows is no smooth function
+}
 TOKENS = {  # compared at a time, in all
     "autograd": 1024,  # enough for every kind of term, and GPT-2 small has its answer in some minutes
     "differences": 64,  # among more, some ReLU passes its kink between the two losses
@@ -70,8 +73,9 @@ class Compare(parsing.Untrained):
             raise UserError(f"model.net: {error}") from error
         compare.stir(net)
         dataset = data.train_dataset(1)
-        count = TOKENS[config.against] // BATCHES
-        batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(BATCHES)]
+        number = BATCHES[config.against]
+        count = TOKENS[config.against] // number
+        batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(number)]
         for i, (_, targets) in enumerate(batches):  # micro-batches of other weights, as some data has
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches

@@ -28,14 +28,14 @@ def is_ours(path: Path) -> bool:
         head = file.read(_AT + len(_NAME))
     if not head.strip(b"\0"):
         return True  # nothing is in it: a power cut
-    if not (_MAGIC.startswith(head[: len(_MAGIC)]) and _NAME.startswith(head[_AT:])):
+    if not _MAGIC.startswith(head[: len(_MAGIC)]):
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return "lm" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # damaged, or whole and another program's
-        return not _is_whole(path)
+        return _NAME.startswith(head[_AT:]) and not _is_whole(path)
 
 
 def _is_whole(path: Path) -> bool:

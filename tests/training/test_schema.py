@@ -105,7 +105,8 @@ def test_any_command_with_any_harm(lm, last: Path, command: str) -> None:
         "sample": ("sample", "--max_new_tokens", 2),
         "export": ("export", "--output", "out", "--overwrite"),
     }[command] + ("--ckpt_path", "bad.ckpt")
-    walk(lm, last, words, [*FEW, *keys(torch.load(last, weights_only=True))])
+    every = 8 if command == "fit" else 4  # all of them take a quarter of an hour
+    walk(lm, last, words, [*FEW, *list(keys(torch.load(last, weights_only=True)))[::every]])
 
 
 def nan(last: Path) -> None:
