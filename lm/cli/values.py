@@ -1,5 +1,6 @@
 """The values of a command line: parsed, and checked against the table of bounds before anything is done with them."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from lm.errors import UserError
 PATHS = ("config", "ckpt_path", "init_from", "corpus", "prompt_file")
 READ_ONCE = ("prompt", "stop", "prompt_file", "source", "output")
 """Texts, and paths that are looked at where they are used."""
+
+DEEP = re.compile(r"(?:[\[{]\s*){100}")
+"""More brackets than a setting has; a parser would go as deep as Python's stack."""
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -42,6 +46,8 @@ def prepare(arguments: list[str]) -> None:
         value, leaf = value if equals else following, name.split(".")[-1].lstrip("-")
         if leaf in PATHS and not value:
             raise UserError(f"{name} '': it is empty: name a file, or leave the option out")
+        if leaf not in READ_ONCE and DEEP.match(value):
+            raise UserError(f"{name}: its value is nested too deeply to be one")
         if name in ("-c", "--config"):
             yaml_files.check_file(Path(value))
         elif name.startswith("--") and leaf not in READ_ONCE and yaml_files.is_pipe(value):

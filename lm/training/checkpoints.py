@@ -164,7 +164,7 @@ class Checkpoints(Checkpoint):
         for old in periodic[self.keep_last :]:
             step = int(old.stem.removeprefix("step="))
             if self.keep_every is None or step % self.keep_every:
-                with suppress(UserError):  # lm did not write it
+                with suppress(UserError, OSError):  # lm did not write it; or it stays until the disk lets it go
                     owned.remove(old)
 
 

@@ -75,6 +75,8 @@ def refuse_settings(settings: Any) -> None:
     for name, (allowed, reason) in SETTINGS.items():
         if settings[name] not in allowed:
             raise UserError(f"trainer.{name} is {settings[name]}: {reason}")
+    if settings["accumulate_grad_batches"] is None:
+        raise UserError("trainer.accumulate_grad_batches is null: say how many micro-batches a step has, 1 for one")
     if isinstance(settings["val_check_interval"], float):
         raise UserError(
             f"trainer.val_check_interval is {settings['val_check_interval']}: {NO_EPOCHS} of which it could be a part: "

@@ -20,22 +20,44 @@ class Writer:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
+        self._failed = False
         self._copies: dict[int, Tensor] = {}
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do a job after those before it."""
+        """Do a job after those before it; not after one that has failed, whose file it may be about to copy."""
+
+        def do() -> None:
+            if self._failed:
+                return
+            try:
+                job()
+            except BaseException:
+                self._failed = True
+                raise
+
         self._pool = self._pool or ThreadPoolExecutor(1, "checkpoints", initializer=_step_back)
-        self._pending.append(self._pool.submit(job))
+        self._pending.append(self._pool.submit(do))
 
     def check(self) -> None:
         """Raise the error of a job that has failed, if there is one."""
-        while self._pending and self._pending[0].done():
-            self._pending.pop(0).result()
+        while self._pending and (self._pending[0].done() or self._failed):
+            self._finish_first()
 
     def wait(self) -> None:
         """Wait for all jobs; raise the error of the first that has failed."""
         while self._pending:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        try:
             self._pending.pop(0).result()
+        except BaseException:
+            for job in self._pending:  # none of them has begun, or it does nothing
+                job.cancel()
+            if self._failed:
+                self._pending.clear()
+                self._failed = False
+            raise
 
     def finish(self) -> None:
         """Wait until nothing is written any more, also where an exception, of a signal say, has cut `wait` short."""

@@ -14,7 +14,7 @@ from lm.training.writer import Writer
 
 def contents() -> dict[str, Any]:
     weight = torch.arange(6.0).view(2, 3)
-    return {"tied": [weight, weight], "step": torch.tensor(3), "plain": {"a": 1}, "empty": torch.empty(0)}
+    return {"tied": [weight, weight], "step": torch.tensor(3), "plain": {"a": 1}, "empty": torch.empty(0), "lm": {}}
 
 
 def test_a_snapshot_does_not_change_with_the_state_and_shares_what_was_shared() -> None:
@@ -76,3 +76,18 @@ def test_which_checkpoints_are_kept(lm, workplace: Path) -> None:
     assert kept == [f"step={step:07d}" for step in (4, 8, 10, 12)]
     code, _, err = lm("fit", "--config", "tiny.yaml", "--name", "other", "--checkpoint.keep_every", 0)
     assert code == 2 and "checkpoint.keep_every is 0" in err
+
+
+def test_after_a_job_that_fails_none_that_was_to_follow_is_done() -> None:
+    writer, done = Writer(), []
+
+    def fail() -> None:
+        raise UserError("the disk refuses")
+
+    writer.submit(fail)
+    writer.submit(lambda: done.append("a copy of what was not written"))
+    with pytest.raises(UserError, match="the disk refuses"):
+        writer.wait()
+    writer.submit(lambda: done.append("the next save"))
+    writer.wait()
+    assert done == ["the next save"]
