@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-container lint lock audit tensorboard clean help
+.PHONY: train test test-slow test-long test-container lint lock audit tensorboard clean help
 
 help:
 	@echo "make train        install, train configs/quickstart.yaml (continues if it was interrupted), print a sample"
 	@echo "make test         install with the test extra, run the tests"
 	@echo "make test-slow    run the tests that take minutes"
+	@echo "make test-long    fuzz all options, and let calls to the disk fail: a quarter of an hour"
 	@echo "make test-container  build the image and run it, without an engine: needs root, buildah and debootstrap"
 	@echo "make lint         linters, formatter, type checker, import contracts"
 	@echo "make lock         write requirements*.lock anew from constraints.txt"
@@ -23,7 +24,10 @@ train: .venv/installed
 
 test: .venv/installed-test
 	@echo "== running the tests (make test-slow runs the slow ones)"
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not container"
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not long and not container"
+
+test-long: .venv/installed-test
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m long
 
 test-slow: .venv/installed-test
 	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m slow

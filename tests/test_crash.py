@@ -17,7 +17,7 @@ def traces() -> bool:
     return bool(shutil.which("strace")) and not subprocess.run(["strace", "-qo", os.devnull, "true"]).returncode
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not traces(), reason="needs strace, and the right to trace")
 @pytest.mark.parametrize("command", ["save", "save, sharded", "resume", "prepare", "tokenizer", "export", "import"])
 def test_every_call_to_the_disk_may_fail(command: str) -> None:

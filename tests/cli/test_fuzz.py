@@ -260,6 +260,6 @@ def test_some_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "60")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, 2000)
