@@ -136,7 +136,7 @@ class Fit(parsing.Recipes):
             OwnCores(),
             lightning_callbacks.Endings(self.say),
         ]
-        if not settings["fast_dev_run"] and settings["enable_checkpointing"] is not False:
+        if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
         lightning_callbacks.mend(trainer, self.say)

@@ -173,7 +173,6 @@ def done(lm, *words: object) -> tuple[str, dict]:
     [
         ([], f"; {LAST}", "; metrics in logs/tiny"),
         (["--trainer.fast_dev_run", "true"], "; no checkpoint is kept", ""),
-        (["--trainer.enable_checkpointing", "false"], "; no checkpoint is kept", "; metrics in logs/tiny"),
         (["--trainer.logger", "false"], f"; {LAST}", ""),
         (
             ["--trainer.logger", '{"class_path": "CSVLogger", "init_args": {"save_dir": "mine", "name": "x"}}'],
