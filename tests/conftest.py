@@ -1,11 +1,13 @@
 """What the tests share: a tiny recipe, the reference data where it is, and `lm` run in this process or in its own."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonargparse
@@ -17,6 +19,7 @@ from torch import distributed
 from lm import cli
 from lm.cli import main
 from lm.errors import STOPS
+from lm.training import callbacks
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser().resolve()
@@ -45,6 +48,12 @@ TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n"
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no fit in this process walk through all that pytest has imported: half of what a short one takes."""
+    monkeypatch.setattr(callbacks, "gc", SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze))
 
 
 @pytest.fixture

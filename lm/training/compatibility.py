@@ -1,5 +1,6 @@
 """Whether a checkpoint goes with a recipe: its network, its vocabulary, its optimizer."""
 
+import functools
 import platform
 from importlib import metadata
 from typing import Any
@@ -146,4 +147,9 @@ def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ("torch", "lightning", "torchmetrics", "numpy", "tiktoken")
     ours = {"lm": __version__, "python": platform.python_version()}
-    return ours | {name: metadata.version(name) for name in names}
+    return ours | {name: _version(name) for name in names}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)  # reads the package's files, and each save has it

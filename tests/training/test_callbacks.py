@@ -1,10 +1,15 @@
 """Callbacks whose effect is on the process itself."""
 
+import gc
 import platform
 import subprocess
 import sys
+import weakref
+from typing import Any
 
 import pytest
+
+from lm.training import callbacks
 
 FAULTS = """
 import resource, sys, torch
@@ -31,3 +36,26 @@ def test_kept_memory_is_not_asked_for_again() -> None:
     assert all(faults("keep") < 100 for _ in range(3))
     # where a small block happens to lie above the large ones, glibc cannot give them back
     assert any(faults("give") > 1000 for _ in range(8))
+
+
+class Circle:
+    """An object that holds itself."""
+
+
+def test_the_collector_leaves_alone_what_was_there_until_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "gc", gc)  # not the quick one of tests/conftest.py
+    none: Any = None
+    heap = callbacks.FrozenHeap()
+    for end in (
+        lambda: heap.teardown(none, none, "fit"),
+        lambda: heap.on_exception(none, none, KeyboardInterrupt()),
+    ):
+        circle: Any = Circle()
+        circle.own = circle
+        gone = weakref.ref(circle)
+        circle = None
+        heap.on_train_start(none, none)
+        assert gone() is None, "what nobody held is gone first"
+        assert gc.get_freeze_count() > 10_000
+        end()
+        assert gc.get_freeze_count() == 0
