@@ -15,7 +15,8 @@ from lm.cli import COMMANDS
 from tests.conftest import REFERENCE, ROOT
 
 README = (ROOT / "README.md").read_text()
-FEW = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2 --samples.max_new_tokens 8".split()
+FEW = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2"]
+FEW += ["--samples.max_new_tokens", "8"]
 
 
 def blocks(language: str) -> list[str]:
