@@ -1,6 +1,7 @@
 """Whether a checkpoint goes with a recipe: its network, its vocabulary, its optimizer."""
 
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -142,8 +143,9 @@ def _optimizer(config: dict[str, Any]) -> str:
     return chosen["class_path"] if chosen else "torch.optim.AdamW"
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
+    """Return the versions of what a result depends on; to read them takes as long as a small checkpoint."""
     names = ("torch", "lightning", "torchmetrics", "numpy", "tiktoken")
     ours = {"lm": __version__, "python": platform.python_version()}
     return ours | {name: metadata.version(name) for name in names}

@@ -228,7 +228,7 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Pat
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("delay", [0.3, 1.0, 2.5])
 def test_a_signal_before_training_starts(workplace: Path, delay: float, signum: int) -> None:
-    process = start("fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, cwd=workplace)
+    process = start("fit", "--config", "tiny.yaml", "--trainer.max_steps", 100_000, cwd=workplace, fresh=True)
     time.sleep(delay)  # it is importing torch, or parsing
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
