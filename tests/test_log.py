@@ -18,7 +18,8 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_that_a_run_prints_is_an_object_a_line(as_json: None, workplace: Path) -> None:
     words = ("--model.init_args.compile", "true", "--name", "one", "--trainer.log_every_n_steps", 5)
-    process = start("fit", "--config", "tiny.yaml", *words, cwd=workplace, fresh=True, environment={"CXX": "/no/compiler"})
+    no_compiler = {"CXX": "/no/compiler"}
+    process = start("fit", "--config", "tiny.yaml", *words, cwd=workplace, fresh=True, environment=no_compiler)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     lines = [json.loads(line) for line in (out + err).splitlines()]

@@ -162,7 +162,8 @@ def test_standard_input(workplace: Path) -> None:
     assert not list((workplace / "out").glob("*spool*"))
 
 
-def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, wanted: int) -> None:
     write_documents(workplace / "docs", 6000)
     (workplace / "docs" / "wrong.txt").write_bytes(b"a\xffb" * 400_000)  # long, and with bytes to be replaced
     program = (
@@ -181,7 +182,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
     assert run("whole").wait(timeout=120) == 0
     took = time.monotonic() - began
     draw, kills, gone_on_from = random.Random(0), 0, set()
-    while kills < 20:
+    while kills < wanted:
         process = run("broken")
         try:
             _, error = process.communicate(timeout=draw.uniform(0.3, 1) * took)
@@ -198,7 +199,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, monkeypa
             assert contents(workplace / "whole") == contents(workplace / "broken")
             shutil.rmtree(workplace / "broken")
     assert run("broken").wait(timeout=120) == 0
-    assert len(gone_on_from) > 5  # the kills met it in the middle
+    assert len(gone_on_from) > wanted // 4  # the kills met it in the middle
     assert contents(workplace / "whole") == contents(workplace / "broken")
     assert shards.verify(workplace / "broken").manifest["replaced"] == 400_000
 

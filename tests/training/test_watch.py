@@ -55,10 +55,10 @@ def callback(name: str, step: int) -> list[str]:
 @pytest.mark.parametrize("where", ["Hang", "HangInForward"])
 def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     write_recipe()
-    process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 4, cwd=workplace)
+    process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 3, cwd=workplace)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "no rank has come any further for 4 s, rank 1 behind the others" in error
+    assert "no rank has come any further for 3 s, rank 1 behind the others" in error
     assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/training/stop.py" in error
 
 
