@@ -204,9 +204,20 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, wanted: 
     assert shards.verify(workplace / "broken").manifest["replaced"] == 400_000
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of documents that take a second, and what is made of them."""
+    folder = tmp_path_factory.mktemp("many")
+    write_documents(folder / "docs", 30_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(Preparation(["docs"], "byte", folder / "whole"))
+    return folder
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, signum: int, code: int) -> None:
-    write_documents(workplace / "docs", 30_000)
+def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, many: Path, signum: int, code: int) -> None:
+    shutil.copytree(many / "docs", workplace / "docs")
     command = ("prepare", "--source", "docs", "--tokenizer", "byte", "--output", "out", "--workers", 2)
     process = start(*command, cwd=workplace)
     while not (workplace / "out" / "progress.json").exists():
@@ -218,8 +229,7 @@ def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, signum: i
     assert (process.returncode, error) == (code, f"stopped by {signal.Signals(signum).name}\n")
     process = start(*command, cwd=workplace)
     process.communicate(timeout=60)
-    prepare(Preparation(["docs"], "byte", workplace / "whole"))
-    assert contents(workplace / "out") == contents(workplace / "whole")
+    assert contents(workplace / "out") == contents(many / "whole")
 
 
 def test_killed_while_finishing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
