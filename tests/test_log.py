@@ -38,7 +38,7 @@ def test_errors_are_objects_too_and_say_the_rank(as_json: None, lm, workplace: P
     assert code == line["exit_code"] == 2 and line["level"] == "error" and not out
     assert line["message"].startswith("--config none.yaml: No such file") and line["run"] is None
     write_recipe()
-    process = run("two", 2, "--data.init_args.corpus", "gone.txt", cwd=workplace)
+    process = run("two", 2, "--data.init_args.corpus", "gone.txt", "--watch.timeout", 4, cwd=workplace)
     _, err = process.communicate(timeout=60)
     lines = [json.loads(line) for line in err.splitlines()]
     assert process.returncode == 2 and {line["run"] for line in lines} == {"two"}
