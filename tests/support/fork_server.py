@@ -109,9 +109,12 @@ def keep_spares(request: dict[str, Any]) -> dict[str, Any]:
         spares.append((pid, write))
 
     class Spare(subprocess.Popen[bytes]):
-        """A process that is there already."""
+        """A process that is there already, or a new interpreter where none is left."""
 
         def _execute_child(self, args: list[str], *more: Any) -> None:  # type: ignore[override]
+            if not spares:
+                super()._execute_child(args, *more)  # type: ignore[misc]
+                return
             cwd, environment = more[4:6]
             assert args[:3] == [sys.executable, "-m", "lm.__main__"]
             self.pid, write = spares.pop(0)
