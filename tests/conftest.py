@@ -3,8 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +18,9 @@ from lm import cli
 from lm.cli import main
 from lm.errors import STOPS
 from lm.training import callbacks
+from tests.support.processes import ROOT as ROOT
+from tests.support.processes import start as start
 
-ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser().resolve()
 
 RECIPE = {
@@ -116,15 +115,6 @@ def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tupl
         return code, out, err
 
     return run
-
-
-def start(*arguments: object, cwd: Path, **settings: object) -> subprocess.Popen[str]:
-    """Start `lm` in a process of its own."""
-    words = [sys.executable, "-m", "lm", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    environment |= settings.pop("environment", {})  # type: ignore[arg-type]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
-    return subprocess.Popen(words, cwd=cwd, env=environment, **pipes)  # type: ignore[call-overload]
 
 
 class FoundError(Exception):

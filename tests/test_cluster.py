@@ -30,6 +30,7 @@ def launch(cwd: Path, name: str, *options: object, **environment: object) -> sub
     )
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_one_node_and_on_two_as_one_process_does(lm, workplace: Path) -> None:
     write_recipe(precision="64-true")
     text = (workplace / "tiny.yaml").read_text().replace("dropout: 0.2", "dropout: 0.0")
@@ -70,7 +71,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="read
 
 
 @linux
-@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> None:
     write_recipe(max_steps=600, val_check_interval=600, log_every_n_steps=200)
     words = ("--checkpoint.every_n_steps", 50, *SCHEDULE)

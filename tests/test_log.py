@@ -18,7 +18,8 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_that_a_run_prints_is_an_object_a_line(as_json: None, workplace: Path) -> None:
     words = ("--model.init_args.compile", "true", "--name", "one", "--trainer.log_every_n_steps", 5)
-    process = start("fit", "--config", "tiny.yaml", *words, cwd=workplace, environment={"CXX": "/no/compiler"})
+    no_compiler = {"CXX": "/no/compiler"}
+    process = start("fit", "--config", "tiny.yaml", *words, cwd=workplace, fresh=True, environment=no_compiler)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     lines = [json.loads(line) for line in (out + err).splitlines()]
@@ -37,7 +38,7 @@ def test_errors_are_objects_too_and_say_the_rank(as_json: None, lm, workplace: P
     assert code == line["exit_code"] == 2 and line["level"] == "error" and not out
     assert line["message"].startswith("--config none.yaml: No such file") and line["run"] is None
     write_recipe()
-    process = run("two", 2, "--data.init_args.corpus", "gone.txt", cwd=workplace)
+    process = run("two", 2, "--data.init_args.corpus", "gone.txt", "--watch.timeout", 4, cwd=workplace)
     _, err = process.communicate(timeout=60)
     lines = [json.loads(line) for line in err.splitlines()]
     assert process.returncode == 2 and {line["run"] for line in lines} == {"two"}

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_written_to_fails(lm, read_only: Path) -> None:
 
 def test_too_few_open_files_fail(workplace: Path) -> None:
     few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))}
-    process = start("doctor", "--json", cwd=workplace, **few)
+    process = start("doctor", "--json", cwd=workplace, fresh=True, **few)
     out, err = process.communicate(timeout=60)
     found = {one["name"]: one for one in json.loads(out.splitlines()[-1])["findings"]}
     assert process.returncode == 1 and "open files" in err

@@ -20,7 +20,7 @@ def test_a_full_standard_output(tmp_path, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_narrow_encoding(tmp_path, encoding: str) -> None:
-    process = start("é☃", cwd=tmp_path, environment={"PYTHONIOENCODING": encoding}, text=False)
+    process = start("é☃", cwd=tmp_path, fresh=True, environment={"PYTHONIOENCODING": encoding}, text=False)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and b"Traceback" not in out + err
 

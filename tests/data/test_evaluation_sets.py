@@ -142,7 +142,7 @@ def test_two_ranks_end_their_evaluation_together(lm, workplace: Path) -> None:
     trainer = {**RECIPE["trainer"], "max_steps": 4, "val_check_interval": 2, "devices": 2}
     (workplace / "tiny.yaml").write_text(yaml.safe_dump({**RECIPE, "trainer": trainer}))
     words = ["--data.init_args.corpus", "corpus", "--data.init_args.across_documents", "false"]
-    fit = start("fit", "--config", "tiny.yaml", *words, "--json", cwd=workplace)
+    fit = start("fit", "--config", "tiny.yaml", *words, "--json", cwd=workplace, ranks=2)
     try:
         out, error = fit.communicate(timeout=100)
     finally:

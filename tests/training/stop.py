@@ -241,18 +241,18 @@ class SlowData(TextData):
 
     def prepare_data(self) -> None:
         Path("preparing").write_text("")
-        time.sleep(5)
+        time.sleep(3)
         super().prepare_data()
 
 
 class SlowCopies(Callback):
-    """Lets the copying of sharded checkpoints take three seconds, as on a slow disk."""
+    """Lets the copying of sharded checkpoints take a second, as on a slow disk."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         copy = folders.copy
 
         def slow(source: Path, target: Path) -> None:
-            time.sleep(3)
+            time.sleep(1)
             copy(source, target)
 
         folders.copy = slow

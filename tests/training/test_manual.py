@@ -1,8 +1,5 @@
 """Training by hand: the same numbers as by autograd, the same checkpoints, and no graph."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import yaml
 
 from lm.backprop.rules import _rules
 from lm.inference import load
-from tests.conftest import ROOT
+from tests.conftest import start
 from tests.test_networks import NETWORKS, recipe
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
@@ -180,13 +177,9 @@ def ranks(*words: object, cwd: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lm", *map(str, words), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    both = [
-        subprocess.Popen(command, cwd=cwd, env={**common, "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-        for r in (0, 1)
-    ]
+    command = (*words, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    both = [start(*command, cwd=cwd, environment={**common, "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
     ends = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
 

@@ -26,9 +26,9 @@ def write_recipe(**trainer: Any) -> None:
     Path("tiny.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def run(name: str, devices: int, *words: object, cwd: Path) -> subprocess.Popen[str]:
+def run(name: str, devices: int, *words: object, cwd: Path, fresh: bool = False) -> subprocess.Popen[str]:
     command = ("fit", "--config", "tiny.yaml", "--name", name, "--trainer.devices", devices, *words)
-    return start(*command, cwd=cwd)
+    return start(*command, cwd=cwd, ranks=devices, fresh=fresh)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -147,7 +147,7 @@ def test_a_signal_to_one_rank_while_the_network_is_compiled_stops_both(workplace
     cache = workplace / "compiled"
     command = ("fit", *words, "--trainer.devices", 2, "--name", "early", "--ckpt_path", "auto")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    process = start(*command, cwd=workplace, environment=environment)
+    process = start(*command, cwd=workplace, ranks=2, environment=environment)
     while not any(cache.rglob("*.cpp")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -155,7 +155,7 @@ def test_a_signal_to_one_rank_while_the_network_is_compiled_stops_both(workplace
     os.kill(children(process.pid)[0], signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 143 and "after step 1; checkpoints/early/last.ckpt has step 1" in error, error
-    finish(start(*command, cwd=workplace, environment=environment))
+    finish(start(*command, cwd=workplace, ranks=2, environment=environment))
     assert state(Path("checkpoints/early/last.ckpt"))["global_step"] == 12
 
 
@@ -168,7 +168,7 @@ def test_ranks_that_fill_the_machine_have_cores_of_their_own(workplace: Path) ->
     write_recipe()
     words = ("fit", "--config", "tiny.yaml", "--trainer.devices", 2)
     say = ("--trainer.callbacks+", "tests.training.stop.SayCores")
-    finish(start(*words, *say, cwd=workplace, environment={"OMP_NUM_THREADS": str(half)}))
+    finish(start(*words, *say, cwd=workplace, fresh=True, environment={"OMP_NUM_THREADS": str(half)}))
     found = [json.loads(Path(f"cores-{rank}.json").read_text()) for rank in (0, 1)]
     assert found == [[cores[:half]], [cores[half:]]]
 

@@ -3,10 +3,9 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 from lm.errors import CheckError
 from lm.training import checkpoint
 from lm.training.drift import check_drift, checksum
-from tests.conftest import ROOT, start
+from tests.conftest import start
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import children, finish, run, write_recipe
 from tests.training.test_resume import assert_equal, state
@@ -56,10 +55,10 @@ def callback(name: str, step: int) -> list[str]:
 @pytest.mark.parametrize("where", ["Hang", "HangInForward"])
 def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     write_recipe()
-    process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 4, cwd=workplace)
+    process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 3, cwd=workplace)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "no rank has come any further for 4 s, rank 1 behind the others" in error
+    assert "no rank has come any further for 3 s, rank 1 behind the others" in error
     assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/training/stop.py" in error
 
 
@@ -84,16 +83,19 @@ def test_a_meeting_place_that_cannot_be_reached_is_named(
     assert f"error: rank 1: 127.0.0.1:{unused_port}" in err and "not reached in 2 s (Connection refused)" in err
 
 
+def meet(place: dict[str, Any], cwd: Path) -> tuple[int, str]:
+    """Be one of two nodes; return the exit code and what was said."""
+    words = ("fit", "--config", "tiny.yaml", "--trainer.num_nodes", 2, "--watch.meet_timeout", 1)
+    process = start(*words, cwd=cwd, environment={key: str(value) for key, value in place.items()})
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
 def test_a_first_process_that_stays_alone_says_so(workplace: Path, unused_port: int) -> None:
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port, "TORCHELASTIC_RUN_ID": "x"}
-    words = [sys.executable, "-m", "lm", "fit", "--config", "tiny.yaml", "--trainer.num_nodes", "2"]
-    done = subprocess.run(
-        [*words, "--watch.meet_timeout", "2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **{key: str(value) for key, value in place.items()}},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2 and f"did not come to 127.0.0.1:{unused_port} in 2 s" in done.stderr
+    code, error = meet(place, workplace)
+    assert code == 2 and f"did not come to 127.0.0.1:{unused_port} in 1 s" in error
 
 
 def test_a_first_process_that_does_not_answer_is_named(workplace: Path) -> None:
@@ -103,13 +105,8 @@ def test_a_first_process_that_does_not_answer_is_named(workplace: Path) -> None:
         port = silent.getsockname()[1]
         place = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 1}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
-        done = subprocess.run(
-            [sys.executable, "-m", "lm", "fit", "--config", "tiny.yaml", "--trainer.num_nodes", "2",
-             "--watch.meet_timeout", "2"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **{key: str(value) for key, value in place.items()}},
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    assert done.returncode == 2 and f"error: rank 1: rank 0 did not answer at 127.0.0.1:{port} in 2 s" in done.stderr
+        code, error = meet(place, workplace)
+    assert code == 2 and f"error: rank 1: rank 0 did not answer at 127.0.0.1:{port} in 1 s" in error
 
 
 @pytest.fixture
@@ -168,7 +165,7 @@ def test_a_checksum_changes_with_every_bit_and_with_the_order(dtype: torch.dtype
 @linux
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_dies_before_the_ranks_have_met_ends_the_other(workplace: Path, lost: int) -> None:
-    process = run("early", 2, cwd=workplace)
+    process = run("early", 2, cwd=workplace, fresh=True)
     while not (started := children(process.pid)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -204,7 +201,7 @@ def test_two_ranks_print_an_evaluation_once(lm, workplace: Path) -> None:
     assert lm("fit", "--config", "tiny.yaml", "--trainer.max_steps", 1)[0] == 0
     alone = lm("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt")[1]
     two = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--split", "test")
-    process = start("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", *two, cwd=workplace)
+    process = start("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", *two, cwd=workplace, ranks=2)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and len(out.splitlines()) == 1 == error.count("note: no test split"), (out, error)
     assert out.split(": ", 1)[1] == alone.split(": ", 1)[1]
