@@ -302,7 +302,7 @@ class LanguageModel(Evaluated):
             ranks = self.trainer.world_size
             loss, others = share_gradient(gradients, self._step_losses, self._step_targets, ranks, others)
             self.answers = dict(zip(self.questions, others, strict=True))
-        self.check_gradients()
+        self.check_gradients(loss)
         if self._small and self.clip_norm is None and gradient_clip_val is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
@@ -320,8 +320,8 @@ class LanguageModel(Evaluated):
         for watcher in self._watching:
             watcher.before_update(self.net)
 
-    def check_gradients(self) -> None:
-        """Check the step's gradient, which is whole and not clipped yet; nothing is checked here."""
+    def check_gradients(self, loss: Tensor | float) -> None:
+        """Check the step's loss and gradient, which is whole and not clipped yet; nothing is checked here."""
 
     def optimizer_step(
         self,
