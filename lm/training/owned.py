@@ -44,13 +44,18 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether something is there that lm did not write."""
+    return os.path.lexists(path) and not is_ours(path)
+
+
 def check(path: Path) -> None:
     """Check that a checkpoint may be written to a path: it is free, or has one of lm's.
 
     Raises:
         UserError: It has something else.
     """
-    if os.path.lexists(path) and not is_ours(path):
+    if is_foreign(path):
         raise UserError(f"{path} is in the way and was not written by lm: move it away")
 
 
