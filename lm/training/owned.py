@@ -83,8 +83,8 @@ def take_place(part: Path, path: Path) -> None:
     """
     check(path)
     old = path.with_name(f".{path.name}.old.part")
-    remove(old)
     if path.is_dir() or (path.exists() and part.is_dir()):
+        remove(old)
         path.rename(old)
     try:
         part.replace(path)
