@@ -140,7 +140,8 @@ class LanguageModel(Evaluated):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
-            self.net = make_net(self.make_net, data.vocab_size, data.block_size)
+            trained = self.make_optimizer if progress.trains_in_memory(self.trainer) else None
+            self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer
         compatibility.check_data(self.net, data)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class WholeFit(_FitLoop):
@@ -25,6 +26,12 @@ def begin_and_end_always(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
     trainer.fit_loop.epoch_loop = loop.epoch_loop
+
+
+def trains_in_memory(trainer: Trainer) -> bool:
+    """Return whether this machine's own memory must hold all that training needs: on a CPU, and not sharded."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer.state.fn == "fit" and trainer.strategy.root_device.type == "cpu" and not sharded
 
 
 def steps_per_call(trainer: Trainer) -> int:
