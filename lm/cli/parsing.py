@@ -198,7 +198,8 @@ def check_devices(trainer: Any) -> None:
     """
     found = getattr(trainer, "devices", "auto")
     text = ",".join(map(str, found)) if isinstance(found, list) else str(found).strip()
-    cpu = trainer is not None and (trainer.accelerator == "cpu" or not torch.accelerator.is_available())
+    accelerator = getattr(trainer, "accelerator", None)
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     known = r"auto|[1-9]\d*" if cpu else r"auto|-1|[1-9]\d*|\d+(\s*,\s*\d+)*,?"
     if not re.fullmatch(known, text):
         few = "1 or more, or auto" if cpu else "1 or more, -1 or auto for all, or 0,1 for which"

@@ -54,3 +54,8 @@ def test_rich_that_is_missing_is_one_line(lm: Run, name: str, monkeypatch: pytes
     assert (
         code == 2 and len(err.splitlines()) == 1 and f"{name}: package rich is not installed: pip install rich" in err
     )
+
+
+def test_a_gpu_that_is_missing_is_said_before_its_number(lm: Run) -> None:
+    code, _, err = lm("fit", "--config", "tiny.yaml", "--trainer.accelerator", "gpu", "--trainer.devices", "-1")
+    assert code == 2 and "found" not in err and len(err.splitlines()) == 1, err
