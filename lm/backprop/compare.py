@@ -19,6 +19,8 @@ SPARE = 12.0
 """How many times autograd's own error the two may differ, where a wider arithmetic can tell that error."""
 UNITS = 4  # in the last place: the least error that a sum of many numbers has
 FLOOR = 0.01
+LOSS = "loss"
+"""The row of the loss itself, which can be wrong where its gradient is right."""
 DIFFERENCES = 1e-5
 """The tolerance of central differences in float64: rounding 1e-16 / step, and the third derivative times step²."""
 
@@ -28,13 +30,14 @@ class Row:
     """One comparison.
 
     Attributes:
-        name: Of a parameter or an intermediate.
+        name: Of a parameter or an intermediate; or loss.
         shape: Its shape.
         exact: Whether both are equal to the last bit.
         approximate: Whether the relative difference is within the tolerance.
         maxdiff: The largest absolute difference.
-        relative: That, divided by the largest element of the row's gradient, or a hundredth of the largest of all rows
-            if that is more: where the true gradient is zero, as of a bias before BatchNorm, there is only rounding.
+        relative: That, divided by the largest element of the row's gradient, or a hundredth of the largest of all
+            gradients if that is more: where the true one is zero, as of a bias before BatchNorm, there is only
+            rounding. Of the loss, divided by the loss.
     """
 
     name: str
@@ -71,7 +74,7 @@ def nats(net: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def by_autograd(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of the mean cross-entropy by each parameter; zeros where it plays no part.
+    """Return the mean cross-entropy, and its gradient by each parameter; zeros where that plays no part.
 
     The random state, running statistics and `.grad` stay as they are.
     """
@@ -80,7 +83,7 @@ def by_autograd(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Te
         loss = nats(net, tokens, targets) / (targets != IGNORED).sum().clamp(min=1)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+    return {LOSS: loss.detach()} | {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
 
 
 def in_float64(net: nn.Module) -> nn.Module:
@@ -123,12 +126,12 @@ def along(net: nn.Module, loss: Callable[[], Tensor], directions: dict[str, Tens
 
 
 def rows(expected: dict[str, Tensor], found: dict[str, Tensor], tolerances: dict[str, float]) -> list[Row]:
-    """Compare gradients of the same names, by each one's tolerance of the relative difference."""
-    largest = max((float(value.abs().max()) for value in expected.values()), default=0.0)
+    """Compare gradients of the same names, and the loss, by each one's tolerance of the relative difference."""
+    largest = max((float(value.abs().max()) for name, value in expected.items() if name != LOSS), default=0.0)
     table = []
     for name, wanted in expected.items():
         difference = float((wanted - found[name]).abs().max())
-        scale = max(float(wanted.abs().max()), FLOOR * largest)
+        scale = max(float(wanted.abs().max()), 0.0 if name == LOSS else FLOOR * largest)
         relative = difference / scale if scale else difference
         exact = torch.equal(wanted, found[name])
         table.append(Row(name, list(wanted.shape), exact, relative <= tolerances[name], difference, relative))

@@ -130,9 +130,9 @@ def _run(words: list[str]) -> int:
         raise UserError("no command: say one of " + ", ".join(COMMANDS))
     name, *rest = words
     if name not in COMMANDS:
-        print(usage(), file=sys.stderr)
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UserError(f"unknown command {name}: {f'did you mean {near[0]}?' if near else 'see above'}")
+        hint = f"did you mean {near[0]}?" if near else f"say one of {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name[:60]}: {hint}")
     take_stops(_stop)
     if name in help.PAGES and {"-h", "--help"} & set(rest):
         print(help.page(name))

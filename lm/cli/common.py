@@ -68,8 +68,9 @@ def text_options(source: list[str]) -> Iterator[None]:
         yield
     except reading.TextError as error:
         raise UserError(f"{error}{error.option}") from error
-    if note := reading.left_out(source):
-        print(note, file=sys.stderr)
+    for note in (reading.left_out(source), reading.not_read(source) if source != ["-"] else None):
+        if note:
+            print(note, file=sys.stderr)
 
 
 def known_names(parser: ArgumentParser) -> list[str]:

@@ -237,9 +237,10 @@ class Fit(parsing.Recipes):
         }
 
     def last_checkpoint(self) -> Path | None:
-        """Return last.ckpt, where this run keeps checkpoints and has written one."""
-        last, callbacks = self.checkpoints / "last.ckpt", self.trainer.checkpoint_callbacks
-        return last if any(isinstance(one, Checkpoints) for one in callbacks) and last.exists() else None
+        """Return the newest checkpoint, last.ckpt unless another's file is in its place; None where none is kept."""
+        if not any(isinstance(one, Checkpoints) for one in self.trainer.checkpoint_callbacks):
+            return None
+        return next(iter(checkpoint.newest_first(self.checkpoints)), None)
 
     def where_metrics_are(self) -> str:
         """Return where the loggers write, for the last line; nothing where there are none."""

@@ -139,7 +139,9 @@ def gradients(arguments: list[str]) -> None:
     if wrong:
         ways = [way for way, found in tables.items() if not all(row.approximate for row in found)]
         raise CheckError(
-            f"{len(wrong)} of {len(table)} gradients disagree with {cli.config.against} ({'; '.join(ways)}): "
+            f"{len(wrong)} of {len(table)} rows disagree with {cli.config.against} ({'; '.join(ways)}): "
             f"{', '.join(wrong)}"
         )
-    print(f"all {len(table)} gradients by hand agree with {cli.config.against}: {'; '.join(tables)}", file=stream)
+    names = [row.name for row in table if row.name != compare.LOSS]
+    what = f"{'the loss and ' * (len(names) < len(table))}all {len(names)} gradients"
+    print(f"{what} by hand agree with {cli.config.against}: {'; '.join(tables)}", file=stream)

@@ -180,6 +180,10 @@ SIMPLE = (  # what needs nothing but the message's own words
         r"Importing '([\w.]+)' is not allowed",
         "class_path {0}: it is not allowed here, as it could run any code: name a class of your own",
     ),
+    (
+        r"`(\w+)` requires `([\w-]+)`.*pip install",
+        "trainer.callbacks {0}: package {1} is not installed: pip install {1}",
+    ),
     (r"File does not exist: '?([^']+)'?", "{0}: no such file"),
     (r"^the following arguments are required: (\w+)", "--{0} is missing: see {command} --help"),
     (r"argument (--\w+): ignored explicit argument", "{0} takes no value: say {0} alone"),
@@ -296,6 +300,10 @@ def _wrong_value(
     kinds += [choice for choices in literal for choice in choices.split(", ")]
     kinds = [kind for kind in kinds if kind not in ("NoneType", "Namespace")]
     kinds = [kind for kind in dict.fromkeys(kinds) if f"'{kind}'" not in kinds]  # 16 and '16' are one
+    if count := re.search(r"Expected a tuple with (\d+) elements", text):
+        kinds = [f"a list of {count[1]}"]
+    elif not kinds and (inner := re.search(r"Expected <class '(\w+)'>", text)):  # of a list's elements
+        kinds = [f"{inner[1]} in it"]
     return f"{where}: found {shown}, expected {' or '.join(kinds) or f'another kind: see {command} --help'}"
 
 

@@ -117,6 +117,7 @@ class Recipes(LightningCLI):
             raise SystemExit(0)
         super().parse_arguments(parser, args)
         values.check(self.config)
+        check_devices(self.config.get("trainer"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the recipe's own defaults, name and seed."""
@@ -187,6 +188,22 @@ def _seed(value: int | bool) -> int:
     if isinstance(value, bool):
         raise UserError(f"seed_everything is {value}: say a number, so that the run can be repeated")
     return value
+
+
+def check_devices(trainer: Any) -> None:
+    """Refuse a number of processes that is none: Lightning does not say what it found.
+
+    Args:
+        trainer: The Trainer's arguments; None where there is no Trainer.
+    """
+    found = getattr(trainer, "devices", "auto")
+    text = ",".join(map(str, found)) if isinstance(found, list) else str(found).strip()
+    accelerator = getattr(trainer, "accelerator", None)
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    known = r"auto|[1-9]\d*" if cpu else r"auto|-1|[1-9]\d*|\d+(\s*,\s*\d+)*,?"
+    if not re.fullmatch(known, text):
+        few = "1 or more, or auto" if cpu else "1 or more, -1 or auto for all, or 0,1 for which"
+        raise UserError(f"trainer.devices: found {messages.shortened(repr(found), 60)}: say how many processes: {few}")
 
 
 def section_help(parser: LightningArgumentParser, section: str, words: list[str]) -> str:

@@ -173,6 +173,41 @@ def remove_folder(folder: Path, names: str) -> None:
     folder.rmdir()
 
 
+def replace_folder(part: Path, folder: Path, names: str) -> None:
+    """Put a new folder where there may be an old one that has nothing but files with such names.
+
+    A folder cannot be replaced in one go: `put_back` finishes what a killed process has left between two renames.
+
+    Raises:
+        UserError: The old one has other files, too.
+    """
+    old = _aside(folder)
+    if folder.exists():
+        if not holds_only(folder, names):
+            raise UserError(f"{folder} is in the way and has other files than lm writes there: move it away")
+        if old.exists():
+            remove_folder(old, names)
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:
+        put_back(folder, names)
+        raise
+    flush(folder.parent)
+    if old.exists():
+        remove_folder(old, names)
+
+
+def put_back(folder: Path, names: str) -> None:
+    """Put a folder back that a killed process had moved aside and not replaced yet."""
+    if not os.path.lexists(folder) and holds_only(_aside(folder), names):
+        _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name[:50]}.old.part")
+
+
 @contextmanager
 def folder_made(*folders: Path) -> Iterator[None]:
     """Make folders; at the end, those that were made and are empty go again, so that a refused start leaves nothing."""

@@ -107,7 +107,7 @@ class _Run:
             part.unlink()
         if "-" in job.source:
             self._spool_stdin()
-        self.files = [self.spool] if "-" in job.source else reading.find(job.source)
+        self.files = [self.spool] if "-" in job.source else reading.find(job.source, job.reading.unread)
         self.by_characters = job.split == "characters" or (
             job.split == "auto" and len(self.files) == 1 and reading.reader_of(self.files[0], job.reading) is None
         )

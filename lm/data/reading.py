@@ -40,7 +40,8 @@ class Settings:
     Args:
         text_key: The key, or the column, of the text in JSON lines and Parquet.
         errors: What is done about bytes that are not UTF-8, and rows without text: strict stops; replace puts U+FFFD
-            for such bytes and counts them; skip leaves out and counts rows of JSON lines and Parquet with either.
+            for such bytes and counts them; skip leaves out and counts rows of JSON lines and Parquet with either, and
+            what cannot be read in a folder.
         format: What files hold: auto goes by their suffix.
         replaced: How many bytes were replaced so far.
         skipped: How many rows were left out so far.
@@ -51,6 +52,11 @@ class Settings:
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     replaced: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
+
+    @property
+    def unread(self) -> list[str] | None:
+        """A new list for sources that cannot be read and are left out; None where they stop."""
+        return [] if self.errors == "skip" else None
 
     @property
     def decoding(self) -> str:
@@ -267,10 +273,14 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def find(sources: Iterable[str]) -> list[Path]:
+def find(sources: Iterable[str], unread: list[str] | None = None) -> list[Path]:
     """Return the files that paths, folders and globs stand for, in an order that depends on their names alone.
 
     In a folder, files of known formats count; a glob or a path takes any file, one of unknown suffix as text.
+
+    Args:
+        sources: Paths, folders and globs.
+        unread: Takes what cannot be read in folders and under globs, each with the reason; None raises it.
 
     Raises:
         UserError: One stands for no file, or for a pipe or a device, or goes round in a loop of symbolic links.
@@ -282,13 +292,14 @@ def find(sources: Iterable[str]) -> list[Path]:
         path = Path(source).expanduser()
         try:
             if path.is_dir():
-                matches = sorted(p for p in _walk(path, ()) if suffix(p) in IN_FOLDERS)
+                matches = sorted(p for p in _walk(path, (), unread) if suffix(p) in IN_FOLDERS)
             elif path.exists() or not glob.has_magic(source):
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise UserError(f"source {source}: a pipe or a device, which cannot be read twice: say a file")
                 matches = [path]
             else:
-                matches = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+                named = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+                matches = [p for p in named if _readable(p, unread) and p.is_file()]
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise UserError(f"source {source}: {_reason(path, error)}") from error
         if not matches:
@@ -302,12 +313,26 @@ def find(sources: Iterable[str]) -> list[Path]:
 def left_out(sources: Iterable[str]) -> str | None:
     """Return a line that counts and names the files in folders that `find` leaves out; None where there are none."""
     folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
-    others = sorted(p for folder in folders for p in _walk(folder, ()) if suffix(p) not in IN_FOLDERS)
+    others = sorted(p for folder in folders for p in _walk(folder, (), []) if suffix(p) not in IN_FOLDERS)
     if not others:
         return None
-    named = ", ".join(map(str, others[:3])) + (", …" if len(others) > 3 else "")
+    named = _few([*map(str, others)])
     many = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     return f"note: {many} left out, of another kind than {', '.join(IN_FOLDERS)}: {named} (a path or a glob takes any)"
+
+
+def not_read(sources: Iterable[str]) -> str | None:
+    """Return a line that counts and names what `find` could not read; None where there is nothing such."""
+    unread: list[str] = []
+    find(sources, unread)
+    if not unread:
+        return None
+    many = "1 source" if len(unread) == 1 else f"{len(unread):,} sources"
+    return f"note: {many} could not be read and {'is' if len(unread) == 1 else 'are'} left out: {_few(unread)}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _reason(path: Path, error: OSError | ValueError) -> str:
@@ -320,23 +345,45 @@ def _reason(path: Path, error: OSError | ValueError) -> str:
     return f"{error.strerror}" if error.filename in (None, str(path)) else f"{error.filename}: {error.strerror}"
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[str, ...], unread: list[str] | None) -> Iterator[Path]:
     """Yield all files below a folder; what is neither file nor folder, a pipe say, is passed over."""
     real = os.path.realpath(folder)
     if real in above:
-        raise UserError(f"source {folder}: a loop of symbolic links leads back to {real}")
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        _leave(folder, f"a loop of symbolic links leads back to {real}", unread)
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        _leave(folder, _reason(folder, error), unread)
+        return
+    for entry in entries:
         if entry.name.startswith("."):
             continue
+        path = Path(entry.path)
+        if not _readable(path, unread):
+            continue
         if entry.is_dir():
-            yield from _walk(Path(entry.path), (*above, real))
+            yield from _walk(path, (*above, real), unread)
         elif entry.is_file():
-            yield Path(entry.path)
-        else:
-            try:
-                os.stat(entry.path)
-            except OSError as error:  # a link that leads nowhere is an error, not a file less
-                raise UserError(f"source {entry.path}: {_reason(Path(entry.path), error)}") from error
+            yield path
+
+
+def _readable(path: Path, unread: list[str] | None) -> bool:
+    """Return whether a file may be read; a link that leads nowhere is an error, not a file less."""
+    try:
+        path.stat()
+        if os.access(path, os.R_OK):
+            return True
+        _leave(path, os.strerror(errno.EACCES), unread)
+    except OSError as error:
+        _leave(path, _reason(path, error), unread)
+    return False
+
+
+def _leave(path: Path, reason: str, unread: list[str] | None) -> None:
+    if unread is None:
+        raise TextError(f"source {path}: {reason}", ": mend it, or let --errors skip leave it out")
+    unread.append(f"{path} ({reason})")
 
 
 def documents(path: Path, settings: Settings) -> Iterator[str]:

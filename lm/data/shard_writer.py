@@ -100,6 +100,7 @@ class Writer:
                 for split in shards.SPLITS
             },
         }
+        manifest["sha256"] = shards.manifest_sum(manifest)
         files.write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (self.folder / "progress.json").unlink(missing_ok=True)
         return manifest

@@ -5,6 +5,7 @@ folder is not whole. A shard is a header, its tokens (16 or 32 bits each), and t
 (64 bits each). All numbers are little-endian.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -182,6 +183,9 @@ def open_corpus(folder: Path, origin: remote.Remote | None = None) -> Corpus:
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     identity = tokenizers.identity(tokenizer.state())
     if manifest["tokenizer"] != identity:
+        places = [] if origin else [folder / entry["name"] for split in SPLITS for entry in manifest["splits"][split]]
+        if places and read_header(places[0]).tokenizer.hex() == identity:  # an older manifest, that has no sum
+            raise UserError(f"{folder / 'manifest.json'}: damaged (names another tokenizer): prepare the corpus again")
         raise UserError(f"{folder / 'tokenizer.json'}: not the tokenizer that the shards were made with")
     splits = {}
     for split in SPLITS:
@@ -215,6 +219,8 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
     """Return a manifest; raises ValueError where it has not the form that `finish` writes."""
     if not isinstance(manifest, dict) or manifest.get("format") != "lm tokens" or manifest.get("version") != VERSION:
         raise ValueError(f"not version {VERSION} of the manifest")
+    if manifest.get("sha256", (known := manifest_sum(manifest))) != known:
+        raise ValueError("its checksum is wrong")
     splits = manifest.get("splits")
     if not isinstance(manifest.get("tokenizer"), str) or not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise ValueError("its tokenizer or splits are missing")
@@ -226,6 +232,12 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(f"{name!r} is not the name of a shard")
     return manifest
+
+
+def manifest_sum(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, its own sum left aside; those of earlier releases have none."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _entries(shards: Any) -> list[dict]:

@@ -44,7 +44,7 @@ def train(
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}: make it")
-    paths = reading.find(source)
+    paths = reading.find(source, settings.unread)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
     alphabet = pre_tokenizers.ByteLevel.alphabet()

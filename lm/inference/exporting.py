@@ -22,6 +22,7 @@ from lm.inference.loading import build
 from lm.training import checkpoint, owned, schema
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
+NAMES = rf"{WEIGHTS}|{REST}"
 
 
 def export_safetensors(
@@ -38,6 +39,8 @@ def export_safetensors(
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
+    outputs.check_place(folder, made="folder of an export")
+    _put_back(folder)
     outputs.check_free(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
@@ -52,10 +55,7 @@ def export_safetensors(
             part.mkdir()
             for name, content in data.items():
                 files.write_whole(part / name, content)
-            if folder.exists():
-                files.remove_folder(folder, f"{WEIGHTS}|{REST}")
-            part.rename(folder)
-            files.flush(folder.parent)
+            files.replace_folder(part, folder, NAMES)
     except OSError as error:
         with suppress(OSError, UserError):
             files.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
@@ -63,9 +63,14 @@ def export_safetensors(
     return folder
 
 
+def _put_back(folder: Path) -> None:
+    with suppress(OSError):  # the folder is read-only: what comes next says so
+        files.put_back(folder, NAMES)
+
+
 def _is_export(path: Path) -> bool:
     """Return whether a folder is what `export_safetensors` wrote, and has nothing else."""
-    if not files.holds_only(path, f"{WEIGHTS}|{REST}"):
+    if not files.holds_only(path, NAMES):
         return False
     with suppress(OSError, ValueError, TypeError, KeyError):
         return "class_path" in json.loads(files.plain(path / REST).read_text())["config"]["model"]["init_args"]["net"]
@@ -108,6 +113,7 @@ def import_safetensors(
             free or cannot be written.
     """
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
+    _put_back(folder)
     try:
         rest = json.loads(files.plain(folder / REST).read_text())
         weights = load_file(files.plain(folder / WEIGHTS))

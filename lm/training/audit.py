@@ -1,4 +1,4 @@
-"""Gradients by hand, as training finds them, beside autograd's.
+"""Gradients by hand, as training finds them, and its loss, beside autograd's.
 
 What is checked is `StepByHand`: the rules, what adds their gradients up, its reduction over ranks, and the compiled
 graph where training has one. What must come out is added up here, apart from all of that.
@@ -19,6 +19,8 @@ from torch import Tensor, distributed, nn
 from lm.backprop import Gradients
 from lm.backprop.compare import (
     DIFFERENCES,
+    EXACT,
+    LOSS,
     Row,
     along,
     by_autograd,
@@ -35,11 +37,12 @@ from lm.training.guard import share_gradient
 from lm.training.reduced import ReducedGradients
 
 Batch = tuple[Tensor, Tensor]
+Loss = Tensor | float
 PATIENCE = timedelta(minutes=30)  # of a rank for the other, which computes after it
 
 
 class Reference:
-    """What the gradient of a step must be: that of the mean cross-entropy over all that it predicts, by autograd.
+    """What loss and gradient of a step must be: the mean cross-entropy over all that it predicts, and autograd's of it.
 
     Args:
         net: The network.
@@ -60,10 +63,13 @@ class Reference:
             for name, gradient in (find(self.net, tokens, targets) or {}).items():
                 mean[name] = torch.lerp(mean[name], gradient, part) if name in mean else gradient
 
-    def compare(self, net: nn.Module | None = None, total: Callable[[Tensor], Tensor] | None = None) -> list[Row]:
-        """Compare with the `.grad` of a network's parameters.
+    def compare(
+        self, loss: Loss, net: nn.Module | None = None, total: Callable[[Tensor], Tensor] | None = None
+    ) -> list[Row]:
+        """Compare with a step's loss and the `.grad` of a network's parameters.
 
         Args:
+            loss: Mean over all that the step predicts.
             net: The same network or a copy.
             total: Returns the sum over the ranks, of those that each saw their own micro-batches.
         """
@@ -72,7 +78,8 @@ class Reference:
             own = torch.tensor(float(self.predictions), device=next(self.net.parameters()).device)
             part = self.predictions / max(1.0, float(total(own.clone())))
             mean, wide = ({name: total(g * part) for name, g in one.items()} for one in (mean, wide))
-        return rows(mean, gradients(net or self.net), tolerances(mean, wide))
+        found = {LOSS: mean[LOSS].new_tensor(float(loss))} | gradients(net or self.net)
+        return rows(mean, found, tolerances(mean, wide))
 
 
 def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Row]:
@@ -138,7 +145,7 @@ def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None
 
 
 def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> list[Row]:
-    """Compare slopes of a step's loss along a random direction of each parameter with central differences.
+    """Compare a step's loss, and its slopes along a random direction of each parameter with central differences.
 
     Args:
         net: In float64: fewer digits show nothing. It stays as it is, but for its gradients.
@@ -154,12 +161,16 @@ def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled
 
     step = StepByHand(net, fitted(net), Gradients(), accumulate=len(batches), compiled=compiled)
     with undisturbed(net):
-        _end(step, _add(step, batches), batches)
+        by_hand = _end(step, _add(step, batches), batches)
     found = gradients(net)
+    wanted = loss()
     with torch.random.fork_rng():  # the losses that follow must draw the dropout masks that the gradients saw
         directions = {name: torch.randn_like(gradient) for name, gradient in found.items()}
     slopes = {name: (found[name] * direction).sum() for name, direction in directions.items()}
-    return rows(along(net, loss, directions), slopes, dict.fromkeys(found, DIFFERENCES))
+    slopes[LOSS] = wanted.new_tensor(float(by_hand))
+    return rows(
+        {LOSS: wanted} | along(net, loss, directions), slopes, dict.fromkeys(found, DIFFERENCES) | {LOSS: EXACT}
+    )
 
 
 def _alone(
@@ -169,9 +180,8 @@ def _alone(
     step = StepByHand(net, fitted(net), grads or Gradients(), accumulate=len(batches), compiled=compiled)
     reference = Reference(net)
     with undisturbed(net):
-        losses = _add(step, batches, reference)
-        _end(step, losses, batches)
-    return reference.compare()
+        loss = _end(step, _add(step, batches, reference), batches)
+    return reference.compare(loss)
 
 
 def _usual(tables: list[list[Row]]) -> list[Row]:
@@ -197,11 +207,12 @@ def _add(step: StepByHand, batches: list[Batch], reference: Reference | None = N
     return losses
 
 
-def _end(step: StepByHand, losses: list[Tensor], batches: list[Batch], group: Any = None) -> None:
+def _end(step: StepByHand, losses: list[Tensor], batches: list[Batch], group: Any = None) -> Loss:
     step.finish()
-    if step.divided:
-        gradients = [p.grad for p in step.parameters if p.grad is not None]
-        share_gradient(gradients, losses, [targets for _, targets in batches], step.world_size, [], group)
+    if not step.divided:
+        return losses[0]
+    gradients = [p.grad for p in step.parameters if p.grad is not None]
+    return share_gradient(gradients, losses, [targets for _, targets in batches], step.world_size, [], group)[0]
 
 
 def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
@@ -216,8 +227,8 @@ def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
         for seen in (None, reference):
             with undisturbed(net):
                 losses = [_add(step, share, seen) for step, share in zip(steps, shares, strict=True)]
-            list(pool.map(_end, steps, losses, shares, groups))  # each waits for the other
-    first, second = (reference.compare(one) for one in nets)
+            means = list(pool.map(_end, steps, losses, shares, groups))  # each waits for the other
+    first, second = (reference.compare(loss, one) for loss, one in zip(means, nets, strict=True))
     return [b if a.approximate and not b.approximate else a for a, b in zip(first, second, strict=True)]
 
 

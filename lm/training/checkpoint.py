@@ -23,7 +23,7 @@ from torch.distributed import checkpoint as dcp
 
 from lm.data import files, outputs
 from lm.errors import UserError, described
-from lm.training import disk, folders, owned, schema
+from lm.training import disk, folders, harmless, owned, schema
 from lm.training.writer import Writer
 
 NET = "net."
@@ -49,6 +49,8 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = Writer(), whole
+        self._state: dict[str, Any] | None = None  # what was saved last; not of a sharded one
+        self._folders: set[Path] = set()  # in which something was written
         self.restoring: Path | None = None  # what is read, until a step has been made with it
         self._ahead: Future[dict[str, Any]] | None = None
         if whole and whole.is_file():
@@ -63,7 +65,43 @@ class AtomicCheckpointIO(CheckpointIO):
             UserError: The disk refused the one before; of this one, `writer.check` and `writer.wait` raise it.
         """
         self.writer.wait()
-        self.writer.submit(partial(write, self.writer.snapshot(checkpoint), Path(path)))
+        self._state = self.writer.snapshot(checkpoint)
+        self.writer.submit(partial(self._write, Path(path)))
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy the checkpoint that was saved last, in the background, once it is written; not over what is foreign."""
+        self.writer.submit(partial(self._copy, source, target))
+
+    def _write(self, path: Path) -> None:
+        """Write the state that was saved last, once more where somebody removes the folder meanwhile."""
+        self.see(path.parent)
+        try:
+            write(self._state, path)
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            self.see(path.parent)
+            write(self._state, path)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if owned.is_foreign(target):  # it came while the first was written
+            harmless.note_once(self, f"note: {target} was not written by lm: it is left alone, {source} is whole")
+            return
+        self.see(target.parent)
+        try:
+            copy(source, target)
+        except (FileNotFoundError, UserError):
+            if source.exists():
+                raise
+            if self._state is not None:  # of a sharded one, the next save makes it again
+                self._write(target)
+
+    def see(self, folder: Path) -> None:
+        """Say, once, that a folder was removed in which a checkpoint was written before."""
+        if folder in self._folders and not folder.is_dir():
+            text = f"note: {folder} was removed while training went on: it is made again, earlier checkpoints are lost"
+            harmless.note_once(self, text)
+        self._folders.add(folder)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -84,7 +122,7 @@ class AtomicCheckpointIO(CheckpointIO):
         owned.remove(Path(path))
 
 
-def write(checkpoint: dict[str, Any], path: Path) -> None:
+def write(checkpoint: dict[str, Any] | None, path: Path) -> None:
     """Write a checkpoint, whole or not at all; raises UserError where the disk refuses."""
     with replacing(path) as file:
         torch.save(checkpoint, file)
@@ -103,8 +141,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with files.whole(path, owned.take_place) as file:
             yield file
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
-        found = disk.reason(error, path.parent)
-        raise UserError(f"{path} could not be written ({found}): {disk.remedy(path.parent)}") from error
+        raise disk.refusal(path, error) from error
 
 
 def copy(source: Path, target: Path) -> None:

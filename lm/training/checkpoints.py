@@ -3,7 +3,6 @@
 import math
 import re
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lm.bounds import checked
 from lm.errors import UserError
 from lm.training import checkpoint as files
-from lm.training import owned, progress
+from lm.training import harmless, owned, progress
 from lm.training.writer import Writer
 
 
@@ -145,14 +144,24 @@ class Checkpoints(Checkpoint):
             return
         for logger in trainer.loggers:  # what was logged up to a checkpoint is on the disk before it
             logger.save()
-        first, *others = targets
+        first, *others = self._free(trainer, targets)
         trainer.save_checkpoint(first)
         if trainer.is_global_zero:
             for other in others:
-                _writer(trainer).submit(partial(files.copy, first, other))
+                _io(trainer).copy(first, other)
         self._retain_later(trainer)
         if self.last in targets:
             self.saved = trainer.global_step, self.validated_step
+
+    def _free(self, trainer: Trainer, targets: list[Path]) -> list[Path]:
+        """Return the targets that are not taken by what lm did not write; if none is free, the periodic one."""
+        foreign = [path for path in targets if owned.is_foreign(path)] if trainer.is_global_zero else []
+        (foreign,) = trainer.strategy.broadcast([foreign])  # ranks that look by themselves may see different files
+        free = [path for path in targets if path not in foreign] or [self._periodic(trainer.global_step)]
+        for path in foreign if trainer.is_global_zero else []:
+            text = f"note: {path} is in the way and was not written by lm: it is left alone, {free[0]} is saved instead"
+            harmless.note_once(self, f"{text}: move it away", kind=path)
+        return free
 
     def _retain_later(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.keep_last is not None:
@@ -168,6 +177,10 @@ class Checkpoints(Checkpoint):
                     owned.remove(old)
 
 
-def _writer(trainer: Trainer) -> Writer:
+def _io(trainer: Trainer) -> files.AtomicCheckpointIO:
     io: Any = trainer.strategy.checkpoint_io
-    return io.writer
+    return io
+
+
+def _writer(trainer: Trainer) -> Writer:
+    return _io(trainer).writer

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -54,17 +55,29 @@ def compiler_missing(device: torch.device) -> str | None:
     return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
 
 
-def memory() -> tuple[float, float]:
+def memory(root: Path = Path("/")) -> tuple[float, float]:
     """Return this machine's or container's memory in bytes, all and what is free; infinity where nothing tells."""
     try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        rows = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         total, free = (float(int(rows[key].split()[0]) << 10) for key in ("MemTotal", "MemAvailable"))
     except OSError:
         return math.inf, math.inf
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(limit).exists() and (value := Path(limit).read_text().strip()).isdigit():
-            total, free = min(total, int(value)), min(free, int(value))
+    cgroup = root / "sys/fs/cgroup"
+    for limit, used in (
+        (cgroup / "memory.max", cgroup / "memory.current"),
+        (cgroup / "memory/memory.limit_in_bytes", cgroup / "memory/memory.usage_in_bytes"),
+    ):
+        if limit.exists() and (value := limit.read_text().strip()).isdigit():
+            total, free = min(total, int(value)), min(free, int(value) - _used(used))
     return total, free
+
+
+def _used(path: Path) -> int:
+    """Return what a container's memory holds, but for copies of files that are let go where memory is short."""
+    with suppress(OSError, ValueError):
+        rows = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
+        return max(0, int(path.read_text()) - int(rows.get("total_inactive_file", rows.get("inactive_file", 0))))
+    return 0
 
 
 def leave_constants(module: nn.Module) -> None:

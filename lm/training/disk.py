@@ -97,6 +97,17 @@ def reason(error: BaseException, folder: Path) -> str:
     return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(found).splitlines() or [""])[0]
 
 
+def refusal(path: Path, error: BaseException) -> UserError:
+    """Return the line about a checkpoint that could not be written."""
+    folder = path.parent
+    found = next((one for one in causes(error) if isinstance(one, OSError)), None)
+    if not files.nearest(folder).is_dir():
+        return _refused(folder, found or OSError())
+    if isinstance(found, FileNotFoundError):
+        return UserError(f"{path} could not be written: files of lm's were removed from {folder} meanwhile")
+    return UserError(f"{path} could not be written ({reason(error, folder)}): {remedy(folder)}")
+
+
 def remedy(folder: Path) -> str:
     """Return what to do about a folder that does not take a file."""
     return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from lm.data import files
 from lm.errors import UserError, described
-from lm.training import owned
+from lm.training import disk, owned
 
 META, SUMS = "lm.pt", "checksums.json"
 _METADATA = (
@@ -51,7 +51,7 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         try:
             yield
         except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:  # the last: each rank's own
-            problem = problem or f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
+            problem = problem or _told(path, error)
         distributed.all_gather_object(problems, problem, group)
 
     with together():
@@ -69,7 +69,13 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         if first:
             with suppress(OSError, UserError):  # what was found is to be told
                 owned.remove(part)
-        raise UserError(f"{path} could not be written ({found}): make room or make it writable; earlier ones are whole")
+        raise UserError(found)
+
+
+def _told(path: Path, error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException):  # of all ranks
+        error = next((one for one, _ in error.failures.values()), error)
+    return str(error if isinstance(error, UserError) else disk.refusal(path, error))
 
 
 def _seal(folder: Path) -> None:

@@ -45,13 +45,23 @@ def _say_once(owner: Any, error: Exception) -> None:
     """Print a line about an error, unless the same object has had one of its kind."""
     # a full disk comes out of TensorBoardLogger as a ValueError
     error = next((cause for cause in causes(error) if isinstance(cause, OSError)), error)
-    said = vars(owner).setdefault("_errors_said", set())
-    kind = (type(error), getattr(error, "errno", None))
-    if kind in said:
-        return
-    said.add(kind)
-    if os.environ.get("LM_DEBUG"):
-        traceback.print_exception(error)
     what = f"{type(owner).__name__} failed ({described(error, 300)})"
-    line = log.line(f"note: {what}: training goes on; more errors of this kind are not shown", level="warning")
-    tqdm.write(line, file=sys.stderr)  # above a progress bar, where there is one
+    text = f"note: {what}: training goes on; more errors of this kind are not shown"
+    if note_once(owner, text, kind=(type(error), getattr(error, "errno", None))) and os.environ.get("LM_DEBUG"):
+        traceback.print_exception(error)
+
+
+def note_once(owner: Any, text: str, kind: Any = None) -> bool:
+    """Print a line about what an object met while training goes on; return whether it was the first of its kind.
+
+    Args:
+        owner: The object.
+        text: The line.
+        kind: What it must have in common with an earlier one not to be said again; the text by default.
+    """
+    said = vars(owner).setdefault("_said", set())
+    if (kind or text) in said:
+        return False
+    said.add(kind or text)
+    tqdm.write(log.line(text, level="warning"), file=sys.stderr)  # above a progress bar, where there is one
+    return True

@@ -140,7 +140,8 @@ class LanguageModel(Evaluated):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
-            self.net = make_net(self.make_net, data.vocab_size, data.block_size)
+            trained = self.make_optimizer if progress.trains_in_memory(self.trainer) else None
+            self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer
         compatibility.check_data(self.net, data)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
@@ -302,7 +303,7 @@ class LanguageModel(Evaluated):
             ranks = self.trainer.world_size
             loss, others = share_gradient(gradients, self._step_losses, self._step_targets, ranks, others)
             self.answers = dict(zip(self.questions, others, strict=True))
-        self.check_gradients()
+        self.check_gradients(loss)
         if self._small and self.clip_norm is None and gradient_clip_val is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
@@ -320,8 +321,8 @@ class LanguageModel(Evaluated):
         for watcher in self._watching:
             watcher.before_update(self.net)
 
-    def check_gradients(self) -> None:
-        """Check the step's gradient, which is whole and not clipped yet; nothing is checked here."""
+    def check_gradients(self, loss: Tensor | float) -> None:
+        """Check the step's loss and gradient, which is whole and not clipped yet; nothing is checked here."""
 
     def optimizer_step(
         self,

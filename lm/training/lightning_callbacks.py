@@ -318,11 +318,11 @@ class Endings(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let `Checkpoints` save where something failed between two steps, a callback or the data: no step is lost.
 
-        Of several ranks, which save together, the others do not know; a GPU that failed has nothing to save.
+        Several ranks save together, so all must have failed at this step; a GPU that failed has nothing to save.
         """
         finished = self._begun and trainer.global_step == trainer.fit_loop.epoch_loop._batches_that_stepped
         unknown = isinstance(exception, Exception) and not isinstance(exception, CommandError | torch.AcceleratorError)
-        if finished and unknown and trainer.world_size == 1:
+        if finished and unknown and progress.all_have_failed(trainer):
             exception.at_boundary = True  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """Where metrics go: TensorBoard events and metrics.csv, without gaps or doubled steps across resumes; metrics.prom."""
 
 import csv
+import hashlib
 import io
 import os
 import re
@@ -50,7 +51,7 @@ class Events(TensorBoardLogger):
         purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
         super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
         self.opened, self._removed = opened, removed or Removed()
-        self._file: tuple[Path, os.stat_result] | None = None
+        self._file: tuple[Path, bytes] | None = None  # and how it begins: with the time when it was made
 
     @property
     @rank_zero_experiment
@@ -58,9 +59,12 @@ class Events(TensorBoardLogger):
         """The SummaryWriter: a new one where its file was removed, as it would go on writing to none."""
         if not self.opened:
             return _DummyExperiment()
-        if self._experiment is not None and self._file and not _same(*self._file):
+        if self._experiment is not None and self._file and _head(self._file[0]) != self._file[1]:
             self._removed(self._file[0])
-            with suppress(OSError):  # it was still to write there
+            writers: Any = self._experiment.all_writers  # what is there now is another's
+            for writer in writers.values():
+                writer.event_writer._general_file_writer.filename = os.devnull
+            with suppress(OSError):
                 self._experiment.close()
             self._experiment = None
             self._kwargs.pop("purge_step", None)
@@ -68,7 +72,7 @@ class Events(TensorBoardLogger):
             before = {*_event_files(Path(self.log_dir))}
             _ = super().experiment
             made = {*_event_files(Path(self.log_dir))} - before
-            self._file = next(((path, path.stat()) for path in made), None)
+            self._file = next(((path, _head(path)) for path in made), None)
         return self._experiment
 
     @rank_zero_only
@@ -123,6 +127,8 @@ class MetricsCSV(_File):
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []  # the last one, to which more may come, and those the disk refused
         self._offset = 0  # where the first of them begins in the file
+        self._tail = b""  # what was written from there on
+        self._sum = hashlib.sha256()  # of what was written before
         self._file: os.stat_result | None = None
 
     @rank_zero_only
@@ -145,8 +151,20 @@ class MetricsCSV(_File):
             files.flush(self.path.parent)
 
     def _is_there(self) -> bool:
-        """Return whether it is still the file that was opened: an editor puts another one in its place."""
-        return self._file is not None and _same(self.path, self._file) and self.path.stat().st_size >= self._offset
+        """Return whether the table is still there, byte for byte as it was written.
+
+        Raises:
+            UserError: Something else is: nobody else's bytes are changed.
+        """
+        if not os.path.lexists(self.path):
+            return False
+        if self._file is not None and _unchanged(self.path, self._file):
+            return True
+        data = self.path.read_bytes() if _is_file(self.path) else b""
+        if data[self._offset :] != self._tail or hashlib.sha256(data[: self._offset]).digest() != self._sum.digest():
+            raise UserError(f"{self.path} is not the table that lm wrote: it is left alone, move it away")
+        self._file = self.path.stat()  # an editor has put it there anew, or it was touched
+        return True
 
     def _write(self) -> None:
         """Write the rows that the file may not have yet."""
@@ -160,11 +178,17 @@ class MetricsCSV(_File):
             with self.path.open("r+b") as file:
                 file.seek(self._offset)
                 file.truncate()
+                self._tail = b""
                 file.write(b"".join(text))
+            self._tail = text[-1]
         except OSError:  # half a row would spoil the next
             with suppress(OSError):
                 os.truncate(self.path, self._offset)
             raise
+        finally:
+            with suppress(OSError):
+                self._file = self.path.stat()
+        self._sum.update(b"".join(text[:-1]))
         self._offset += sum(map(len, text[:-1]))
         self._rows = self._rows[-1:]
 
@@ -175,9 +199,9 @@ class MetricsCSV(_File):
         if rows and rows[-1]["step"] == self._rows[0]["step"]:
             self._rows[0] = rows.pop() | self._rows[0]
         columns = [*dict.fromkeys([*columns, *(name for row in self._rows for name in row)])]
-        write_csv(self.path, columns, rows)
+        data = write_csv(self.path, columns, rows)
         self._columns, self._file = columns, self.path.stat()
-        self._offset = self._file.st_size
+        self._offset, self._tail, self._sum = len(data), b"", hashlib.sha256(data)
 
 
 class MetricsProm(_File):
@@ -191,7 +215,7 @@ class MetricsProm(_File):
     def __init__(self, folder: Path, removed: Removed | None = None) -> None:
         super().__init__(folder / "metrics.prom", removed)
         self._values: dict[str, float] = {}
-        self._written = False
+        self._written: bytes | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -202,12 +226,15 @@ class MetricsProm(_File):
             f'# TYPE {names[name]} gauge\n{names[name]}{{run="{self.name}"}} {value!r}\n'
             for name, value in self._values.items()
         ]
-        if self._written and not self.path.is_file():
+        if self._written and not os.path.lexists(self.path):
             self._removed(self.path)
+        elif self._written and not (_is_file(self.path) and self.path.read_bytes() == self._written):
+            raise UserError(f"{self.path} is not what lm wrote: it is left alone, move it away")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = "".join(rows).encode()
         with files.whole(self.path, flushed=False) as file:  # the next line replaces it: not worth a wait
-            file.write("".join(rows).encode())
-        self._written = True
+            file.write(data)
+        self._written = data
 
 
 def check(folder: Path) -> None:
@@ -249,23 +276,36 @@ def _line(row: dict[str, Any], columns: list[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Write a table, whole or not at all."""
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    """Write a table, whole or not at all, and return its bytes."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_whole(path, text.getvalue().encode())
+    data = text.getvalue().encode()
+    files.write_whole(path, data)
+    return data
 
 
 def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _same(path: Path, stat: os.stat_result) -> bool:
+def _unchanged(path: Path, stat: os.stat_result) -> bool:
+    """Return whether a file is the one that it was, and nothing was written into it since."""
     with suppress(OSError):
-        return os.path.samestat(path.stat(), stat)
+        now = path.lstat()
+        return os.path.samestat(now, stat) and (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     return False
+
+
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a file; none where it is no file."""
+    with suppress(OSError):
+        if _is_file(path):
+            with path.open("rb") as file:
+                return file.read(64)
+    return b""
 
 
 def _event_files(folder: Path) -> list[Path]:

@@ -127,8 +127,8 @@ class ManualLanguageModel(LanguageModel):
         if last:
             step.finish()
 
-    def check_gradients(self) -> None:
-        """Compare the step's gradient with autograd's, where an audit is due.
+    def check_gradients(self, loss: Tensor | float) -> None:
+        """Compare the step's loss and gradient with autograd's, where an audit is due.
 
         Raises:
             CheckError: They disagree, on any rank: all stop, or the others would wait for this one.
@@ -137,7 +137,7 @@ class ManualLanguageModel(LanguageModel):
             return
         ranks, step = self.trainer.strategy, self.global_step + 1
         alone = self.trainer.world_size == 1
-        table = self._audit.compare(total=None if alone else lambda sums: ranks.reduce(sums, reduce_op="sum"))
+        table = self._audit.compare(loss, total=None if alone else lambda sums: ranks.reduce(sums, reduce_op="sum"))
         table += [row for row in self._rules if not row.approximate]
         worst = max(table, key=lambda row: (not row.approximate, row.relative))
         self._audit = None

@@ -44,13 +44,18 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether something is there that lm did not write."""
+    return os.path.lexists(path) and not is_ours(path)
+
+
 def check(path: Path) -> None:
     """Check that a checkpoint may be written to a path: it is free, or has one of lm's.
 
     Raises:
         UserError: It has something else.
     """
-    if os.path.lexists(path) and not is_ours(path):
+    if is_foreign(path):
         raise UserError(f"{path} is in the way and was not written by lm: move it away")
 
 
@@ -78,8 +83,8 @@ def take_place(part: Path, path: Path) -> None:
     """
     check(path)
     old = path.with_name(f".{path.name}.old.part")
-    remove(old)
     if path.is_dir() or (path.exists() and part.is_dir()):
+        remove(old)
         path.rename(old)
     try:
         part.replace(path)

@@ -13,20 +13,35 @@ from lm.errors import UserError
 from lm.training import compute
 from lm.training.optimizers import parameter_groups
 
+Maker = Callable[[Iterable], Any]
+MANY = 64  # layers of a network whose size is that of two and of each further one
+
 
 def make_net(
-    make: Callable[..., Any], vocab_size: int, block_size: int, *, counted: bool = False, **settings: Any
+    make: Callable[..., Any],
+    vocab_size: int,
+    block_size: int,
+    *,
+    counted: bool = False,
+    optimizer: Maker | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Return a network; settings take the place of the recipe's.
 
-    Counted, it is for tensors without values, of which any number fits.
+    Args:
+        make: The network's class, with the recipe's settings.
+        vocab_size: Number of symbols.
+        block_size: Longest context.
+        counted: Whether it is for tensors without values, of which any number fits.
+        optimizer: Makes the optimizer that will train it in this memory; None where nothing tells.
+        settings: Of the network.
 
     Raises:
         UserError: Its settings do not go together, or its class is no network for tokens.
     """
     try:
         if not counted:
-            _check_memory(make, vocab_size, block_size, **settings)
+            _check_memory(make, vocab_size, block_size, optimizer=optimizer, **settings)
         net = make(vocab_size, block_size, **settings)
     except ValueError as error:
         raise UserError(f"model.net: {error}") from error
@@ -39,22 +54,46 @@ def make_net(
     return net
 
 
-def _check_memory(make: Callable[..., Any], *sizes: int, **settings: Any) -> None:
-    """Make a network without values first, whose size tells whether there is memory for it.
+def _check_memory(make: Callable[..., Any], *sizes: int, optimizer: Maker | None, **settings: Any) -> None:
+    """Make a network without values first, whose size tells whether there is memory for it, and for its training.
 
     Raises:
         UserError: There is not.
     """
+    layers = settings.get("n_layer", getattr(make, "keywords", {}).get("n_layer", 0))
     needed, count, kind = 0, 0, ""
     with isolate_rng(include_cuda=False), suppress(Exception), torch.device("meta"):  # other faults show later
-        net = make(*sizes, **settings)
-        tensors = [*net.parameters(), *net.buffers()]
-        needed, count, kind = sum(t.nbytes for t in tensors), sum(t.numel() for t in tensors), type(net).__name__
+        if isinstance(layers, int) and layers > MANY:  # which would take as long as all that follows
+            few = [_sizes(make(*sizes, **settings | {"n_layer": n}), optimizer) for n in (2, 3)]
+            needed, count = (a + (layers - 2) * (b - a) for a, b in zip(*(one[:2] for one in few), strict=True))
+            kind = few[0][2]
+        else:
+            needed, count, kind = _sizes(make(*sizes, **settings), optimizer)
     if needed > (free := compute.memory()[1]):
+        what = "" if optimizer is None else ", their gradients, the optimizer's state and the copy that is saved"
         raise UserError(
-            f"model.net {kind}: {count:,} parameters take {needed / 1e9:,.0f} GB, {free / 1e9:,.0f} GB of memory are "
-            "free here: make it smaller, by n_embd or n_layer; lm plan says what a recipe needs"
+            f"model.net {kind}: {count:,} parameters{what} take {needed / 1e9:,.3g} GB, {free / 1e9:,.3g} GB of memory "
+            "are free here: make it smaller, by n_embd or n_layer; lm plan says what a recipe needs"
         )
+
+
+def _sizes(net: nn.Module, optimizer: Maker | None) -> tuple[int, int, str]:
+    """Return the bytes that a network on the meta device needs, its number of parameters and its name.
+
+    On a CPU, a checkpoint is written from a copy of weights and optimizer state, while training goes on.
+    """
+    parameters = list(net.parameters())
+    count, kind = sum(p.numel() for p in parameters), type(net).__name__
+    kept = sum(t.nbytes for t in (*parameters, *net.buffers()))
+    if optimizer is None:
+        return kept, count, kind
+    made = optimizer(parameter_groups(net))
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    made.step()
+    states = [t for state in made.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    kept += sum(t.nbytes for t in states)
+    return 2 * kept + sum(p.nbytes for p in parameters), count, kind
 
 
 def make_optimizer(make: Callable[[Iterable], Any], net: nn.Module) -> Optimizer:

@@ -5,10 +5,16 @@ still due; after a stop inside one it repeats, skips or halves it (Lightning iss
 number, the count of finished optimizer steps, says it all: batches are a pure function of it, and so is what is due.
 """
 
+import time
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.distributed_c10d import _get_default_store
+
+PATIENCE = 5.0  # seconds of a rank that has failed for the others to fail, too
 
 
 class WholeFit(_FitLoop):
@@ -25,6 +31,31 @@ def begin_and_end_always(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
     trainer.fit_loop.epoch_loop = loop.epoch_loop
+
+
+def trains_in_memory(trainer: Trainer) -> bool:
+    """Return whether this machine's own memory must hold all that training needs: on a CPU, and not sharded."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer.state.fn == "fit" and trainer.strategy.root_device.type == "cpu" and not sharded
+
+
+def all_have_failed(trainer: Trainer) -> bool:
+    """Return whether all ranks have failed at this step, as all call the same callbacks; waits some seconds for them.
+
+    Ranks that go on know nothing of it, so no collective operation can tell: the store does where they have met.
+    """
+    if trainer.world_size == 1:
+        return True
+    key = f"lm/failed/{trainer.global_step}"
+    with suppress(Exception):  # the first rank, who has the store, is gone
+        store = _get_default_store()
+        failed = store.add(key, 1)
+        end = time.monotonic() + PATIENCE
+        while failed < trainer.world_size and time.monotonic() < end:
+            time.sleep(0.05)
+            failed = store.add(key, 0)
+        return failed == trainer.world_size or store.add(key, -1) + 1 == trainer.world_size  # who comes now is too late
+    return False
 
 
 def steps_per_call(trainer: Trainer) -> int:

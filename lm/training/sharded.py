@@ -93,6 +93,8 @@ class Sharded(ModelParallelStrategy):
             )
             self._group = distributed.new_group(backend="gloo")  # the default one is for training alone
         path = Path(self.broadcast(filepath))
+        if self.global_rank == 0:
+            io.see(path.parent)
         (optimizer,) = checkpoint.pop("optimizer_states")
         tensors = {"state_dict": checkpoint.pop("state_dict"), "optimizer": optimizer["state"]}
         checkpoint["param_groups"] = optimizer["param_groups"]

@@ -1,6 +1,7 @@
 """The checks can fail: each rule, broken in one place, is rejected by them."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from lm.models.layers import BatchNorm
@@ -25,6 +27,7 @@ from tests.backprop.test_rules import (
     test_layer_against_autograd,
     test_loss_and_head_in_chunks,
 )
+from tests.conftest import RECIPE
 from tests.test_networks import recipe
 
 MUTANTS = [
@@ -240,7 +243,7 @@ def test_the_checker_finds_every_mutant_in_each_arithmetic(dtype: torch.dtype, m
     assert found(dtype) is None
     wrong = {}
     for module, old, new, name in [*MUTANTS, *ACCUMULATION]:
-        if name not in (None, "cross-entropy: divided by all"):  # that is the loss alone, its gradient is right
+        if name is not None:
             with broken(module, old, new):
                 monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
                 monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
@@ -281,3 +284,33 @@ def test_an_audit_finds_a_wrong_sum(lm, workplace: Path, module: str, old: str, 
         code, _, err = lm("fit", "--config", "tiny.yaml", *words, *UNTIED * ("table" in old))
     assert code == 1, name
     assert "step 2: the gradient by hand and autograd's disagree at " in err
+
+
+LOSS_ALONE = [  # right gradients of a loss that is wrong
+    ("Bigram", "loss", "total / count, drows.view", "total / len(flat), drows.view", ()),
+    ("Bigram", "loss", "total / count, drows.view", "total / len(flat), drows.view", ("--dtype", "bfloat16")),
+    ("MLP", "loss", "total / count, (drows[0]", "total / len(flat), (drows[0]", ()),
+    ("MLP", "loss", "return total / count, (", "return 1.01 * total / count, (", ("--against", "differences")),
+    ("MLP", STEP, "return loss * scale * self.accumulate if", "return loss * scale if", ()),
+    ("MLP", "training.guard", "return total / max(1, count)", "return total / positions", ()),
+]
+
+
+@pytest.mark.parametrize(("network", "module", "old", "new", "options"), LOSS_ALONE, ids=lambda v: str(v)[:30])
+def test_a_wrong_loss_is_a_row(
+    lm, workplace: Path, network: str, module: str, old: str, new: str, options: tuple[str, ...]
+) -> None:
+    if network == "Bigram":  # its logits are whole
+        model = {"class_path": "lm.training.LanguageModel", "init_args": {"net": {"class_path": "lm.models.Bigram"}}}
+        Path("net.yaml").write_text(yaml.safe_dump(RECIPE | {"model": model}))
+    else:
+        recipe(network)
+    words = ("gradients", "--config", "net.yaml", "--json", *options)
+    code, out, err = lm(*words)
+    assert code == 0, err
+    first = json.loads(out.splitlines()[-1])["rows"][0]
+    assert first["name"] == "loss" and first["shape"] == []
+    with broken(module, old, new):
+        code, out, err = lm(*words)
+    assert code == 1 and "1 of " in err and err.strip().endswith(": loss"), err
+    assert [row["name"] for row in json.loads(out.splitlines()[-1])["rows"] if not row["approximate"]] == ["loss"]

@@ -69,8 +69,8 @@ def test_without_words_it_prints_help_and_an_unknown_command_is_bad_input(image:
     code, out, _ = image.run()
     assert code == 0 and out.startswith("usage: lm COMMAND") and "\n  fit " in out
     code, out, err = image.run("trian")
-    assert code == 2 and not out and err.startswith("usage: lm COMMAND")
-    assert err.splitlines()[-1] == "error: unknown command trian: see above"
+    assert code == 2 and not out
+    assert err.startswith("error: unknown command trian: say one of fit, ") and len(err.splitlines()) == 1
 
 
 def test_training_is_stopped_by_sigterm_resumed_and_sampled(image: Container, volumes: dict[str, Path]) -> None:

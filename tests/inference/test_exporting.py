@@ -84,3 +84,44 @@ def test_bad_input_is_one_line(lm, exported: Path, harm: str, expected: str) -> 
 def test_an_output_that_cannot_be_written(lm, exported: Path) -> None:
     code, _, err = lm("export", "--ckpt_path", LAST, "--output", "tiny.yaml")
     assert code == 2 and err.startswith("error: --output tiny.yaml: ") and len(err.splitlines()) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir")
+
+
+def test_a_folder_that_is_replaced_is_whole_wherever_the_process_is_killed(lm, exported: Path) -> None:
+    """From the i-th call on, none does anything, as after SIGKILL."""
+    words = ("export", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--format", "safetensors", "--output")
+    folder = Path("again")
+    assert lm(*words, folder)[0] == 0
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for i in range(99):
+        left = [i]
+
+        def dying(call, left=left):
+            def called(self, *arguments, **settings):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return call(self, *arguments, **settings)
+
+            return called
+
+        done = True
+        with pytest.MonkeyPatch.context() as patch:
+            for name in CALLS:
+                patch.setattr(Path, name, dying(getattr(Path, name)))
+            try:
+                lm(*words, folder, "--overwrite")
+            except Killed:
+                done = False
+        assert lm("import", "--source", folder, "--output", f"{i}.ckpt")[0] == 0, i
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == good, i
+        if done:
+            break
+    assert done and i > 4
+    assert not list(Path().glob(".again.old.part"))

@@ -117,3 +117,63 @@ def test_a_row_that_the_disk_refuses_comes_with_the_next(
     assert columns == ["step", "loss", "new", "val"]
     said = [(row["step"], row["loss"], row["val"]) for row in rows]
     assert said == [("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", "4.0")]
+
+
+class Put(Callback):
+    """Does something to a file of the logs after step 5.
+
+    Args:
+        pattern: Which file.
+        how: over: another file takes its place; into: a longer text is written into it; after: at its end.
+    """
+
+    def __init__(self, pattern: str, how: str) -> None:
+        self.pattern, self.how = pattern, how
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step == 5:
+            (path,) = LOGS.glob(self.pattern)
+            if self.how == "over":
+                path.unlink()
+            mode = {"over": "wb", "into": "r+b", "after": "ab"}[self.how]
+            with path.open(mode) as file:
+                file.write(THEIRS)
+            Path("theirs").write_bytes(path.read_bytes())
+            Path("name").write_text(str(path))
+
+
+THEIRS = b"step,grade\n" + b"1,of a thesis\n" * 400
+
+
+@pytest.mark.parametrize("how", ["over", "into", "after"])
+@pytest.mark.parametrize("pattern", ["metrics.csv", "metrics.prom", "events.*"])
+def test_the_users_bytes_in_a_log_are_never_changed(lm, workplace: Path, pattern: str, how: str) -> None:
+    callback = f'{{"class_path": "{__name__}.Put", "init_args": {{"pattern": "{pattern}", "how": "{how}"}}}}'
+    code, out, err = lm("fit", "--config", "tiny.yaml", "--trainer.callbacks", f"[{callback}]")
+    assert code == 0 and "done: step 12" in out, err
+    path = Path(Path("name").read_text())
+    theirs = Path("theirs").read_bytes()
+    if (pattern, how) == ("events.*", "after"):  # TensorBoard's writer appends to what was appended
+        assert path.read_bytes().startswith(theirs) and not err
+        return
+    assert path.read_bytes() == theirs
+    assert len(err.splitlines()) == 1 and str(path) in err, err
+    assert ("was removed while training went on" in err) == (pattern == "events.*"), err
+
+
+def test_a_table_that_an_editor_saved_as_it_was_is_gone_on_with(tmp_path: Path) -> None:
+    table, path = MetricsCSV(tmp_path), tmp_path / "metrics.csv"
+    table.log_metrics({"loss": 1.0}, 1)
+    table.log_metrics({"loss": 2.0}, 2)
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    table.log_metrics({"loss": 3.0}, 3)
+    path.write_bytes(b"mine")
+    for step in (4, 5):
+        with pytest.raises(UserError, match="not the table that lm wrote: it is left alone, move"):
+            table.log_metrics({"loss": 4.0}, step)
+    path.rename(tmp_path / "away")
+    table.log_metrics({"loss": 6.0}, 6)
+    assert (tmp_path / "away").read_bytes() == b"mine"
+    assert [row["step"] for row in loggers.read_csv(path)[1]] == ["3", "4", "5", "6"]
