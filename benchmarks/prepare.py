@@ -37,8 +37,8 @@ def documents() -> list[str]:
     texts = corpora.find("shakespeare").read().split("\n\n")
     scenes = ["\n\n".join(texts[i : i + 40]) for i in range(0, len(texts), 40)]
     folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")}
-    sources = sorted({path for folder in folders for path in Path(folder).rglob("*.py")})
-    return scenes + [path.read_text(errors="replace")[:200_000] for path in sources]
+    programs = sorted({path for folder in folders for path in Path(folder).rglob("*.py")})
+    return scenes + [path.read_text(errors="replace")[:200_000] for path in programs]
 
 
 def make_corpus(path: Path, megabytes: int) -> None:

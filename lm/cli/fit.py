@@ -324,8 +324,8 @@ def _done(cli: Fit, result: dict[str, Any]) -> None:
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
     """Return the error of a stop that says at which step, and what is saved."""
     stop.run = cli.name
-    files: Any = cli.trainer.strategy.checkpoint_io
-    files.writer.finish()  # a second signal may have come while it wrote
+    io: Any = cli.trainer.strategy.checkpoint_io
+    io.writer.finish()  # a second signal may have come while it wrote
     if not cli.trainer.is_global_zero:
         stop.args = ("",)  # the first rank says it
         return stop

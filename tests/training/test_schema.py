@@ -141,7 +141,7 @@ def test_training_does_not_go_on_from_weights_that_are_not_finite(lm, last: Path
     assert not Path("checkpoints/on").exists()
 
 
-def sharded(last: Path) -> Path:
+def as_shards(last: Path) -> Path:
     """Write a checkpoint as a folder of one rank's share."""
     from torch.distributed import checkpoint as dcp
 
@@ -165,7 +165,7 @@ class Evil:
 
 
 def test_a_sharded_checkpoint_whose_sums_are_right_and_whose_files_are_not(lm, last: Path) -> None:
-    folder = sharded(last)
+    folder = as_shards(last)
     assert lm("sample", "--ckpt_path", folder, "--max_new_tokens", 2)[0] == 0
     good = {file.name: file.read_bytes() for file in folder.iterdir()}
     share = next(name for name in good if name.endswith(".distcp"))
