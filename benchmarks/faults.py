@@ -77,7 +77,7 @@ def at_forward(number: int, signum: int, rank: int) -> tuple[str, str]:
     """Return the words that let a rank send itself a signal at a forward pass, counted from 1; 0 for none."""
     arguments = {"number": number, "signum": signum, "rank": rank}
     return "--trainer.callbacks", yaml.safe_dump(
-        [{"class_path": "tests.training.stop.StopAtForward", "init_args": arguments}], default_flow_style=True
+        [{"class_path": "tests.support.stop.StopAtForward", "init_args": arguments}], default_flow_style=True
     )
 
 

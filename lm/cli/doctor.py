@@ -20,9 +20,8 @@ from jsonargparse import ArgumentParser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lm import __version__
+from lm import __version__, storage
 from lm.cli import common, values
-from lm.data import files
 from lm.errors import CheckError, UserError
 from lm.training import compute, disk
 
@@ -65,7 +64,7 @@ def locked(lock: Path) -> Finding:
         UserError: There is no such lock.
     """
     try:
-        text = files.plain(lock).read_text()
+        text = storage.plain(lock).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--lock {lock}: {getattr(error, 'strerror', None) or error}") from error
     wanted = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE))
@@ -153,12 +152,12 @@ def memory() -> Iterator[Finding]:
 
 def folders() -> Iterator[Finding]:
     """See whether what a run writes can be written."""
-    for folder in (Path("checkpoints"), Path("logs"), files.data_home()):
+    for folder in (Path("checkpoints"), Path("logs"), storage.data_home()):
         there = folder.exists()
         try:
             disk.probe(folder)
         except UserError as error:
-            optional = folder == files.data_home()
+            optional = folder == storage.data_home()
             advice = "downloads and prepared texts cannot be kept there" if optional else str(error)
             yield Finding(str(folder), "not writable", "note" if optional else "fail", advice)
             continue

@@ -13,9 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
-from lm import log
+from lm import log, storage
 from lm.cli import common, parsing, streams
-from lm.data import files
 from lm.data.module import TokenData
 from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
@@ -92,7 +91,7 @@ class Fit(parsing.Recipes):
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes out of the run."""
         refusal = f"{self.checkpoints}: another lm fit is at work in it: wait for it, or say another --name"
-        return files.alone(self.checkpoints / ".lock", refusal)
+        return storage.alone(self.checkpoints / ".lock", refusal)
 
     def say(self, text: str, **fields: Any) -> None:
         """Print a line about the run."""
@@ -269,7 +268,7 @@ class Fit(parsing.Recipes):
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         names = itertools.chain(["config.yaml"] * (number == 1), (f"config-{k}.yaml" for k in itertools.count(number)))
         path = next(path for name in names if not os.path.lexists(path := self.logs / name))
-        files.write_whole(path, yaml.safe_dump(recipe, sort_keys=False).encode())
+        storage.write_whole(path, yaml.safe_dump(recipe, sort_keys=False).encode())
 
 
 class _Opening(Callback):

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
+from lm import storage
 from lm.cli import common, parsing, values
-from lm.data import files
 from lm.data.tasks import TaskData
 from lm.errors import UserError
 from lm.inference.loading import load
@@ -100,7 +100,7 @@ def _prompt(prompt: str, file: Path | None) -> str:
         raise UserError("--prompt and --prompt_file: say one of them")
     try:
         opened = str(file) == "/dev/stdin" or str(file).startswith("/dev/fd/")  # by the shell: no wait without end
-        return (file if opened else files.plain(file)).read_bytes().decode("utf-8-sig")
+        return (file if opened else storage.plain(file)).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.data import files, reading
+from lm import storage
+from lm.data import reading
 from lm.errors import UserError
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -51,7 +52,7 @@ def _from_files(paths: list[Path]) -> Source:
         return "\n".join(text for path in paths for text in reading.documents(path, reading.Settings()))
 
     # the same bytes read otherwise are another text
-    digests = [reading.suffix(path) + files.sha256(path) for path in paths]
+    digests = [reading.suffix(path) + storage.sha256(path) for path in paths]
     return Source(hashlib.sha256("".join(digests).encode()).hexdigest(), read)
 
 
@@ -76,12 +77,12 @@ def _arithmetic() -> str:
 
 def _shakespeare() -> Source:
     digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return _from_files([files.fetch("tinyshakespeare.txt", SHAKESPEARE, digest)])
+    return _from_files([storage.fetch("tinyshakespeare.txt", SHAKESPEARE, digest)])
 
 
 def _names() -> Source:
     digest = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
-    return _from_files([files.fetch("names.txt", NAMES, digest)])
+    return _from_files([storage.fetch("names.txt", NAMES, digest)])
 
 
 NAMED: dict[str, Callable[[], Source]] = {

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lm import bounds
-from lm.data import files, outputs, reading, shards, tokenizers
+from lm import bounds, outputs, storage
+from lm.data import reading, shards, tokenizers
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
 from lm.data.shard_writer import FILES, Writer, save_tokenizer
@@ -85,8 +85,8 @@ def prepare(job: Preparation) -> dict[str, Any]:
         raise UserError(f"--output {job.output}: it is a file: say an empty or a new folder")
     try:
         with (
-            files.folder_made(job.output),
-            files.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
+            storage.folder_made(job.output),
+            storage.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
         ):
             return _Run(job).result()
     except OSError as error:  # most of a source's are told apart before
@@ -103,7 +103,7 @@ class _Run:
     def __init__(self, job: Preparation) -> None:
         self.job, self.folder = job, job.output
         self.spool = self.folder / ".stdin.spool"
-        for part in files.parts(self.folder, r"(manifest|progress|tokenizer)\.json|\.stdin\.spool"):
+        for part in storage.parts(self.folder, r"(manifest|progress|tokenizer)\.json|\.stdin\.spool"):
             part.unlink()
         if "-" in job.source:
             self._spool_stdin()
@@ -149,11 +149,11 @@ class _Run:
             if not path.exists():
                 continue
             try:
-                known = json.loads(files.plain(path).read_text())
+                known = json.loads(storage.plain(path).read_text())
                 same = known["plan"] == plan
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"--output {self.folder}: its {name} is not lm prepare's") from error
-            if not same and self.job.overwrite and files.holds_only(self.folder, FILES):
+            if not same and self.job.overwrite and storage.holds_only(self.folder, FILES):
                 self._clear(*(p.name for p in self.folder.iterdir() if p != self.spool))
                 break
             if not same:
@@ -173,7 +173,7 @@ class _Run:
         job, digest = self.job, hashlib.sha256()
         for path in self.files:
             stat = path.stat()
-            what = files.sha256(path) if path == self.spool else f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"
+            what = storage.sha256(path) if path == self.spool else f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"
             digest.update(f"{what}\n".encode(errors="surrogateescape"))
         name = job.tokenizer if job.tokenizer == "char" else tokenizers.identity(self._make_tokenizer().state())
         return {
@@ -306,7 +306,7 @@ class _Run:
     def _spool_stdin(self) -> None:
         if self.job.source != ["-"]:
             raise UserError("--source -: standard input stands alone")
-        with files.whole(self.spool) as spool:  # it is read twice
+        with storage.whole(self.spool) as spool:  # it is read twice
             shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
 
     def _is_tokenizer(self, path: Path) -> bool:

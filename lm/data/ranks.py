@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -51,11 +51,11 @@ class Encoding(NamedTuple):
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
         cache = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")
         cached = cache / hashlib.sha1(self.url.encode()).hexdigest()
-        if cached.is_file() and files.sha256(cached) == self.sha256:
+        if cached.is_file() and storage.sha256(cached) == self.sha256:
             return cached.read_text()
         if self.name == "gpt2" and (ranks := _gpt2_from_pair(cache)):
             return ranks
-        return files.fetch(f"{self.name}.tiktoken", self.url, self.sha256).read_text()
+        return storage.fetch(f"{self.name}.tiktoken", self.url, self.sha256).read_text()
 
 
 HOST = "https://openaipublic.blob.core.windows.net/encodings"
@@ -98,7 +98,7 @@ def _gpt2_from_pair(cache: Path) -> str | None:
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     }
-    if not all((cache / name).is_file() and files.sha256(cache / name) == digest for name, digest in pair.items()):
+    if not all((cache / name).is_file() and storage.sha256(cache / name) == digest for name, digest in pair.items()):
         return None
     from tiktoken_ext.openai_public import gpt2
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.data import files, verification
+from lm import storage
+from lm.data import verification
 from lm.data.shard_header import Header
 from lm.errors import UserError
 
@@ -40,11 +41,11 @@ class Remote:
             UserError: There is no prepared corpus at the URL, or no access.
         """
         manifest = _read(url, "manifest.json")
-        folder = files.tokens_home() / "remote" / hashlib.sha256(manifest).hexdigest()[:32]
+        folder = storage.tokens_home() / "remote" / hashlib.sha256(manifest).hexdigest()[:32]
         if not (folder / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_whole(folder / "tokenizer.json", _read(url, "tokenizer.json"))
-            files.write_whole(folder / "manifest.json", manifest)
+            storage.write_whole(folder / "tokenizer.json", _read(url, "tokenizer.json"))
+            storage.write_whole(folder / "manifest.json", manifest)
         return cls(url, folder)
 
     def fetch(self, path: Path, header: Header) -> None:
@@ -59,7 +60,7 @@ class Remote:
         """
         if path.exists():
             return
-        part = files.part_of(path)
+        part = storage.part_of(path)
         try:
             system, root = _system(self.url)
             system.get_file(f"{root}/{path.name}", str(part))

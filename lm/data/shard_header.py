@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError
 
 MAGIC, VERSION = b"LMTOKENS", 1
@@ -46,7 +46,7 @@ def read_header(path: Path) -> Header:
         UserError: It is missing, no shard, of another version, or shorter or longer than it says.
     """
     try:
-        with files.plain(path).open("rb") as file:
+        with storage.plain(path).open("rb") as file:
             data = file.read(HEADER)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.data import files, shards, tokenizers, verification
+from lm import storage
+from lm.data import shards, tokenizers, verification
 
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""
@@ -75,11 +76,11 @@ class Writer:
             state: What the caller needs to go on, plain values.
         """
         for path in self._dirty:
-            files.flush(path)
+            storage.flush(path)
         self._dirty.clear()
-        files.flush(self.folder)
+        storage.flush(self.folder)
         committed = {"tokens": self.tokens, "documents": self.documents}
-        files.write_whole(self.folder / "progress.json", json.dumps(state | {"committed": committed}).encode())
+        storage.write_whole(self.folder / "progress.json", json.dumps(state | {"committed": committed}).encode())
         self._name_full_ones()
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Writer:
             },
         }
         manifest["sha256"] = shards.manifest_sum(manifest)
-        files.write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        storage.write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (self.folder / "progress.json").unlink(missing_ok=True)
         return manifest
 
@@ -161,9 +162,9 @@ class Writer:
         )
         with part.open("r+b") as file:
             file.write(header.pack())
-        files.flush(part)
+        storage.flush(part)
         part.rename(path)
-        files.flush(self.folder)
+        storage.flush(self.folder)
         starts.unlink()
 
 
@@ -180,4 +181,4 @@ def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers
 
 def save_tokenizer(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """Write tokenizer.json."""
-    files.write_whole(folder / "tokenizer.json", json.dumps(tokenizer.state()).encode())
+    storage.write_whole(folder / "tokenizer.json", json.dumps(tokenizer.state()).encode())

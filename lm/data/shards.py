@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.data import files, remote, tokenizers, verification
+from lm import storage
+from lm.data import remote, tokenizers, verification
 from lm.data.shard_header import HEADER as HEADER
 from lm.data.shard_header import VERSION, Header, read_header
 from lm.errors import UserError
@@ -206,7 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a corpus' manifest, checked for its form."""
     path = folder / "manifest.json"
     try:
-        return check_manifest(json.loads(files.plain(path).read_text()))
+        return check_manifest(json.loads(storage.plain(path).read_text()))
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: not a whole prepared corpus (no manifest.json): let lm prepare finish it"

@@ -5,7 +5,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from lm.data import corpora, files, remote, shards, tokenizers
+from lm import storage
+from lm.data import corpora, remote, shards, tokenizers
 from lm.data.shard_writer import FILES, PARTS, write_corpus
 from lm.errors import UserError
 
@@ -45,11 +46,11 @@ def load(
     source = corpora.find(corpus)
     kind = tokenizer if isinstance(tokenizer, str) else tokenizers.identity(tokenizer.state())
     if kind.endswith(".tiktoken") and Path(kind).expanduser().is_file():
-        kind = files.sha256(Path(kind).expanduser())
+        kind = storage.sha256(Path(kind).expanduser())
     key = tokenizers.identity(
         {"format": FORMAT, "corpus": source.fingerprint, "tokenizer": kind, "fractions": [val_fraction, test_fraction]}
     )
-    folder = files.tokens_home() / key[:32]
+    folder = storage.tokens_home() / key[:32]
     if (opened := _open(folder)) is not None:
         return opened
     if note := corpora.left_out(corpus):
@@ -83,10 +84,10 @@ def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.T
 def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer) -> None:
     """Write a tokenized text in one step: it is there whole, or not at all."""
     ids = {name: tokenizer.encode(text) for name, text in parts.items()}
-    part = files.part_of(folder)
+    part = storage.part_of(folder)
     try:
         if os.path.lexists(folder) and _open(folder) is None:  # torn, by a full disk say
-            files.remove_folder(folder, FILES + PARTS)
+            storage.remove_folder(folder, FILES + PARTS)
         write_corpus(part, ids, tokenizer, sum(len(text.encode()) for text in parts.values()))
         os.rename(part, folder)
     except OSError as error:
@@ -98,7 +99,7 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
     finally:
         if part.exists():
             with suppress(OSError, UserError):
-                files.remove_folder(part, FILES + PARTS)
+                storage.remove_folder(part, FILES + PARTS)
 
 
 def _open(folder: Path) -> shards.Corpus | None:

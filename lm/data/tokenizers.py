@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.data import files
+from lm import storage
 from lm.data import ranks as published
 from lm.data.ranks import END_OF_TEXT, GPT2_PATTERN, PUBLISHED
 from lm.errors import UserError
@@ -240,7 +240,7 @@ def load(path: Path) -> Tokenizer:
         UserError: The file is missing, or holds none.
     """
     try:
-        state = json.loads(files.plain(path).read_text())
+        state = json.loads(storage.plain(path).read_text())
         tokenizer = from_state(state)
         if tokenizer.state() != state:
             raise ValueError("it does not give back what it was made from")

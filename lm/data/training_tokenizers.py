@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from lm import bounds
-from lm.data import files, outputs, reading
+from lm import bounds, outputs, storage
+from lm.data import reading
 from lm.data.ranks import from_text, to_text
 from lm.data.tokenizers import BytePairTokenizer
 from lm.errors import UserError
@@ -59,7 +59,7 @@ def train(
     text = to_text(ranks)
     bytes_per_token = measure(BytePairTokenizer(text), texts(paths, settings))
     try:
-        files.write_whole(output, text.encode())
+        storage.write_whole(output, text.encode())
     except OSError as error:
         raise UserError(f"--output {output}: could not be written ({error.strerror})") from error
     return {"vocab_size": len(ranks), "bytes_per_token": round(bytes_per_token, 4)}

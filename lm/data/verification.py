@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.data import files
+from lm import storage
 from lm.data.shard_header import HEADER, Header, read_header
 from lm.errors import UserError
 
@@ -76,7 +76,7 @@ def remember(path: Path, header: Header) -> None:
 def _note(path: Path, header: Header) -> Path:
     stat = path.stat()
     what = (os.path.realpath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header)
-    return files.tokens_home().with_name("verified") / hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+    return storage.tokens_home().with_name("verified") / hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lm.data import files, outputs
+from lm import outputs, storage
 from lm.data.tokenizers import from_state
 from lm.errors import UserError
 from lm.inference.loading import build
@@ -49,31 +49,31 @@ def export_safetensors(
         rest = saved["lm"] | {"step": saved["global_step"], "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
     _note_not_finite(ckpt_path, weights, note)
-    part = files.part_of(folder)
+    part = storage.part_of(folder)
     try:
-        with files.folder_made(folder.parent):
+        with storage.folder_made(folder.parent):
             part.mkdir()
             for name, content in data.items():
-                files.write_whole(part / name, content)
-            files.replace_folder(part, folder, NAMES)
+                storage.write_whole(part / name, content)
+            storage.replace_folder(part, folder, NAMES)
     except OSError as error:
         with suppress(OSError, UserError):
-            files.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
+            storage.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
         raise UserError(f"--output {folder}: {error.strerror or error}: say a folder that can be written to") from error
     return folder
 
 
 def _put_back(folder: Path) -> None:
     with suppress(OSError):  # the folder is read-only: what comes next says so
-        files.put_back(folder, NAMES)
+        storage.put_back(folder, NAMES)
 
 
 def _is_export(path: Path) -> bool:
     """Return whether a folder is what `export_safetensors` wrote, and has nothing else."""
-    if not files.holds_only(path, NAMES):
+    if not storage.holds_only(path, NAMES):
         return False
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return "class_path" in json.loads(files.plain(path / REST).read_text())["config"]["model"]["init_args"]["net"]
+        return "class_path" in json.loads(storage.plain(path / REST).read_text())["config"]["model"]["init_args"]["net"]
     return False
 
 
@@ -115,8 +115,8 @@ def import_safetensors(
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     _put_back(folder)
     try:
-        rest = json.loads(files.plain(folder / REST).read_text())
-        weights = load_file(files.plain(folder / WEIGHTS))
+        rest = json.loads(storage.plain(folder / REST).read_text())
+        weights = load_file(storage.plain(folder / WEIGHTS))
         weights |= {name: weights[other] for name, other in rest.pop("same").items()}
         step = int(rest.pop("step"))
         net = build(rest["config"]["model"]["init_args"]["net"], rest["vocab_size"], rest["block_size"])
@@ -165,7 +165,7 @@ def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
 
 def _write(saved: dict[str, Any], output: Path) -> None:
     try:
-        with files.folder_made(output.parent):
+        with storage.folder_made(output.parent):
             checkpoint.write(saved, output)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}: say another place") from error

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 
-from lm.data import files, outputs
+from lm import outputs, storage
 from lm.errors import UserError, described
 from lm.training import disk, folders, harmless, owned, schema
 from lm.training.writer import Writer
@@ -138,7 +138,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         owned.check(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(path, owned.take_place) as file:
+        with storage.whole(path, owned.take_place) as file:
             yield file
     except (OSError, RuntimeError) as error:  # torch's archive writer turns a full disk into a RuntimeError
         raise disk.refusal(path, error) from error
@@ -159,7 +159,7 @@ def copy(source: Path, target: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
     probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
-    for part in (*files.parts(folder, r".*\.ckpt"), *probes):
+    for part in (*storage.parts(folder, r".*\.ckpt"), *probes):
         if owned.is_ours(part):
             part.unlink()
     for part in (*folders.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from lm.data import files, outputs
+from lm import outputs, storage
 from lm.errors import UserError, causes
 from lm.training import owned
 
@@ -54,7 +54,7 @@ def probed(checkpoints: Path, logs: Path) -> Iterator[None]:
     with ExitStack() as made:
         for folder in (checkpoints, logs):
             try:
-                made.enter_context(files.folder_made(folder))
+                made.enter_context(storage.folder_made(folder))
             except OSError as error:
                 raise _refused(folder, error) from error
             probe(folder)
@@ -101,7 +101,7 @@ def refusal(path: Path, error: BaseException) -> UserError:
     """Return the line about a checkpoint that could not be written."""
     folder = path.parent
     found = next((one for one in causes(error) if isinstance(one, OSError)), None)
-    if not files.nearest(folder).is_dir():
+    if not storage.nearest(folder).is_dir():
         return _refused(folder, found or OSError())
     if isinstance(found, FileNotFoundError):
         return UserError(f"{path} could not be written: files of lm's were removed from {folder} meanwhile")
@@ -116,12 +116,12 @@ def remedy(folder: Path) -> str:
 def _free(folder: Path) -> int:
     """Return the bytes that are free where a folder is, or would be."""
     with suppress(OSError):
-        return shutil.disk_usage(files.nearest(folder)).free
+        return shutil.disk_usage(storage.nearest(folder)).free
     return 0
 
 
 def _refused(folder: Path, error: OSError) -> UserError:
-    existing = files.nearest(folder)
+    existing = storage.nearest(folder)
     if not existing.is_dir():
         return UserError(
             f"{folder} cannot be written to: {existing} is {outputs.kind(existing)}, no folder: move it away"

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError, described
 from lm.training import disk, owned
 
@@ -84,7 +84,7 @@ def _seal(folder: Path) -> None:
         json.dump(sums, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    files.flush(folder)
+    storage.flush(folder)
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def recover(folder: Path) -> None:
         path = folder / part.name.removeprefix(".").removesuffix(".new.part").removesuffix(".old.part")
         if not os.path.lexists(path) and (damage(part) is None if part.is_dir() else owned.is_ours(part)):
             part.rename(path)
-            files.flush(folder)
+            storage.flush(folder)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -121,7 +121,7 @@ def copy(source: Path, target: Path) -> None:
 def checksum(file: Path) -> int:
     """Return the CRC-32 of a file."""
     value = 0
-    with files.plain(file).open("rb") as stream:
+    with storage.plain(file).open("rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
@@ -135,7 +135,7 @@ def holds(path: Path) -> bool:
 def damage(path: Path) -> str | None:
     """Return what is wrong with a sharded checkpoint, or None where it is whole. Reads all of it."""
     try:
-        sums = json.loads(files.plain(path / SUMS).read_text())
+        sums = json.loads(storage.plain(path / SUMS).read_text())
         wrong = next((name for name, value in sums.items() if checksum(path / name) != value), None)
     except (OSError, ValueError, AttributeError) as error:
         return f"it is not whole or no checkpoint ({error})"
@@ -150,7 +150,7 @@ def damage(path: Path) -> str | None:
 
 def meta(path: Path) -> dict[str, Any]:
     """Return all of a sharded checkpoint but its tensors."""
-    return torch.load(files.plain(path / META), map_location="cpu", weights_only=True)
+    return torch.load(storage.plain(path / META), map_location="cpu", weights_only=True)
 
 
 class Reader(dcp.FileSystemReader):

@@ -15,8 +15,7 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lm import log
-from lm.data import files
+from lm import log, storage
 from lm.errors import UserError
 
 VERSION = b"brain.Event:"  # in the first record of every file of events
@@ -81,8 +80,8 @@ class Events(TensorBoardLogger):
         if self._experiment is not None:
             self.experiment.flush()
             if self._file:
-                files.flush(self._file[0])
-                files.flush(self._file[0].parent)
+                storage.flush(self._file[0])
+                storage.flush(self._file[0].parent)
 
 
 class _File(Logger):
@@ -147,8 +146,8 @@ class MetricsCSV(_File):
         """Wait until all rows are on the disk."""
         if self._rows:
             self._write()
-            files.flush(self.path)
-            files.flush(self.path.parent)
+            storage.flush(self.path)
+            storage.flush(self.path.parent)
 
     def _is_there(self) -> bool:
         """Return whether the table is still there, byte for byte as it was written.
@@ -232,7 +231,7 @@ class MetricsProm(_File):
             raise UserError(f"{self.path} is not what lm wrote: it is left alone, move it away")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(rows).encode()
-        with files.whole(self.path, flushed=False) as file:  # the next line replaces it: not worth a wait
+        with storage.whole(self.path, flushed=False) as file:  # the next line replaces it: not worth a wait
             file.write(data)
         self._written = data
 
@@ -283,7 +282,7 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> byt
     writer.writeheader()
     writer.writerows(rows)
     data = text.getvalue().encode()
-    files.write_whole(path, data)
+    storage.write_whole(path, data)
     return data
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError
 
 SHARDED = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lm\.pt|checksums\.json|\.lm\.pt\..*\.part"
@@ -21,7 +21,7 @@ def is_ours(path: Path) -> bool:
     if path.is_symlink():
         return False
     if path.is_dir():
-        return any(path.iterdir()) and files.holds_only(path, SHARDED)
+        return any(path.iterdir()) and storage.holds_only(path, SHARDED)
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -66,7 +66,7 @@ def remove(path: Path) -> None:
         UserError: It, or one of the folder's files, was not written by lm.
     """
     if path.is_dir() and not path.is_symlink():
-        files.remove_folder(path, SHARDED)
+        storage.remove_folder(path, SHARDED)
     else:
         check(path)
         path.unlink(missing_ok=True)
@@ -92,5 +92,5 @@ def take_place(part: Path, path: Path) -> None:
         if os.path.lexists(old):
             old.rename(path)
         raise
-    files.flush(path.parent)
+    storage.flush(path.parent)
     remove(old)

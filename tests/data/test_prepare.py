@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import files, reading, shards, tokenizers, verification
+from lm import storage
+from lm.data import reading, shards, tokenizers, verification
 from lm.data.prepare import Preparation, prepare
 from lm.data.reading import zstd
 from lm.data.shard_writer import Writer
@@ -504,6 +505,6 @@ def test_preparing_needs_no_torch() -> None:
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    files.write_whole(tmp_path / "a", b"1")
-    files.write_whole(tmp_path / "a", b"2")
+    storage.write_whole(tmp_path / "a", b"1")
+    storage.write_whole(tmp_path / "a", b"2")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"2")]

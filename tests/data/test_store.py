@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import corpora, files, reading, shards, store
+from lm import storage
+from lm.data import corpora, reading, shards, store
 from lm.errors import UserError
 
 SPLIT = {"val_fraction": 0.1, "test_fraction": 0.0}
@@ -27,7 +28,7 @@ def test_reference_counts(
     val: int,
     vocabulary: int,
 ) -> None:
-    monkeypatch.setattr(files, "tokens_home", lambda: tmp_path)
+    monkeypatch.setattr(storage, "tokens_home", lambda: tmp_path)
     tokens = store.load(corpus, tokenizer, **SPLIT)
     assert (len(tokens.splits["train"]), len(tokens.splits["val"]), tokens.tokenizer.n_vocab) == (
         train,
@@ -128,11 +129,11 @@ def server(tmp_path: Path):
 def test_download_once_under_a_pinned_hash(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LM_DATA_HOME", str(tmp_path / "home"))
     digest = hashlib.sha256(b"contents").hexdigest()
-    assert files.fetch("file", f"{server}/file", digest).read_bytes() == b"contents"
-    assert files.fetch("file", "http://127.0.0.1:9/never-asked", digest).read_bytes() == b"contents"
+    assert storage.fetch("file", f"{server}/file", digest).read_bytes() == b"contents"
+    assert storage.fetch("file", "http://127.0.0.1:9/never-asked", digest).read_bytes() == b"contents"
     (tmp_path / "home" / "file").write_bytes(b"other")
     with pytest.raises(UserError, match="is not the file that file should be"):
-        files.fetch("file", f"{server}/file", digest)
+        storage.fetch("file", f"{server}/file", digest)
 
 
 @pytest.mark.parametrize(("path", "message"), [("file", "another SHA-256"), ("missing", "404")])
@@ -141,7 +142,7 @@ def test_a_wrong_download_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("LM_DATA_HOME", str(tmp_path / "home"))
     with pytest.raises(UserError, match=message):
-        files.fetch("file", f"{server}/{path}", "0" * 64)
+        storage.fetch("file", f"{server}/{path}", "0" * 64)
     assert not list((tmp_path / "home").iterdir())
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import files, ranks, tokenizers
+from lm import storage
+from lm.data import ranks, tokenizers
 from lm.data.ranks import PUBLISHED
 from lm.data.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer
 from lm.errors import UserError
@@ -88,7 +89,7 @@ def test_a_server_that_never_answers_does_not_hang(tmp_path: Path, monkeypatch: 
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
         monkeypatch.setenv("LM_DATA_HOME", str(tmp_path))
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(files, "TIMEOUT", 0.2)
+        monkeypatch.setattr(storage, "TIMEOUT", 0.2)
         silent = PUBLISHED["gpt2"]._replace(url=f"http://127.0.0.1:{server.getsockname()[1]}/ranks")
         monkeypatch.setitem(PUBLISHED, "gpt2", silent)
         with pytest.raises(UserError, match=r"gpt2.tiktoken is not in .* python-docs needs no network"):

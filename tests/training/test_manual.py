@@ -213,7 +213,7 @@ def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path, mo
         "--model",
         f"lm.training.{module}",
         "--trainer.callbacks+",
-        "tests.training.stop.SameStatistics",
+        "tests.support.stop.SameStatistics",
         "--name",
         "two",
         cwd=workplace,

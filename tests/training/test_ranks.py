@@ -58,7 +58,7 @@ def test_the_division_changes_nothing(workplace: Path, module: str) -> None:
 
 def stop_at(step: int, rank: int, signum: int = signal.SIGTERM, kind: str = "StopAt") -> list[object]:
     arguments = {"step": step, "rank": rank} | ({"signum": int(signum)} if kind == "StopAt" else {})
-    return ["--trainer.callbacks+", json.dumps({"class_path": f"tests.training.stop.{kind}", "init_args": arguments})]
+    return ["--trainer.callbacks+", json.dumps({"class_path": f"tests.support.stop.{kind}", "init_args": arguments})]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_and_it_is_made_up_for(
 @pytest.mark.parametrize(("rank", "signum"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
 def test_a_signal_to_one_rank_while_data_is_prepared_ends_both(workplace: Path, rank: int, signum: int) -> None:
     write_recipe()
-    process = run("early", 2, "--data", "tests.training.stop.SlowData", cwd=workplace)
+    process = run("early", 2, "--data", "tests.support.stop.SlowData", cwd=workplace)
     while not Path("preparing").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -167,7 +167,7 @@ def test_ranks_that_fill_the_machine_have_cores_of_their_own(workplace: Path) ->
     half = len(cores) // 2
     write_recipe()
     words = ("fit", "--config", "tiny.yaml", "--trainer.devices", 2)
-    say = ("--trainer.callbacks+", "tests.training.stop.SayCores")
+    say = ("--trainer.callbacks+", "tests.support.stop.SayCores")
     finish(start(*words, *say, cwd=workplace, fresh=True, environment={"OMP_NUM_THREADS": str(half)}))
     found = [json.loads(Path(f"cores-{rank}.json").read_text()) for rank in (0, 1)]
     assert found == [[cores[:half]], [cores[half:]]]
@@ -207,7 +207,7 @@ def test_a_stop_of_one_rank_in_the_last_evaluation_is_made_up_for(workplace: Pat
     write_recipe(max_steps=4, val_check_interval=100)
     words = ("--trainer.strategy", strategy, "--samples.max_new_tokens", 0)
     finish(run("whole", 2, *words, cwd=workplace))
-    stop = {"class_path": "tests.training.stop.StopAtForward", "init_args": {"number": 5, "rank": 1, "signum": 1}}
+    stop = {"class_path": "tests.support.stop.StopAtForward", "init_args": {"number": 5, "rank": 1, "signum": 1}}
     process = run("parts", 2, *words, "--trainer.callbacks+", json.dumps(stop), cwd=workplace)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 129 and "stopped by SIGHUP after step 4; checkpoints/parts/last.ckpt has" in error

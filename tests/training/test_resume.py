@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError
 from lm.training import checkpoint
 from lm.training.loggers import read_csv
@@ -73,7 +73,7 @@ def assert_runs_equal(a: str, b: str) -> None:
 
 
 def stop_with(callback: str, step: int) -> list[str]:
-    return ["--trainer.callbacks+", f"tests.training.stop.{callback}", f"--trainer.callbacks.step={step}"]
+    return ["--trainer.callbacks+", f"tests.support.stop.{callback}", f"--trainer.callbacks.step={step}"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -219,7 +219,7 @@ def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(l
 
 def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Path) -> None:
     words = ["fit", "--config", "tiny.yaml", "--name", "parts", "--trainer.max_steps", 400]
-    code, _, err = lm(*words, "--trainer.callbacks+", "tests.training.stop.StopTwice", "--trainer.callbacks.step=7")
+    code, _, err = lm(*words, "--trainer.callbacks+", "tests.support.stop.StopTwice", "--trainer.callbacks.step=7")
     assert code == 143
     assert err.startswith("stopped by SIGTERM")
     assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"] == 5  # the periodic one
@@ -256,7 +256,7 @@ def test_two_jobs_on_one_run_are_refused_and_a_dead_one_leaves_no_lock(lm, workp
 def test_a_second_job_leaves_alone_what_the_first_is_writing(lm, workplace: Path) -> None:
     run = workplace / "checkpoints/tiny"
     run.mkdir(parents=True)
-    with files.alone(run / ".lock", "busy"), checkpoint.replacing(run / "last.ckpt") as part:
+    with storage.alone(run / ".lock", "busy"), checkpoint.replacing(run / "last.ckpt") as part:
         part.write(b"the first half")
         code, _, error = lm("fit", "--config", "tiny.yaml", "--ckpt_path", "auto")
         assert code == 2 and "another lm fit is at work in it" in error
@@ -275,7 +275,7 @@ def test_a_lock_that_went_with_its_holder_is_taken_anew(tmp_path: Path, monkeypa
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", slow)
-    with files.alone(lock, "busy"), pytest.raises(UserError, match="busy"), files.alone(lock, "busy"):
+    with storage.alone(lock, "busy"), pytest.raises(UserError, match="busy"), storage.alone(lock, "busy"):
         pass
     assert gone
 

@@ -129,7 +129,7 @@ def test_gradients_by_hand_are_not_sharded(workplace: Path) -> None:
 def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) -> None:
     """Its last.ckpt must not be replaced by the copy, still under way, of an older one."""
     write_recipe()
-    words = ("--trainer.callbacks+", "tests.training.stop.SlowCopies", *stop_at(7, 0))
+    words = ("--trainer.callbacks+", "tests.support.stop.SlowCopies", *stop_at(7, 0))
     process = run("slow", 1, *SHARDED, *words, cwd=workplace)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 143, error
@@ -140,7 +140,7 @@ def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) 
 def test_training_goes_on_while_shards_are_written(workplace: Path) -> None:
     write_recipe(val_check_interval=100)
     finish(run("whole", 2, *SHARDED, cwd=workplace))
-    finish(run("later", 2, *SHARDED, "--trainer.callbacks+", "tests.training.stop.WriteLater", cwd=workplace))
+    finish(run("later", 2, *SHARDED, "--trainer.callbacks+", "tests.support.stop.WriteLater", cwd=workplace))
     assert [Path(f"later-{rank}").read_text().split()[0] for rank in (0, 1)] == ["2", "2"]
     finish(run("again", 2, *SHARDED, "--ckpt_path", "checkpoints/later/step=0000005.ckpt", cwd=workplace))
     for name in ("later", "again"):  # what was written is what there was to save

@@ -60,7 +60,7 @@ def test_what_is_not_finite_stops_inside_a_call_before_the_weights_are_touched(l
     plain += ["--model.init_args.schedule", "lm.training.schedules.Constant"]  # a rate that does not know max_steps
     good = [*RECIPE, *plain, "--name", "good", "--trainer.max_steps", 6, "--trainer.val_check_interval", 6]
     assert lm(*good)[0] == 0
-    poison = ["--trainer.callbacks+", "tests.training.stop.PoisonAt", "--trainer.callbacks.step=7"]
+    poison = ["--trainer.callbacks+", "tests.support.stop.PoisonAt", "--trainer.callbacks.step=7"]
     code, _, err = lm(*RECIPE, *plain, "--name", "bad", "--model.init_args.steps_per_call", 12, *poison)
     assert code == 1 and err.startswith("error: step 7: loss nan"), err
     assert_equal(state("good"), state("bad"))

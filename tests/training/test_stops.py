@@ -32,7 +32,7 @@ EVALUATIONS = {
 
 
 def at_forward(number: int, signum: int = 15) -> list[object]:
-    words = ["--trainer.callbacks+", "tests.training.stop.StopAtForward"]
+    words = ["--trainer.callbacks+", "tests.support.stop.StopAtForward"]
     return [*words, f"--trainer.callbacks.number={number}", f"--trainer.callbacks.signum={signum}"]
 
 

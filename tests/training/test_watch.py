@@ -49,7 +49,7 @@ def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, rank: 
 
 
 def callback(name: str, step: int) -> list[str]:
-    return ["--trainer.callbacks+", f"tests.training.stop.{name}", f"--trainer.callbacks.step={step}"]
+    return ["--trainer.callbacks+", f"tests.support.stop.{name}", f"--trainer.callbacks.step={step}"]
 
 
 @pytest.mark.parametrize("where", ["Hang", "HangInForward"])
@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "no rank has come any further for 3 s, rank 1 behind the others" in error
-    assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/training/stop.py" in error
+    assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/support/stop.py" in error
 
 
 def test_a_rank_that_drifts_is_named(workplace: Path) -> None:

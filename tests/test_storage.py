@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import corpora, files, outputs, reading
+from lm import outputs, storage
+from lm.data import corpora, reading
 from lm.errors import UserError
 from lm.training import disk
 
@@ -16,7 +17,7 @@ def test_a_file_that_fails_leaves_no_part_and_says_its_own_error(tmp_path: Path)
     path.write_text("old")
 
     def fail() -> None:
-        with files.whole(path) as file:
+        with storage.whole(path) as file:
             file.write(b"new")
             os.unlink(file.name)  # so that removing it fails too
             raise OSError(errno.EIO, "the first")
@@ -31,17 +32,17 @@ def test_a_part_never_overwrites_what_is_there(tmp_path: Path, monkeypatch: pyte
     mine = tmp_path / ".a.01234567.part"
     mine.write_text("the user's")
     with pytest.raises(FileExistsError):
-        files.write_whole(tmp_path / "a", b"new")
+        storage.write_whole(tmp_path / "a", b"new")
     assert mine.read_text() == "the user's"
 
 
 def test_a_lock_with_content_is_the_users(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("the user's")
-    with files.alone(tmp_path / ".lock", "busy"):
+    with storage.alone(tmp_path / ".lock", "busy"):
         pass
     assert (tmp_path / ".lock").read_text() == "the user's"
     (tmp_path / ".other").symlink_to("elsewhere")
-    with pytest.raises(UserError, match=r"\.other could not be opened"), files.alone(tmp_path / ".other", "busy"):
+    with pytest.raises(UserError, match=r"\.other could not be opened"), storage.alone(tmp_path / ".other", "busy"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
@@ -55,16 +56,16 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "")
         if home is None:
             monkeypatch.delenv("HOME")
-        assert files.data_home() == own
+        assert storage.data_home() == own
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.data_home() == tmp_path / ".cache" / "lm"
+    assert storage.data_home() == tmp_path / ".cache" / "lm"
     for home in ("/", "relative"):
         monkeypatch.setenv("HOME", home)
         with pytest.raises(UserError, match="LM_DATA_HOME"):
-            files.data_home()
+            storage.data_home()
     monkeypatch.setenv("LM_DATA_HOME", "~nobody-of-that-name/x")
     with pytest.raises(UserError, match="whole path"):
-        files.data_home()
+        storage.data_home()
 
 
 def test_nobody_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +73,12 @@ def test_nobody_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
     with pytest.raises(UserError, match=r"HOME is not set.*LM_DATA_HOME"):
-        files.tokens_home()
+        storage.tokens_home()
 
 
 def test_folders_that_were_made_and_are_empty_go_again(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with files.folder_made(tmp_path / "mine", tmp_path / "a" / "b", tmp_path / "a" / "c"):
+    with storage.folder_made(tmp_path / "mine", tmp_path / "a" / "b", tmp_path / "a" / "c"):
         (tmp_path / "a" / "c" / "file").touch()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "c", "file", "mine"]
 
@@ -89,11 +90,11 @@ def test_a_folder_is_removed_only_where_all_in_it_is_known(tmp_path: Path) -> No
         (folder / "known").touch()
         (folder / extra).mkdir() if extra == "sub" else (folder / extra).touch()
         with pytest.raises(UserError, match="other files"):
-            files.remove_folder(folder, "known")
+            storage.remove_folder(folder, "known")
         assert sorted(p.name for p in folder.iterdir()) == sorted(["known", extra])
     (tmp_path / "link").symlink_to("thesis.txt")
     with pytest.raises(UserError, match="other files"):
-        files.remove_folder(tmp_path / "link", ".*")
+        storage.remove_folder(tmp_path / "link", ".*")
 
 
 def test_a_dead_link_is_said_as_itself(tmp_path: Path) -> None:

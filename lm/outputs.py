@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lm.data import files
+from lm import storage
 from lm.errors import UserError
 
 
@@ -27,7 +27,7 @@ def check_place(output: Path, *, made: str) -> None:
         there = False
     except (OSError, ValueError) as error:  # a name too long
         raise UserError(f"--output {output}: {getattr(error, 'strerror', error)}: say another name") from error
-    above = files.nearest(output.parent)
+    above = storage.nearest(output.parent)
     if not above.is_dir():
         raise UserError(f"--output {output}: {above} is {kind(above)}, no folder: say another place")
     if there and (output.is_symlink() or not (output.is_dir() or output.is_file())):
