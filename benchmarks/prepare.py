@@ -55,7 +55,7 @@ def make_corpus(path: Path, megabytes: int) -> None:
 
 def tiktoken_alone(path: Path) -> None:
     """Encode a corpus as tiktoken does; print the seconds, reading left aside."""
-    from lm.data import tokenizers
+    from lm import tokenizers
 
     encoding = tokenizers.make("gpt2", str)._encoding  # type: ignore[attr-defined]
     encoding.encode_ordinary("warm up")
@@ -183,7 +183,8 @@ def serving(data) -> float:
 
 def bench_tokenizer(folder: Path, corpus: Path) -> None:
     """Print what training an encoding costs, and how it compares with GPT-2's."""
-    from lm.data import corpora, tokenizers
+    from lm import tokenizers
+    from lm.data import corpora
 
     began = time.monotonic()
     command = lm("tokenizer", "--source", corpus, "--vocab_size", 8192, "--output", folder / "a.tiktoken", "--json")

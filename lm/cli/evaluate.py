@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
-from lm.data.tokenizers import from_state
 from lm.errors import CheckError, UserError
+from lm.tokenizers import from_state
 from lm.training import checkpoint, schema
 
 

@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lm import log, storage
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
-from lm.data.tokenizers import from_state
 from lm.errors import CommandError, Stopped, UserError
+from lm.tokenizers import from_state
 from lm.training import (
     ManualLanguageModel,
     checkpoint,

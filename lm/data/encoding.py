@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.data import shards, tokenizers
+from lm import tokenizers
+from lm.data import shards
 from lm.errors import UserError
 
 

@@ -17,8 +17,8 @@ from lm.data import corpora
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import IGNORED, TokenData, check_fractions
-from lm.data.tokenizers import CharTokenizer, Tokenizer
 from lm.errors import UserError
+from lm.tokenizers import CharTokenizer, Tokenizer
 
 SPLIT_SEED = 42  # makemore's: the split is part of the reference figures, not of the run
 EVAL_TOKENS = 1 << 16

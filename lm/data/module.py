@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from lm.bounds import checked
 from lm.data.chunks import IGNORED as IGNORED
 from lm.data.chunks import Batch, From, Stream
-from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError, take_stops
+from lm.tokenizers import Tokenizer
 
 
 class Place(TypedDict):

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from lm import bounds, outputs, storage
-from lm.data import reading, shards, tokenizers
+from lm import bounds, outputs, storage, tokenizers
+from lm.data import reading, shards
 from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
 from lm.data.reading import Settings
 from lm.data.shard_writer import FILES, Writer, save_tokenizer

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lm import storage
-from lm.data import shards, tokenizers, verification
+from lm import storage, tokenizers
+from lm.data import shards, verification
 
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""

@@ -5,8 +5,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from lm import storage
-from lm.data import corpora, remote, shards, tokenizers
+from lm import storage, tokenizers
+from lm.data import corpora, remote, shards
 from lm.data.shard_writer import FILES, PARTS, write_corpus
 from lm.errors import UserError
 

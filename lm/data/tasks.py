@@ -15,8 +15,8 @@ from lm.bounds import checked
 from lm.data.chunks import Batch, draw
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import IGNORED, TokenData
-from lm.data.tokenizers import CharTokenizer
 from lm.errors import UserError
+from lm.tokenizers import CharTokenizer
 
 END = "."
 EVAL_ROWS = 1000

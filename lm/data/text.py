@@ -9,8 +9,8 @@ from lm.data.chunks import Batch, Sliced
 from lm.data.evaluation_sets import EvaluationSet
 from lm.data.module import TokenData, check_fractions
 from lm.data.spans import Documents, Examples, Mixture, Order, Running, numbered
-from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
+from lm.tokenizers import Tokenizer
 
 EVAL_TOKENS = 8192  # in a batch of evaluation: large enough to be fast, small enough for logits of GPT-2's vocabulary
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from lm import bounds, outputs, storage
 from lm.data import reading
-from lm.data.ranks import from_text, to_text
-from lm.data.tokenizers import BytePairTokenizer
 from lm.errors import UserError
+from lm.tokenizers import BytePairTokenizer
+from lm.tokenizers.merges import from_text, to_text
 
 SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends where a word does, if one does
 SAMPLE = 32 << 20  # characters on which bytes per token are counted

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lm import outputs, storage
-from lm.data.tokenizers import from_state
 from lm.errors import UserError
 from lm.inference.loading import build
+from lm.tokenizers import from_state
 from lm.training import checkpoint, owned, schema
 
 WEIGHTS, REST = "model.safetensors", "lm.json"

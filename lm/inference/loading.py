@@ -10,8 +10,8 @@ from lightning.fabric.utilities.init import _EmptyInit
 from torch import nn
 
 from lm.data.tasks import TaskData
-from lm.data.tokenizers import Tokenizer, from_state
 from lm.errors import CheckError, UserError
+from lm.tokenizers import Tokenizer, from_state
 from lm.training import checkpoint, schema
 
 

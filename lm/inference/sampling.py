@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lm import bounds
-from lm.data.tokenizers import Tokenizer
 from lm.errors import CheckError, UserError
+from lm.tokenizers import Tokenizer
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lm import __version__
 from lm.data.chunks import IGNORED
-from lm.data.tokenizers import Tokenizer, identity
 from lm.errors import CheckError, UserError
+from lm.tokenizers import Tokenizer, identity
 from lm.training import recipes, schema
 
 FREE = {"dropout"}

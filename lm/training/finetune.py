@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lm.data.tokenizers import Tokenizer, from_state, identity
 from lm.errors import UserError
+from lm.tokenizers import Tokenizer, from_state, identity
 from lm.training import checkpoint, compatibility
 
 

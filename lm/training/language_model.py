@@ -21,9 +21,9 @@ from torchmetrics.classification import MulticlassExactMatch
 from lm.backprop.rules import precise
 from lm.bounds import checked
 from lm.data.module import IGNORED, TokenData
-from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
+from lm.tokenizers import Tokenizer
 from lm.training import compatibility, progress, recipes
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated

@@ -14,7 +14,7 @@ from lm.data import ArithmeticData, LinesData, ReverseData, TextData, evaluation
 from lm.data.chunks import IGNORED
 from lm.data.module import TokenData
 from lm.data.shard_writer import Writer, save_tokenizer
-from lm.data.tokenizers import ByteTokenizer
+from lm.tokenizers import ByteTokenizer
 from tests.conftest import RECIPE, start
 
 SPLIT = "val"

@@ -90,7 +90,7 @@ def test_an_end_mark_out_of_order_still_has_id_0(workplace: Path) -> None:
     tokenizer = made(corpus="few.txt", end="|").text_tokenizer
     assert tokenizer.encode("|ab|").tolist() == [0, 1, 2, 0]
     assert tokenizer.decode([0, 1, 2, 0]) == "|ab|"
-    from lm.data.tokenizers import from_state, identity
+    from lm.tokenizers import from_state, identity
 
     assert identity(from_state(tokenizer.state()).state()) == identity(tokenizer.state())
     assert from_state(tokenizer.state()).eot == 0

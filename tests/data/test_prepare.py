@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import storage
-from lm.data import reading, shards, tokenizers, verification
+from lm import storage, tokenizers
+from lm.data import reading, shards, verification
 from lm.data.prepare import Preparation, prepare
 from lm.data.reading import zstd
 from lm.data.shard_writer import Writer
@@ -332,7 +332,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 
 
 def write_big_ranks(path: Path) -> None:
-    from lm.data.ranks import to_text
+    from lm.tokenizers.merges import to_text
 
     ranks = {bytes([i]): i for i in range(256)}
     for i in range(256):

@@ -9,11 +9,12 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lm.data import TextData, tokenizers
-from lm.data.ranks import GPT2_PATTERN
+from lm import tokenizers
+from lm.data import TextData
 from lm.data.training_tokenizers import SHORT, byte_table
 from lm.errors import UserError
-from tests.data.test_tokenizers import random_text
+from lm.tokenizers.merges import GPT2_PATTERN
+from tests.tokenizers.test_tokenizers import random_text
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -12,8 +12,8 @@ from lm.data import TextData, remote, shards, store, verification
 from lm.data.prepare import Preparation, prepare
 from lm.data.shard_header import HEADER
 from lm.data.shard_writer import Writer, save_tokenizer
-from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
+from lm.tokenizers import ByteTokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.data.tokenizers import BytePairTokenizer, CharTokenizer
 from lm.errors import UserError
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
 from lm.models import GPT, Bigram
-from tests.data.test_tokenizers import BYTES
+from lm.tokenizers import BytePairTokenizer, CharTokenizer
+from tests.tokenizers.test_tokenizers import BYTES
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]], dtype=torch.float64)
 NONE_SEEN = torch.zeros(1, 0, dtype=torch.int64)

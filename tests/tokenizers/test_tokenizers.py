@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lm import storage
-from lm.data import ranks, tokenizers
-from lm.data.ranks import PUBLISHED
-from lm.data.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer
+from lm import storage, tokenizers
 from lm.errors import UserError
+from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, merges
+from lm.tokenizers.merges import PUBLISHED
 
 BYTES = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
 
@@ -108,7 +107,7 @@ def test_published_encodings_are_tiktokens_but_for_the_ranks(name: str, monkeypa
     assert (ours.url, ours.sha256) == theirs["mergeable_ranks"]
     assert (ours.pattern, ours.special) == (theirs["pat_str"], theirs["special_tokens"])
     tokenizer = BytePairTokenizer(BYTES, ours.pattern, ours.special)
-    own = tiktoken.Encoding(**theirs | {"mergeable_ranks": ranks.from_text(BYTES)})
+    own = tiktoken.Encoding(**theirs | {"mergeable_ranks": merges.from_text(BYTES)})
     text = random_text(1) + "<|endoftext|>"
     assert tokenizer.encode(text).tolist() == own.encode_ordinary(text)
     assert (tokenizer.n_vocab, tokenizer.eot) == (own.n_vocab, own.eot_token)

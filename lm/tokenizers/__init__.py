@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm import storage
-from lm.data import ranks as published
-from lm.data.ranks import END_OF_TEXT, GPT2_PATTERN, PUBLISHED
 from lm.errors import UserError
+from lm.tokenizers import merges as published
+from lm.tokenizers.merges import END_OF_TEXT, GPT2_PATTERN, PUBLISHED
 
 if TYPE_CHECKING:
     import tiktoken
