@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reproduce import CONFIGS, run
 
-from lm.data import corpora
+from lm.corpus import sources
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
         os.environ["LM_DATA_HOME"] = str(Path(home).resolve())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        symbols = "".join(sorted(set(corpora.find("shakespeare").read())))
-        (folder / "docs.txt").write_text(corpora.find("python-docs").read() + "\n" + symbols)
+        symbols = "".join(sorted(set(sources.find("shakespeare").read())))
+        (folder / "docs.txt").write_text(sources.find("python-docs").read() + "\n" + symbols)
         first = ["fit", "--config", CONFIGS / "quickstart.yaml", "--data.init_args.corpus", "docs.txt"]
         before = run(*first, "--name", "pretrained", folder=folder)
         still = ["--trainer.max_steps", 1, "--model.init_args.optimizer.init_args.lr", 0]  # the vocabulary, untrained

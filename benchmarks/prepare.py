@@ -32,9 +32,9 @@ H100_STEP = 65_536 * (6 * 124e6 + 12 * 12 * 768 * 1024) / (0.5 * 989e12)
 
 def documents() -> list[str]:
     """Return the texts at hand."""
-    from lm.data import corpora
+    from lm.corpus import sources
 
-    texts = corpora.find("shakespeare").read().split("\n\n")
+    texts = sources.find("shakespeare").read().split("\n\n")
     scenes = ["\n\n".join(texts[i : i + 40]) for i in range(0, len(texts), 40)]
     folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")}
     programs = sorted({path for folder in folders for path in Path(folder).rglob("*.py")})
@@ -144,7 +144,8 @@ def bench_serve(folder: Path) -> None:
     import torch
     import yaml
 
-    from lm.data import TextData, shards
+    from lm.corpus import shards
+    from lm.data import TextData
     from lm.models import GPT
 
     for order in ("random", "permutation"):
@@ -184,7 +185,7 @@ def serving(data) -> float:
 def bench_tokenizer(folder: Path, corpus: Path) -> None:
     """Print what training an encoding costs, and how it compares with GPT-2's."""
     from lm import tokenizers
-    from lm.data import corpora
+    from lm.corpus import sources
 
     began = time.monotonic()
     command = lm("tokenizer", "--source", corpus, "--vocab_size", 8192, "--output", folder / "a.tiktoken", "--json")
@@ -194,7 +195,7 @@ def bench_tokenizer(folder: Path, corpus: Path) -> None:
     files = Path(os.environ["LM_DATA_HOME"]) / "tinyshakespeare.txt"
     command = lm("tokenizer", "--source", files, "--vocab_size", 8192, "--output", folder / "b.tiktoken", "--json")
     ours = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["bytes_per_token"]
-    text = corpora.find("shakespeare").read()
+    text = sources.find("shakespeare").read()
     theirs = len(text.encode()) / len(tokenizers.make("gpt2", str).encode(text))
     print(f"bytes per token on tiny Shakespeare: 8,192 trained on it {ours:.3f}, GPT-2's 50,257 {theirs:.3f}")
 

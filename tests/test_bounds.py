@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lm import bounds, cli, data, models, training
-from lm.data.prepare import Preparation
+from lm.corpus.prepare import Preparation
 from lm.inference.callbacks import SampleText
 from lm.inference.sampling import Sampler
 from lm.training import optimizers, schedules

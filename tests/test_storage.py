@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lm import outputs, storage
-from lm.data import corpora, reading
+from lm.corpus import formats, sources
 from lm.errors import UserError
 from lm.training import disk
 
@@ -102,13 +102,13 @@ def test_a_dead_link_is_said_as_itself(tmp_path: Path) -> None:
     (tmp_path / "texts" / "gone.txt").symlink_to("nowhere.txt")
     expected = r"texts/gone\.txt: a link to nowhere\.txt, which is not there"
     with pytest.raises(UserError, match=expected):
-        reading.find([str(tmp_path / "texts")])
+        formats.find([str(tmp_path / "texts")])
     assert outputs.kind(tmp_path / "texts" / "gone.txt") == "a link to nowhere.txt, which is not there"
 
 
 def test_an_error_names_what_it_is_about(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^/proc/self/mem: "), disk.full_disk_is_a_user_error(tmp_path / "logs"):
-        corpora.find("/proc/self/mem")  # it opens, and cannot be read
+        sources.find("/proc/self/mem")  # it opens, and cannot be read
     with pytest.raises(UserError, match=r"^corpus\.txt: Perm"), disk.full_disk_is_a_user_error(tmp_path / "logs"):
         raise PermissionError(errno.EACCES, "", "corpus.txt")
     for name in (None, str(tmp_path / "logs" / "metrics.csv")):

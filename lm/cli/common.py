@@ -62,13 +62,13 @@ def one_line_errors(
 @contextmanager
 def text_options(source: list[str]) -> Iterator[None]:
     """Add to an error about a text the option that helps; at the end, note the files that were left out."""
-    from lm.data import reading
+    from lm.corpus import formats
 
     try:
         yield
-    except reading.TextError as error:
+    except formats.TextError as error:
         raise UserError(f"{error}{error.option}") from error
-    for note in (reading.left_out(source), reading.not_read(source) if source != ["-"] else None):
+    for note in (formats.left_out(source), formats.not_read(source) if source != ["-"] else None):
         if note:
             print(note, file=sys.stderr)
 

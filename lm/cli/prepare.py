@@ -9,9 +9,9 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lm.cli import common, values
-from lm.data import shards
-from lm.data.prepare import Preparation, prepare, summary
-from lm.data.reading import Settings
+from lm.corpus import shards
+from lm.corpus.formats import Settings
+from lm.corpus.prepare import Preparation, prepare, summary
 from lm.errors import Stopped, UserError, take_stops
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from lm.cli import common, values
-from lm.data.reading import Settings
-from lm.data.training_tokenizers import train
+from lm.corpus.formats import Settings
+from lm.corpus.tokenizer_training import train
 
 
 def make_parser() -> ArgumentParser:

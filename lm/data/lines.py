@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lm.bounds import checked
-from lm.data import corpora
+from lm.corpus import sources
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import IGNORED, TokenData, check_fractions
@@ -66,8 +66,8 @@ class LinesData(TokenData):
 
     def prepare_data(self) -> None:
         """Download the corpus where it is a named one; say what a folder has that is left out."""
-        corpora.find(self.corpus)
-        if note := corpora.left_out(self.corpus):
+        sources.find(self.corpus)
+        if note := sources.left_out(self.corpus):
             print(note, file=sys.stderr)
 
     def setup(self, stage: str) -> None:
@@ -90,7 +90,7 @@ class LinesData(TokenData):
         self.examples = {name: make(lines) for name, lines in splits.items()}
 
     def _split(self) -> dict[str, list[str]]:
-        lines = corpora.find(self.corpus).read().splitlines()
+        lines = sources.find(self.corpus).read().splitlines()
         lines = [line for line in lines if line]
         if not lines:
             raise UserError(f"corpus {self.corpus}: it has no lines")

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lm.data import shards
+from lm.corpus import shards
 from lm.data.chunks import IGNORED, Batch, Sliced, draw_at, mix
 from lm.errors import UserError
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 from lm.bounds import checked
-from lm.data import evaluation_sets, shards, store
+from lm.corpus import shards, token_cache
+from lm.data import evaluation_sets
 from lm.data.chunks import Batch, Sliced
 from lm.data.evaluation_sets import EvaluationSet
 from lm.data.module import TokenData, check_fractions
@@ -66,7 +67,7 @@ class TextData(TokenData):
     def prepare_data(self) -> None:
         """Tokenize the corpora that are text, once per machine; later calls find the files."""
         shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        self.corpora = [store.load(corpus, self.tokenizer or None, **shares) for corpus in self.weights]
+        self.corpora = [token_cache.load(corpus, self.tokenizer or None, **shares) for corpus in self.weights]
 
     def setup(self, stage: str) -> None:
         """Open the token files and check that they can be served.

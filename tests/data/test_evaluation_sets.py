@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
+from lm.corpus.shard_writer import Writer, save_tokenizer
 from lm.data import ArithmeticData, LinesData, ReverseData, TextData, evaluation_sets
 from lm.data.chunks import IGNORED
 from lm.data.module import TokenData
-from lm.data.shard_writer import Writer, save_tokenizer
 from lm.tokenizers import ByteTokenizer
 from tests.conftest import RECIPE, start
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import shards
-from lm.data.prepare import Preparation, prepare
+from lm.corpus import shards
+from lm.corpus.prepare import Preparation, prepare
 from lm.errors import UserError
 
 TEXT = "a text of some words\n" * 50

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import TextData, remote, shards
-from lm.data.prepare import Preparation, prepare
+from lm.corpus import remote, shards
+from lm.corpus.prepare import Preparation, prepare
+from lm.data import TextData
 from lm.data.spans import IGNORED, Documents, Mixture, Running, permuted
 from lm.errors import UserError
 

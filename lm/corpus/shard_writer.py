@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm import storage, tokenizers
-from lm.data import shards, verification
+from lm.corpus import shards, verification
 
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""

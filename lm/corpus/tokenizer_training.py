@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lm import bounds, outputs, storage
-from lm.data import reading
+from lm.corpus import formats
 from lm.errors import UserError
 from lm.tokenizers import BytePairTokenizer
 from lm.tokenizers.merges import from_text, to_text
@@ -19,7 +19,7 @@ SAMPLE = 32 << 20  # characters on which bytes per token are counted
 
 
 def train(
-    source: list[str], vocab_size: int, output: Path, settings: reading.Settings, *, overwrite: bool = False
+    source: list[str], vocab_size: int, output: Path, settings: formats.Settings, *, overwrite: bool = False
 ) -> dict[str, float]:
     """Train an encoding and write it.
 
@@ -44,7 +44,7 @@ def train(
         raise UserError(f"--output {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}: make it")
-    paths = reading.find(source, settings.unread)
+    paths = formats.find(source, settings.unread)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -72,18 +72,18 @@ def _is_table(path: Path) -> bool:
     return False
 
 
-def texts(paths: list[Path], settings: reading.Settings) -> Iterator[str]:
+def texts(paths: list[Path], settings: formats.Settings) -> Iterator[str]:
     """Yield all text of files, in documents, or pieces of long ones."""
     for path in paths:
-        reader = reading.reader_of(path, settings)
-        with reading.opened(path) as (file, _):
+        reader = formats.reader_of(path, settings)
+        with formats.opened(path) as (file, _):
             if reader is not None:
                 yield from reader(file, str(path), settings)
             else:
-                yield from reading.pieces(reading.text_blocks(file, str(path), settings))
+                yield from formats.pieces(formats.text_blocks(file, str(path), settings))
 
 
-def batches(paths: list[Path], settings: reading.Settings) -> Iterator[list[str]]:
+def batches(paths: list[Path], settings: formats.Settings) -> Iterator[list[str]]:
     """Yield all text of files in lists of short pieces, which `tokenizers` counts in parallel."""
     batch: list[str] = []
     for text in texts(paths, settings):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lm import storage
-from lm.data.shard_header import HEADER, Header, read_header
+from lm.corpus.shard_header import HEADER, Header, read_header
 from lm.errors import UserError
 
 BLOCK = 8 << 20  # bytes read at a time; whole tokens

@@ -6,8 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lm import storage, tokenizers
-from lm.data import corpora, remote, shards
-from lm.data.shard_writer import FILES, PARTS, write_corpus
+from lm.corpus import remote, shards, sources
+from lm.corpus.shard_writer import FILES, PARTS, write_corpus
 from lm.errors import UserError
 
 FORMAT = 3
@@ -40,10 +40,10 @@ def load(
     if remote.is_remote(corpus):
         origin = remote.Remote.open(corpus)
         return _checked(shards.open_corpus(origin.folder, origin), corpus, tokenizer)
-    if corpus not in corpora.NAMED and shards.is_prepared(Path(corpus).expanduser()):
+    if corpus not in sources.NAMED and shards.is_prepared(Path(corpus).expanduser()):
         return _checked(shards.open_corpus(Path(corpus).expanduser()), corpus, tokenizer)
     tokenizer = tokenizer or "char"
-    source = corpora.find(corpus)
+    source = sources.find(corpus)
     kind = tokenizer if isinstance(tokenizer, str) else tokenizers.identity(tokenizer.state())
     if kind.endswith(".tiktoken") and Path(kind).expanduser().is_file():
         kind = storage.sha256(Path(kind).expanduser())
@@ -53,7 +53,7 @@ def load(
     folder = storage.tokens_home() / key[:32]
     if (opened := _open(folder)) is not None:
         return opened
-    if note := corpora.left_out(corpus):
+    if note := sources.left_out(corpus):
         print(note, file=sys.stderr)
     text = source.read()
     if not text:

@@ -8,10 +8,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from lm.data import TextData, remote, shards, store, verification
-from lm.data.prepare import Preparation, prepare
-from lm.data.shard_header import HEADER
-from lm.data.shard_writer import Writer, save_tokenizer
+from lm.corpus import remote, shards, token_cache, verification
+from lm.corpus.prepare import Preparation, prepare
+from lm.corpus.shard_header import HEADER
+from lm.corpus.shard_writer import Writer, save_tokenizer
+from lm.data import TextData
 from lm.errors import UserError
 from lm.tokenizers import ByteTokenizer
 
@@ -105,10 +106,10 @@ def test_a_shard_is_read_through_once_and_when_it_is_first_opened(
 
 def test_a_damaged_cache_of_a_text_is_made_anew(workplace: Path) -> None:
     fractions = {"val_fraction": 0.1, "test_fraction": 0.0}
-    whole = store.load("text.txt", "char", **fractions).splits["train"][:].tolist()
+    whole = token_cache.load("text.txt", "char", **fractions).splits["train"][:].tolist()
     (path,) = (workplace / "data" / "tokens").glob("*/train-00000.tokens")
     flip(path)
-    assert store.load("text.txt", "char", **fractions).splits["train"][:].tolist() == whole
+    assert token_cache.load("text.txt", "char", **fractions).splits["train"][:].tolist() == whole
 
 
 def test_a_damaged_copy_of_a_remote_shard_is_copied_anew(corpus: Path) -> None:

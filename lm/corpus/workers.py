@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm import tokenizers
-from lm.data import shards
+from lm.corpus import shards
 from lm.errors import UserError
 
 

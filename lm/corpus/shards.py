@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm import storage, tokenizers
-from lm.data import remote, verification
-from lm.data.shard_header import HEADER as HEADER
-from lm.data.shard_header import VERSION, Header, read_header
+from lm.corpus import remote, verification
+from lm.corpus.shard_header import HEADER as HEADER
+from lm.corpus.shard_header import VERSION, Header, read_header
 from lm.errors import UserError
 
 SPLITS = ("train", "val", "test")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lm import storage
-from lm.data import verification
-from lm.data.shard_header import Header
+from lm.corpus import verification
+from lm.corpus.shard_header import Header
 from lm.errors import UserError
 
 

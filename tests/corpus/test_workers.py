@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lm.data.encoding import Batch, Encoded, ordered
+from lm.corpus.workers import Batch, Encoded, ordered
 from lm.errors import UserError
 
 

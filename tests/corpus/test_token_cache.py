@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import storage
-from lm.data import corpora, reading, shards, store
+from lm.corpus import formats, shards, sources, token_cache
 from lm.errors import UserError
 
 SPLIT = {"val_fraction": 0.1, "test_fraction": 0.0}
@@ -29,7 +29,7 @@ def test_reference_counts(
     vocabulary: int,
 ) -> None:
     monkeypatch.setattr(storage, "tokens_home", lambda: tmp_path)
-    tokens = store.load(corpus, tokenizer, **SPLIT)
+    tokens = token_cache.load(corpus, tokenizer, **SPLIT)
     assert (len(tokens.splits["train"]), len(tokens.splits["val"]), tokens.tokenizer.n_vocab) == (
         train,
         val,
@@ -43,33 +43,33 @@ def test_reference_counts(
 
 
 def test_a_second_start_only_opens(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = store.load("text.txt", "char", **SPLIT)
-    monkeypatch.setattr(store, "_write", lambda *a: pytest.fail("tokenized again"))
-    monkeypatch.setattr(reading, "documents", lambda *a: pytest.fail("read again"))
-    second = store.load("text.txt", "char", **SPLIT)
+    first = token_cache.load("text.txt", "char", **SPLIT)
+    monkeypatch.setattr(token_cache, "_write", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(formats, "documents", lambda *a: pytest.fail("read again"))
+    second = token_cache.load("text.txt", "char", **SPLIT)
     assert all(np.array_equal(first.splits[name][:], second.splits[name][:]) for name in shards.SPLITS)
     assert second.splits["train"].dtype == np.uint16
 
 
 def test_changed_text_tokenizer_or_split_is_prepared_anew(workplace: Path) -> None:
     sizes = {
-        len(store.load("text.txt", "char", val_fraction=share, test_fraction=0.1).splits["train"])
+        len(token_cache.load("text.txt", "char", val_fraction=share, test_fraction=0.1).splits["train"])
         for share in (0.1, 0.2)
     }
     (workplace / "text.txt").write_text("another text " * 99)
-    sizes.add(len(store.load("text.txt", "char", val_fraction=0.1, test_fraction=0.1).splits["train"]))
+    sizes.add(len(token_cache.load("text.txt", "char", val_fraction=0.1, test_fraction=0.1).splits["train"]))
     assert len(sizes) == 3
 
 
 def test_torn_token_files_are_made_again(workplace: Path) -> None:
-    whole = store.load("text.txt", "char", **SPLIT).splits["train"][:]
+    whole = token_cache.load("text.txt", "char", **SPLIT).splits["train"][:]
     (file,) = (workplace / "data" / "tokens").glob("*/train-00000.tokens")
     file.write_bytes(file.read_bytes()[:-7])
-    assert np.array_equal(store.load("text.txt", "char", **SPLIT).splits["train"][:], whole)
+    assert np.array_equal(token_cache.load("text.txt", "char", **SPLIT).splits["train"][:], whole)
 
 
 def _load(_: int) -> int:
-    return int(store.load("text.txt", "char", **SPLIT).splits["train"][:].sum())
+    return int(token_cache.load("text.txt", "char", **SPLIT).splits["train"][:].sum())
 
 
 def test_processes_that_prepare_at_once_agree(workplace: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_read_only_data_folder_is_left_alone(workplace: Path, monkeypatch: pyt
     home = workplace / "data"
     home.mkdir(mode=0o555)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    store.load("text.txt", "char", **SPLIT)
+    token_cache.load("text.txt", "char", **SPLIT)
     assert not list(home.iterdir())
     assert list((workplace / "home/.cache/lm/tokens").iterdir())
 
@@ -94,15 +94,15 @@ def test_folders_and_json_lines(workplace: Path) -> None:
     (folder / "deep" / "c.txt").write_text("four")
     (folder / "a.md").write_text("one")
     (folder / "ignored.bin").write_bytes(b"\xff")
-    assert corpora.find("corpus").read() == "one\ntwo\nlines\nthree\nfour"
+    assert sources.find("corpus").read() == "one\ntwo\nlines\nthree\nfour"
     (folder / "b.jsonl").write_text('{"text": "two"}\n{"body": 3}\n')
     with pytest.raises(UserError, match=r'b.jsonl, line 2: expected a JSON object with text under "text"'):
-        corpora.find("corpus").read()
+        sources.find("corpus").read()
 
 
 def test_embedded_corpora_need_nothing() -> None:
-    assert len(corpora.find("python-docs").read()) > 400_000
-    sums = corpora.find("arithmetic").read().splitlines()
+    assert len(sources.find("python-docs").read()) > 400_000
+    sums = sources.find("arithmetic").read().splitlines()
     assert len(sums) == 50_000
     assert all(eval(line.replace("=", "==")) for line in sums[:1000])
 
@@ -149,7 +149,9 @@ def test_a_wrong_download_leaves_nothing(
 def test_the_same_bytes_under_another_suffix_are_another_text(workplace: Path) -> None:
     for name in ("same.txt", "same.jsonl"):
         (workplace / name).write_text('{"text": "abab\u2028cdcd"}\n' * 50)
-    as_text, as_lines = (store.load(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl"))
+    as_text, as_lines = (
+        token_cache.load(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl")
+    )
     assert as_lines == 6  # abcd, the line separator inside the string, and the newline between texts
     assert as_text > as_lines
 
@@ -159,10 +161,10 @@ def test_parquet(workplace: Path) -> None:
     pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", "zwei", "三"], "id": [1, 2, 3]})
     pyarrow.parquet.write_table(table, "corpus.parquet")
-    assert corpora.find("corpus.parquet").read() == "one\nzwei\n三"
+    assert sources.find("corpus.parquet").read() == "one\nzwei\n三"
     pyarrow.parquet.write_table(table.drop(["text"]), "corpus.parquet")
     with pytest.raises(UserError, match=r'corpus.parquet: has no column "text"; it has id'):
-        corpora.find("corpus.parquet").read()
+        sources.find("corpus.parquet").read()
     (workplace / "corpus.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(UserError, match=r"corpus.parquet: not a whole Parquet file"):
-        corpora.find("corpus.parquet").read()
+        sources.find("corpus.parquet").read()

@@ -10,8 +10,8 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lm import tokenizers
+from lm.corpus.tokenizer_training import SHORT, byte_table
 from lm.data import TextData
-from lm.data.training_tokenizers import SHORT, byte_table
 from lm.errors import UserError
 from lm.tokenizers.merges import GPT2_PATTERN
 from tests.tokenizers.test_tokenizers import random_text
@@ -50,11 +50,11 @@ def test_tiktoken_opens_it_with_equal_encodings(trained: tuple[Path, dict], work
 def test_it_encodes_as_the_library_that_trained_it(reference: Path, tmp_path: Path) -> None:
     from tokenizers import trainers
 
-    from lm.data import reading
-    from lm.data.training_tokenizers import train
+    from lm.corpus import formats
+    from lm.corpus.tokenizer_training import train
 
     source = reference / "tinyshakespeare.txt"
-    train([str(source)], 2000, tmp_path / "a.tiktoken", reading.Settings())
+    train([str(source)], 2000, tmp_path / "a.tiktoken", formats.Settings())
     ours = tokenizers.make(str(tmp_path / "a.tiktoken"), str)
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

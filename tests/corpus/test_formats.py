@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import corpora, reading
-from lm.data.reading import zstd
+from lm.corpus import formats, sources
+from lm.corpus.formats import zstd
 from lm.errors import UserError
 from tests.conftest import start
 
@@ -21,7 +21,7 @@ TEXT = "".join(f"Line {i}, naïve.\n" for i in range(400)).encode()
 
 
 def documents(path: Path, **settings: object) -> list[str]:
-    return list(reading.documents(path, reading.Settings(**settings)))
+    return list(formats.documents(path, formats.Settings(**settings)))
 
 
 def json_of(out: str) -> dict:
@@ -52,7 +52,7 @@ def test_nor_is_it_on_the_way_through_the_commands(workplace: Path, lm: Run) -> 
     assert Path("piped/train-00000.tokens").read_bytes() == Path("without/train-00000.tokens").read_bytes()
     code, _, error = lm("prepare", "--source", "only.txt", "--tokenizer", "char", "--output", "only")
     assert code == 2 and "it is empty" in error
-    assert "\ufeff" not in corpora.find("with.txt").read()
+    assert "\ufeff" not in sources.find("with.txt").read()
     words_of_fit = ("fit", "--config", "tiny.yaml", "--data.init_args.corpus", "with.txt")
     assert lm(*words_of_fit, "--trainer.max_steps", 1)[0] == 0
     Path("prompt.txt").write_bytes(BOM + b"Line")
@@ -91,7 +91,7 @@ def test_what_a_folder_leaves_out_is_counted_and_named(workplace: Path, lm: Run)
         (folder / name).write_bytes(TEXT)
     for name in ("a.pdf", "deep/b.csv", "c.json", "d", "e.html"):
         (folder / name).write_bytes(b"x")
-    assert [path.name for path in reading.find([str(folder)])] == ["a.TXT", "c.Txt", "b.md"]
+    assert [path.name for path in formats.find([str(folder)])] == ["a.TXT", "c.Txt", "b.md"]
     note = "note: 5 files are left out, of another kind than .jsonl, .ndjson, .parquet, .txt, .md: "
     code, _, error = lm("prepare", "--source", "texts", "--tokenizer", "byte", "--output", "out", "--workers", 1)
     assert code == 0 and note + "texts/a.pdf, texts/c.json, texts/d, …" in error
@@ -173,7 +173,7 @@ def test_pipes_devices_and_links_to_nowhere(workplace: Path, lm: Run) -> None:
     (folder / "folder.txt" / "b.txt").write_bytes(TEXT)
     os.mkfifo(folder / "pipe.txt")
     os.mkfifo("pipe.jsonl")
-    assert len(reading.find([str(folder)])) == 2
+    assert len(formats.find([str(folder)])) == 2
     Path("dead.txt").symlink_to("nowhere.txt")
     expected = {"pipe.jsonl": "a pipe or a device", "dead.txt": "a link to nowhere.txt, which is not there",
                 "/dev/zero": "a pipe or a device"}  # fmt: skip

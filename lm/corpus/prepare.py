@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lm import bounds, outputs, storage, tokenizers
-from lm.data import reading, shards
-from lm.data.encoding import Batch, Encode, Piece, ordered, split_of
-from lm.data.reading import Settings
-from lm.data.shard_writer import FILES, Writer, save_tokenizer
+from lm.corpus import formats, shards
+from lm.corpus.formats import Settings
+from lm.corpus.shard_writer import FILES, Writer, save_tokenizer
+from lm.corpus.workers import Batch, Encode, Piece, ordered, split_of
 from lm.errors import UserError
 
 LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
@@ -107,11 +107,11 @@ class _Run:
             part.unlink()
         if "-" in job.source:
             self._spool_stdin()
-        self.files = [self.spool] if "-" in job.source else reading.find(job.source, job.reading.unread)
+        self.files = [self.spool] if "-" in job.source else formats.find(job.source, job.reading.unread)
         self.by_characters = job.split == "characters" or (
-            job.split == "auto" and len(self.files) == 1 and reading.reader_of(self.files[0], job.reading) is None
+            job.split == "auto" and len(self.files) == 1 and formats.reader_of(self.files[0], job.reading) is None
         )
-        if self.by_characters and (len(self.files) > 1 or reading.reader_of(self.files[0], job.reading)):
+        if self.by_characters and (len(self.files) > 1 or formats.reader_of(self.files[0], job.reading)):
             raise UserError("--split characters: cuts one text file, for other sources say --split documents")
         self.sizes = [path.stat().st_size for path in self.files]
 
@@ -248,7 +248,7 @@ class _Run:
                     continue
                 batch.append(piece)
                 size += len(piece.text)
-                if size >= reading.PIECE or len(batch) >= BATCH_PIECES:
+                if size >= formats.PIECE or len(batch) >= BATCH_PIECES:
                     yield made(before + position)
                     batch, size = [], 0
             if k == len(self.files) - 1:  # the last, even where it has nothing but rows that were skipped
@@ -256,16 +256,16 @@ class _Run:
             replaced, skipped = replaced + settings.replaced, skipped + settings.skipped
             before += self.sizes[k]
 
-    def _pieces(self, path: Path, settings: reading.Settings) -> Iterator[tuple[Piece, int]]:
+    def _pieces(self, path: Path, settings: formats.Settings) -> Iterator[tuple[Piece, int]]:
         """Yield a file's pieces, and how many bytes of it were read."""
-        reader = reading.reader_of(path, settings)
-        with reading.opened(path) as (file, raw):
+        reader = formats.reader_of(path, settings)
+        with formats.opened(path) as (file, raw):
             if reader is not None:
                 for text in reader(file, str(path), settings):
                     if text:
                         yield Piece(text, None, True, True), raw.tell()
                 return
-            parts = reading.pieces(reading.text_blocks(file, str(path), settings))
+            parts = formats.pieces(formats.text_blocks(file, str(path), settings))
             made = self._cut(path, parts) if self.by_characters else self._long(path, parts)
             for piece in made:
                 yield piece, raw.tell()
@@ -320,10 +320,10 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def _texts(path: Path, settings: reading.Settings) -> Iterator[str]:
+def _texts(path: Path, settings: formats.Settings) -> Iterator[str]:
     """Yield all characters of a file, in blocks or documents."""
-    reader = reading.reader_of(path, settings) or reading.text_blocks
-    with reading.opened(path) as (file, _):
+    reader = formats.reader_of(path, settings) or formats.text_blocks
+    with formats.opened(path) as (file, _):
         yield from reader(file, str(path), settings)
 
 

@@ -1,7 +1,7 @@
 """Corpora: where text comes from, by name or by path.
 
 A corpus is a `Source`: a fingerprint, cheap to take, and a function that reads its text. To add a named corpus, write
-a function that returns a Source and enter it in NAMED; for a file format see lm.data.reading.
+a function that returns a Source and enter it in NAMED; for a file format see lm.corpus.formats.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm import storage
-from lm.data import reading
+from lm.corpus import formats
 from lm.errors import UserError
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -39,20 +39,20 @@ def find(corpus: str) -> Source:
     path = Path(corpus).expanduser()
     if not os.path.lexists(path):
         raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
-    return _from_files(reading.find([str(path)]))
+    return _from_files(formats.find([str(path)]))
 
 
 def left_out(corpus: str) -> str | None:
     """Return a line on the files of a folder that are no text for a corpus; None where there are none."""
-    return None if corpus in NAMED else reading.left_out([corpus])
+    return None if corpus in NAMED else formats.left_out([corpus])
 
 
 def _from_files(paths: list[Path]) -> Source:
     def read() -> str:
-        return "\n".join(text for path in paths for text in reading.documents(path, reading.Settings()))
+        return "\n".join(text for path in paths for text in formats.documents(path, formats.Settings()))
 
     # the same bytes read otherwise are another text
-    digests = [reading.suffix(path) + storage.sha256(path) for path in paths]
+    digests = [formats.suffix(path) + storage.sha256(path) for path in paths]
     return Source(hashlib.sha256("".join(digests).encode()).hexdigest(), read)
 
 

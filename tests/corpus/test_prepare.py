@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm import storage, tokenizers
-from lm.data import reading, shards, verification
-from lm.data.prepare import Preparation, prepare
-from lm.data.reading import zstd
-from lm.data.shard_writer import Writer
+from lm.corpus import formats, shards, verification
+from lm.corpus.formats import zstd
+from lm.corpus.prepare import Preparation, prepare
+from lm.corpus.shard_writer import Writer
 from lm.data.spans import Running
 from lm.errors import UserError
 from tests.conftest import start
@@ -145,7 +145,7 @@ def test_every_format_compressed_or_not_gives_the_same(workplace: Path, packed: 
     for name, data in {"a.jsonl": lines.encode(), "a.parquet": parquet.getvalue()}.items():
         (workplace / (name + packed)).write_bytes(COMPRESS[packed](data))
         job = Preparation(
-            [name + packed], "byte", workplace / f"out-{name}", reading=reading.Settings("body"), workers=1
+            [name + packed], "byte", workplace / f"out-{name}", reading=formats.Settings("body"), workers=1
         )
         prepare(job)
     assert texts(workplace / "out-a.jsonl", "train") == texts(workplace / "out-a.parquet", "train") != []
@@ -172,7 +172,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, wanted: 
         "reading.PIECE = 1 << 14\n"
         "if __name__ == '__main__':\n"
         "    prepare.prepare(prepare.Preparation(['docs'], 'byte', Path(sys.argv[1]), shard_tokens=40_000, workers=2,\n"
-        "                                        reading=reading.Settings(errors='replace')))\n"
+        "                                        reading=formats.Settings(errors='replace')))\n"
     )
     (workplace / "run.py").write_text(program)
 
@@ -281,8 +281,8 @@ def test_progress_is_lines_where_there_is_no_terminal(
     write_documents(workplace / "docs", 3000)
     prepare(Preparation(["docs"], "byte", workplace / "quiet", workers=1))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("lm.data.prepare.LINE_SECONDS", 0.0)
-    monkeypatch.setattr("lm.data.prepare.BATCH_PIECES", 100)
+    monkeypatch.setattr("lm.corpus.prepare.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("lm.corpus.prepare.BATCH_PIECES", 100)
     prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 5 and all(re.search(r"preparing: .*k/601k.*<.*B/s, .* tokens/s", line) for line in lines)
@@ -306,8 +306,8 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "folder without text": (lambda p: (p / "d").mkdir(), ["--source", "d"], "source d: no file matches"),
     "not utf-8": (lambda p: (p / "a.txt").write_bytes(b"ab\xe2\x82" + b"c" * 9), ["--source", "a.txt"],
                   "a.txt: not UTF-8: byte 0xe2 at offset 2"),
-    "not utf-8 far in": (lambda p: (p / "a.txt").write_bytes(b"a" * (reading.BLOCK - 1) + "é".encode() + b"\xff"),
-                         ["--source", "a.txt"], f"byte 0xff at offset {reading.BLOCK + 1}"),
+    "not utf-8 far in": (lambda p: (p / "a.txt").write_bytes(b"a" * (formats.BLOCK - 1) + "é".encode() + b"\xff"),
+                         ["--source", "a.txt"], f"byte 0xff at offset {formats.BLOCK + 1}"),
     "no key": (lambda p: (p / "a.jsonl").write_text('{"text": "a"}\n\n{"body": "b"}\n'), ["--source", "a.jsonl"],
                "a.jsonl, line 3: expected a JSON object"),
     "cut gz": (lambda p: (p / "a.txt.gz").write_bytes(gzip.compress(os.urandom(9999))[:5000]),
@@ -500,7 +500,7 @@ def test_a_wrong_manifest_is_one_line(workplace: Path, lm: Run, key: str, value:
 
 
 def test_preparing_needs_no_torch() -> None:
-    code = "import sys, lm.cli.prepare, lm.data.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys, lm.cli.prepare, lm.corpus.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
