@@ -8,8 +8,8 @@ from lm.corpus import shards, token_cache
 from lm.data import evaluation_sets
 from lm.data.chunks import Batch, Sliced
 from lm.data.evaluation_sets import EvaluationSet
+from lm.data.examples import Documents, Examples, Mixture, Order, Running, numbered
 from lm.data.module import TokenData, check_fractions
-from lm.data.spans import Documents, Examples, Mixture, Order, Running, numbered
 from lm.errors import UserError
 from lm.tokenizers import Tokenizer
 

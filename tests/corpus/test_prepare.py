@@ -27,7 +27,7 @@ from lm.corpus import formats, shards, verification
 from lm.corpus.formats import zstd
 from lm.corpus.prepare import Preparation, prepare
 from lm.corpus.shard_writer import Writer
-from lm.data.spans import Running
+from lm.data.examples import Running
 from lm.errors import UserError
 from tests.conftest import start
 

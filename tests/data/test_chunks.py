@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lm.data.chunks import From, Stream, draw
-from lm.data.spans import Running, numbered
+from lm.data.examples import Running, numbered
 
 IDS = np.arange(1000, dtype=np.uint16)
 FROZEN = [904727, 686256, 469840, 26539]

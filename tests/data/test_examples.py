@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lm.corpus import remote, shards
 from lm.corpus.prepare import Preparation, prepare
 from lm.data import TextData
-from lm.data.spans import IGNORED, Documents, Mixture, Running, permuted
+from lm.data.examples import IGNORED, Documents, Mixture, Running, permuted
 from lm.errors import UserError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -88,7 +88,7 @@ def test_documents_are_counted_in_groups(workplace: Path, monkeypatch: pytest.Mo
     tokens = shards.open_corpus(make(workplace, "many", "m", 3000)).splits["train"]
     at_once = Documents(tokens, tokens, 16, "permutation", 0)
     assert len(at_once.ends) > 1
-    monkeypatch.setattr("lm.data.spans.GROUP", 7)
+    monkeypatch.setattr("lm.data.examples.GROUP", 7)
     by_seven = Documents(tokens, tokens[:], 16, "permutation", 0)
     assert all(map(torch.equal, at_once(np.arange(999)), by_seven(np.arange(999))))
 
