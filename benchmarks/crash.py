@@ -37,8 +37,8 @@ import yaml
 from power_cut import TIME, Call, Disk, calls_of, lay, trace_options
 from tensorboard.summary.writer import event_file_writer
 
+from lm.checkpoints import checkpoint
 from lm.cli import main as run_lm
-from lm.training import checkpoint
 
 ERRORS = ("EIO", "ENOSPC", "EROFS", "EACCES")
 KILL, POWER = "SIGKILL", "power cut"

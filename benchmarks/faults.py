@@ -29,7 +29,7 @@ import torch
 import yaml
 from fault_kinds import FAULTS, LIBRARY, ROOT, Fault, Job, jump_in_time, possible, remount
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 
 TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}.\n" for i in range(3000))
 RECIPE: dict[str, Any] = {

@@ -62,7 +62,7 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     from lightning.pytorch import LightningDataModule
     from torch.nn import functional as F
 
-    from lm.inference.loading import build
+    from lm.checkpoints.restore import build
     from lm.models.layers import calibrate
     from lm.training.schedules import Schedule
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from tests.conftest import ROOT
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import numbers, write_recipe

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lm import outputs, storage
+from lm.checkpoints import disk
 from lm.corpus import formats, sources
 from lm.errors import UserError
-from lm.training import disk
 
 
 def test_a_file_that_fails_leaves_no_part_and_says_its_own_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from tests.conftest import ROOT
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_ranks import write_recipe

@@ -21,9 +21,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lm import __version__, storage
+from lm.checkpoints import disk
 from lm.cli import common, values
 from lm.errors import CheckError, UserError
-from lm.training import compute, disk
+from lm.training import compute
 
 GIB = 1 << 30
 MARKS = {"ok": " ", "note": "!", "fail": "X"}

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lm.checkpoints import checkpoint, schema
 from lm.cli import common, parsing
 from lm.errors import CheckError, UserError
 from lm.tokenizers import from_state
-from lm.training import checkpoint, schema
 
 
 class Evaluate(parsing.Recipes):

@@ -7,8 +7,8 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from lm import log
+from lm.checkpoints import safetensors
 from lm.cli import common, values
-from lm.inference import exporting
 
 
 def export(arguments: list[str]) -> None:
@@ -31,7 +31,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace what lm has exported there before.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     options = values.parse(parser, arguments)
-    write = {"safetensors": exporting.export_safetensors, "file": exporting.export_file}[options.format]
+    write = {"safetensors": safetensors.export_safetensors, "file": safetensors.export_file}[options.format]
     path = write(options.ckpt_path, options.output, overwrite=options.overwrite, note=_note)
     _say("exported", path, options.json)
 
@@ -49,7 +49,7 @@ def import_(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint of lm's.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     options = values.parse(parser, arguments)
-    path = exporting.import_safetensors(options.source, options.output, overwrite=options.overwrite, note=_note)
+    path = safetensors.import_safetensors(options.source, options.output, overwrite=options.overwrite, note=_note)
     _say("imported", path, options.json)
 
 

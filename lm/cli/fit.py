@@ -14,21 +14,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
+from lm.checkpoints import checkpoint, disk, sharded
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.tokenizers import from_state
-from lm.training import (
-    ManualLanguageModel,
-    checkpoint,
-    compute,
-    disk,
-    folders,
-    harmless,
-    lightning_callbacks,
-    loggers,
-    progress,
-)
+from lm.training import ManualLanguageModel, compute, harmless, lightning_callbacks, loggers, progress
 from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.checkpoints import Checkpoints
 from lm.training.manual import check_precision
@@ -75,9 +66,9 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.max_steps is {limits.max_steps}: say how many steps to train")
         if limits.limit_train_batches not in (None, 1.0):
             raise UserError("trainer.limit_train_batches: training has no epochs to limit, say trainer.max_steps")
-        if log.rank() == 0 and folders.unfinished(self.checkpoints):
+        if log.rank() == 0 and sharded.unfinished(self.checkpoints):
             with self.alone():
-                folders.recover(self.checkpoints)
+                sharded.recover(self.checkpoints)
         found = checkpoint.newest_first(self.checkpoints)
         self.start = 1 + max((meta["start"] for meta in found.values()), default=0)
         self.ckpt_path = checkpoint.resolve(

@@ -18,10 +18,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lm.checkpoints.restore import deny_what_runs_code
 from lm.cli import common, environment, help, messages, values
 from lm.errors import UserError, causes
 from lm.inference.callbacks import SampleText
-from lm.inference.loading import deny_what_runs_code
 from lm.training import LanguageModel
 from lm.training.checkpoints import Checkpoints
 from lm.training.figures import Figures

@@ -7,10 +7,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lm import storage
+from lm.checkpoints.restore import load
 from lm.cli import common, parsing, values
 from lm.data.tasks import TaskData
 from lm.errors import UserError
-from lm.inference.loading import load
 from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
 
 

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lm.bounds import checked
+from lm.checkpoints import checkpoint as files
+from lm.checkpoints import owned
+from lm.checkpoints.background import Writer
 from lm.errors import UserError
-from lm.training import checkpoint as files
-from lm.training import harmless, owned, progress
-from lm.training.writer import Writer
+from lm.training import harmless, progress
 
 
 class Checkpoints(Checkpoint):

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lm import __version__
+from lm.checkpoints import schema
 from lm.data.chunks import IGNORED
 from lm.errors import CheckError, UserError
 from lm.tokenizers import Tokenizer, identity
-from lm.training import recipes, schema
+from lm.training import recipes
 
 FREE = {"dropout"}
 """Settings on which a network's function does not depend, whoever's it is."""

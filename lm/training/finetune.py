@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lm.checkpoints import checkpoint
 from lm.errors import UserError
 from lm.tokenizers import Tokenizer, from_state, identity
-from lm.training import checkpoint, compatibility
+from lm.training import compatibility
 
 
 def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[str, Any] | None = None) -> str:

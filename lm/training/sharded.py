@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lm.checkpoints import checkpoint as files
+from lm.checkpoints import sharded
 from lm.errors import UserError
 from lm.models.layers import BatchNorm
-from lm.training import checkpoint as files
-from lm.training import folders
 from lm.training.compute import blocks
 
 
@@ -125,9 +125,9 @@ class Sharded(ModelParallelStrategy):
         if self.global_rank == 0:
             files.verify(path)
         self.barrier("verified")
-        saved = folders.meta(path)
-        reader = folders.Reader(path)
-        saved["state_dict"] = folders.shapes(reader)
+        saved = sharded.meta(path)
+        reader = sharded.Reader(path)
+        saved["state_dict"] = sharded.shapes(reader)
         module.check(saved)
         tensors: dict[str, Any] = {"state_dict": self.model.state_dict()}
         state = get_optimizer_state_dict(self.model, optimizer) if optimizer is not None else {}
@@ -142,10 +142,10 @@ class Sharded(ModelParallelStrategy):
 
 
 def _write(tensors: dict[str, Any], rest: dict[str, Any], path: Path, group: distributed.ProcessGroup) -> None:
-    with folders.replacing(path, group) as part:
+    with sharded.replacing(path, group) as part:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part, sync_files=True), process_group=group)
         if distributed.get_rank() == 0:
-            files.write(rest, part / folders.META)
+            files.write(rest, part / sharded.META)
 
 
 def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

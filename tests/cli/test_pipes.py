@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lm.checkpoints import checkpoint, sharded
 from lm.errors import UserError
-from lm.training import checkpoint, folders
 from tests.conftest import RECIPE
 
 COMMANDS = {
@@ -77,6 +77,6 @@ def test_pipes_among_checkpoints_are_passed_over(workplace: Path) -> None:
     assert checkpoint.newest_first(workplace) == {}
     Path("sharded").mkdir()
     os.mkfifo("sharded/checksums.json")
-    assert "a pipe or a device" in (folders.damage(Path("sharded")) or "")
+    assert "a pipe or a device" in (sharded.damage(Path("sharded")) or "")
     with pytest.raises(UserError, match="no such file"):
         checkpoint.verify(Path("other.ckpt"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from tests.conftest import ROOT
 from tests.container.image import TAG, Builder, Container, end, missing, process_1, run
 

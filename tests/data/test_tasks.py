@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
+from lm.checkpoints.restore import load
 from lm.data import ArithmeticData, ReverseData
 from lm.data.module import IGNORED
 from lm.errors import UserError
-from lm.inference.loading import load
 from lm.inference.sampling import Sampler, generate
 
 

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import checkpoint as dcp
 
+from lm.checkpoints import checkpoint, sharded
 from lm.data import TextData
-from lm.training import checkpoint, folders
 
 
 class StopAt(Callback):
@@ -249,13 +249,13 @@ class SlowCopies(Callback):
     """Lets the copying of sharded checkpoints take a second, as on a slow disk."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        copy = folders.copy
+        copy = sharded.copy
 
         def slow(source: Path, target: Path) -> None:
             time.sleep(1)
             copy(source, target)
 
-        folders.copy = slow
+        sharded.copy = slow
 
 
 class WriteLater(Callback):

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
+from lm.checkpoints import checkpoint
 from lm.cli.fit import Fit
 from lm.data.module import TokenData
-from lm.training import checkpoint
 from lm.training.loggers import read_csv
 from tests.conftest import RECIPE
 from tests.training.test_resume import assert_equal

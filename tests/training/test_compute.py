@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
 from tests.training.test_ranks import MODULES, numbers
 from tests.training.test_resume import assert_equal, state

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from tests.conftest import start
 
 

@@ -7,8 +7,9 @@ import torch
 import yaml
 
 from lm import models
+from lm.checkpoints import checkpoint
 from lm.errors import UserError
-from lm.training import checkpoint, compatibility, recipes
+from lm.training import compatibility, recipes
 from lm.training.loggers import read_csv
 
 RECIPE = ["fit", "--config", "tiny.yaml"]

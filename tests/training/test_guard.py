@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lm.checkpoints import checkpoint
 from lm.errors import CheckError
-from lm.training import checkpoint
 from lm.training.guard import Guard
 from tests.conftest import RECIPE
 from tests.training.test_ranks import MODULES, finish, numbers, run, write_recipe

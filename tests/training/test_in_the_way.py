@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lm.training import checkpoint
-from tests.training.test_checkpoint import CONTENTS
+from lm.checkpoints import checkpoint
+from tests.checkpoints.test_checkpoint import CONTENTS
 
 RUN = Path("checkpoints/tiny")
 THESIS = b"a thesis"

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
 from tests.conftest import ROOT
 

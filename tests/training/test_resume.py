@@ -14,8 +14,8 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lm import storage
+from lm.checkpoints import checkpoint
 from lm.errors import UserError
-from lm.training import checkpoint
 from lm.training.loggers import read_csv
 from tests.conftest import start
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lm.checkpoints import checkpoint, sharded
 from lm.errors import UserError
-from lm.training import checkpoint, folders
 from lm.training.sharded import Sharded
 from tests.training.test_ranks import finish, numbers, run, stop_at, write_recipe
 from tests.training.test_resume import assert_equal, state
@@ -73,7 +73,7 @@ def damaged(folder: Path) -> None:
     """Damage to any file is seen, the index runs no code, and a rename that was cut short is finished."""
     part = folder.with_name(f".{folder.name}.new.part")
     folder.rename(part)
-    folders.recover(folder.parent)
+    sharded.recover(folder.parent)
     assert folder.is_dir() and not part.exists()
     for file in sorted(folder.iterdir()):
         whole = file.read_bytes()
@@ -91,7 +91,7 @@ def damaged(folder: Path) -> None:
     (folder / "lm.pt.away").rename(folder / "lm.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(pickle.UnpicklingError, match="no posix.system"):
-        folders.Reader(folder).read_metadata()
+        sharded.Reader(folder).read_metadata()
 
 
 class Evil:
@@ -116,7 +116,7 @@ def test_a_run_goes_on_in_the_other_kind_and_back(lm, workplace: Path) -> None:
         whole = last if name == "a_file" else Path("checkpoints/both/step=0000005.ckpt")
         away = Path("checkpoints") / f".{name}.ckpt.old.part"
         whole.rename(away)
-        folders.recover(away.parent)
+        sharded.recover(away.parent)
         assert checkpoint.damage(away.with_name(f"{name}.ckpt")) is None and not away.exists()
 
 

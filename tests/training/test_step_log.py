@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
 from lm.training.step_log import rate_names
 from tests.conftest import RECIPE

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
 from tests.training.test_resume import assert_equal, stop_with
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
 from tests.conftest import ROOT, start
 from tests.training.test_resume import assert_runs_equal, stop_with, table
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from lm.checkpoints import checkpoint
 from lm.errors import CheckError
-from lm.training import checkpoint
 from lm.training.drift import check_drift, checksum
 from tests.conftest import start
 from tests.training.test_guard import SCHEDULE

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm.training import checkpoint, folders
+from lm.checkpoints import checkpoint, sharded
 
 FIT = ("fit", "--config", "tiny.yaml", "--name", "on", "--trainer.max_steps", 3)
 Keys = tuple[str | int, ...]
@@ -155,8 +155,8 @@ def as_shards(last: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    sums = {file.name: folders.checksum(file) for file in folder.iterdir() if file.name != folders.SUMS}
-    (folder / folders.SUMS).write_text(json.dumps(sums))
+    sums = {file.name: sharded.checksum(file) for file in folder.iterdir() if file.name != sharded.SUMS}
+    (folder / sharded.SUMS).write_text(json.dumps(sums))
 
 
 class Evil:

@@ -22,9 +22,10 @@ from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
 
 from lm import outputs, storage
+from lm.checkpoints import disk, owned, schema, sharded
+from lm.checkpoints.background import Writer
 from lm.errors import UserError, described
-from lm.training import disk, folders, harmless, owned, schema
-from lm.training.writer import Writer
+from lm.training import harmless
 
 NET = "net."
 """What the names of a network's weights begin with in a checkpoint."""
@@ -150,7 +151,7 @@ def copy(source: Path, target: Path) -> None:
     Of a folder, whose size may be that of many disks' worth, the files are linked where that is possible.
     """
     if source.is_dir():
-        folders.copy(source, target)
+        sharded.copy(source, target)
         return
     with replacing(target) as file:
         shutil.copyfile(source, file.name)  # within the kernel, where it can
@@ -162,7 +163,7 @@ def clear(folder: Path) -> None:
     for part in (*storage.parts(folder, r".*\.ckpt"), *probes):
         if owned.is_ours(part):
             part.unlink()
-    for part in (*folders.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
+    for part in (*sharded.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
         owned.remove(part)
 
 
@@ -179,10 +180,10 @@ def damage(path: Path) -> str | None:
     Reads all of it: a bit flipped anywhere in the records is found by their checksums.
     """
     if path.is_dir():
-        return folders.damage(path) or _foreign(path)
+        return sharded.damage(path) or _foreign(path)
     if path.is_symlink() and not path.exists():
         return f"it is {outputs.kind(path)}"
-    if folders.holds(path):
+    if sharded.holds(path):
         return f"it is a part of the sharded checkpoint {path.parent}: say the folder"
     if path.exists() and not path.is_file():
         return f"it is {outputs.kind(path)}, no file"
@@ -230,7 +231,7 @@ def peek(path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of foreign files
         checkpoint = (
-            folders.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            sharded.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
     outline = {key: value for key, value in schema.USED.items() if key != "state_dict" or not path.is_dir()}
     if problem := schema.problem(checkpoint, outline):
@@ -248,7 +249,7 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
         verify(path)
     if path.is_dir():
         with of_lm(path):
-            return folders.load(path)
+            return sharded.load(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

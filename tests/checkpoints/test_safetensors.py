@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm.inference.loading import load
-from lm.training import checkpoint
+from lm.checkpoints import checkpoint
+from lm.checkpoints.restore import load
 from tests.training.test_resume import assert_equal
 
 LAST = Path("checkpoints/tiny/last.ckpt")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm.checkpoints import checkpoint, disk
 from lm.errors import UserError
-from lm.training import checkpoint, disk
 
 CONTENTS = {
     "global_step": 5,

@@ -17,8 +17,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lm import storage
+from lm.checkpoints import disk, owned
 from lm.errors import UserError, described
-from lm.training import disk, owned
 
 META, SUMS = "lm.pt", "checksums.json"
 _METADATA = (

@@ -9,10 +9,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.fabric.utilities.init import _EmptyInit
 from torch import nn
 
+from lm.checkpoints import checkpoint, schema
 from lm.data.tasks import TaskData
 from lm.errors import CheckError, UserError
 from lm.tokenizers import Tokenizer, from_state
-from lm.training import checkpoint, schema
 
 
 class Fitted(NamedTuple):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lm import outputs, storage
+from lm.checkpoints import checkpoint, owned, schema
+from lm.checkpoints.restore import build
 from lm.errors import UserError
-from lm.inference.loading import build
 from lm.tokenizers import from_state
-from lm.training import checkpoint, owned, schema
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
 NAMES = rf"{WEIGHTS}|{REST}"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from lm.checkpoints import checkpoint
+from lm.checkpoints.background import Writer
 from lm.errors import UserError
-from lm.training import checkpoint
-from lm.training.writer import Writer
 
 
 def contents() -> dict[str, Any]:

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lm import outputs, storage
+from lm.checkpoints import owned
 from lm.errors import UserError, causes
-from lm.training import owned
 
 
 @contextmanager

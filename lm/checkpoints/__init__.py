@@ -1,0 +1,1 @@
+"""Files of a run and of other programs, without Lightning."""
