@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lm.backprop import Gradients, loss_and_gradients
 from lm.models import GPT, MLP, WaveNet
-from lm.training.callbacks import keep_memory
+from lm.training.callbacks.process import keep_memory
 from lm.training.manual import _functional
 
 

@@ -17,7 +17,7 @@ from torch import distributed
 from lm import cli
 from lm.cli import main
 from lm.errors import STOPS
-from lm.training import callbacks
+from lm.training.callbacks import process
 from tests.support.processes import ROOT as ROOT
 from tests.support.processes import start as start
 
@@ -55,7 +55,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _quick_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no fit in this process walk through all that pytest has imported: half of what a short one takes."""
-    monkeypatch.setattr(callbacks, "gc", SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze))
+    monkeypatch.setattr(process, "gc", SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze))
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from lightning.pytorch import Trainer
 
 from lm import bounds, cli, data, models, training
 from lm.corpus.prepare import Preparation
-from lm.inference.callbacks import SampleText
 from lm.inference.sampling import Sampler
 from lm.training import optimizers, schedules
-from lm.training.checkpoints import Checkpoints
-from lm.training.figures import Figures
+from lm.training.callbacks.checkpointing import Checkpoints
+from lm.training.callbacks.figures import Figures
+from lm.training.callbacks.samples import SampleText
 from lm.training.language_model import LanguageModel
 from lm.training.watch import Watch
 from tests.conftest import parser_of

@@ -19,12 +19,13 @@ from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.tokenizers import from_state
-from lm.training import ManualLanguageModel, compute, harmless, lightning_callbacks, loggers, progress
-from lm.training.callbacks import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
-from lm.training.checkpoints import Checkpoints
+from lm.training import ManualLanguageModel, compute, harmless, loggers, progress
+from lm.training.callbacks import lightning
+from lm.training.callbacks.checkpointing import Checkpoints
+from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
+from lm.training.callbacks.signals import StopSignals
 from lm.training.manual import check_precision
 from lm.training.sharded import Sharded
-from lm.training.signals import StopSignals
 
 
 class Fit(parsing.Recipes):
@@ -55,7 +56,7 @@ class Fit(parsing.Recipes):
         self.stream: Any = common.output(config.json)
         log.take_over(name)
         limits = config.trainer
-        lightning_callbacks.refuse_settings(limits)
+        lightning.refuse_settings(limits)
         if limits.max_epochs not in (-1, None):
             raise UserError(f"trainer.max_epochs is {limits.max_epochs}: training has no epochs, say trainer.max_steps")
         if limits.min_steps is not None and limits.min_steps > limits.max_steps:
@@ -91,7 +92,7 @@ class Fit(parsing.Recipes):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
-        lightning_callbacks.take_over(settings, self.checkpoints)
+        lightning.take_over(settings, self.checkpoints)
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
@@ -124,12 +125,12 @@ class Fit(parsing.Recipes):
             FrozenHeap(),
             KeptMemory(),
             OwnCores(),
-            lightning_callbacks.Endings(self.say),
+            lightning.Endings(self.say),
         ]
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
-        lightning_callbacks.mend(trainer, self.say)
+        lightning.mend(trainer, self.say)
         for logger in trainer.loggers:
             harmless.guard(logger)
         progress.begin_and_end_always(trainer)

@@ -21,10 +21,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lm.checkpoints.restore import deny_what_runs_code
 from lm.cli import common, environment, help, messages, values
 from lm.errors import UserError, causes
-from lm.inference.callbacks import SampleText
 from lm.training import LanguageModel
-from lm.training.checkpoints import Checkpoints
-from lm.training.figures import Figures
+from lm.training.callbacks.checkpointing import Checkpoints
+from lm.training.callbacks.figures import Figures
+from lm.training.callbacks.samples import SampleText
 from lm.training.watch import Watch
 
 TRAINER_DEFAULTS = {

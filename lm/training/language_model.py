@@ -25,9 +25,9 @@ from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.tokenizers import Tokenizer
 from lm.training import compatibility, progress, recipes
+from lm.training.callbacks.figures import Figures
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.evaluation import Evaluated
-from lm.training.figures import Figures
 from lm.training.finetune import take_weights
 from lm.training.guard import Guard, clip, global_norm, share_gradient
 from lm.training.optimizers import adamw

@@ -522,7 +522,7 @@ def test_a_signal_inside_a_logger_comes_through(fit: Run) -> None:
 
 @pytest.mark.parametrize("hook", ["before_step", "before_update", "_write", "on_validation_end", "on_train_end"])
 def test_a_figure_that_fails_is_said_and_costs_nothing(hook: str, fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm.training import figures
+    from lm.training.callbacks import figures
 
     def fail(*_: Any) -> None:
         raise ValueError("no picture")
@@ -537,7 +537,7 @@ def test_a_sample_that_fails_is_said_and_costs_nothing(fit: Run, monkeypatch: py
     def fail(*_: Any, **__: Any) -> None:
         raise UserWarning("no words")
 
-    monkeypatch.setattr("lm.inference.callbacks.generate", fail)
+    monkeypatch.setattr("lm.training.callbacks.samples.generate", fail)
     code, _, err = fit("--samples.max_new_tokens", 2)
     assert (code, err.count("note: SampleText failed (UserWarning: no words)")) == (0, 1)
 

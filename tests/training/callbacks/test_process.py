@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lm.training import callbacks
+from lm.training.callbacks import process
 
 FAULTS = """
 import resource, sys, torch
@@ -43,9 +43,9 @@ class Circle:
 
 
 def test_the_collector_leaves_alone_what_was_there_until_training_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "gc", gc)  # not the quick one of tests/conftest.py
+    monkeypatch.setattr(process, "gc", gc)  # not the quick one of tests/conftest.py
     none: Any = None
-    heap = callbacks.FrozenHeap()
+    heap = process.FrozenHeap()
     for end in (
         lambda: heap.teardown(none, none, "fit"),
         lambda: heap.on_exception(none, none, KeyboardInterrupt()),

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lm.cli.fit import Fit
 from lm.errors import UserError
 from lm.models import MLP
-from lm.training.figures import Figures, _histogram
+from lm.training.callbacks.figures import Figures, _histogram
 from tests.conftest import RECIPE
 
 EVERY = ["--figures.every_n_steps", "4", "--trainer.log_every_n_steps", "4"]

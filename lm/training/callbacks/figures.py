@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lm.backprop import Gradients
 from lm.bounds import checked
 from lm.errors import UserError
-from lm.training import pictures
+from lm.training.callbacks import pictures
 from lm.training.harmless import harmless
 from lm.training.sharded import is_sharded
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lm.training import pictures
+from lm.training.callbacks import pictures
 
 
 def test_attention_is_a_panel_a_head_with_names_and_a_bar() -> None:

@@ -1,0 +1,1 @@
+"""What happens around training steps: checkpoints, figures, samples, signals, what the console shows."""
