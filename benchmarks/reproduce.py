@@ -79,7 +79,7 @@ def reproduce(row: Row, folder: Path) -> dict[str, Any]:
 
 def parameters(path: Path) -> int:
     """Return the number of parameters in a checkpoint: tied ones once, no buffers."""
-    from lm.inference import load
+    from lm.generation import load
 
     return sum(p.numel() for p in load(path).net.parameters())
 

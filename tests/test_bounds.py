@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from lm import bounds, cli, data, models, training
 from lm.corpus.prepare import Preparation
-from lm.inference.sampling import Sampler
+from lm.generation.sampling import Sampler
 from lm.training import optimizers, schedules
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.figures import Figures

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lm.data import LinesData
 from lm.data.module import IGNORED
-from lm.inference import load
+from lm.generation import load
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
 LINES = {"class_path": "lm.data.LinesData", "init_args": {"corpus": "words.txt", "block_size": 8, "batch_size": 8}}

@@ -11,7 +11,7 @@ from lm.checkpoints.restore import load
 from lm.cli import common, parsing, values
 from lm.data.tasks import TaskData
 from lm.errors import UserError
-from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 
 
 def make_parser() -> ArgumentParser:

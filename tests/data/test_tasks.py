@@ -11,7 +11,7 @@ from lm.checkpoints.restore import load
 from lm.data import ArithmeticData, ReverseData
 from lm.data.module import IGNORED
 from lm.errors import UserError
-from lm.inference.sampling import Sampler, generate
+from lm.generation.sampling import Sampler, generate
 
 
 def made(kind=ArithmeticData, **settings):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lm.cli.fit import Fit
 from lm.data import TextData
 from lm.errors import UserError
-from lm.inference import load
+from lm.generation import load
 from lm.models import Bigram
 from lm.training import LanguageModel
 from lm.training.loggers import read_csv

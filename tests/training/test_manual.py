@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lm.backprop.rules import _rules
-from lm.inference import load
+from lm.generation import load
 from tests.conftest import start
 from tests.test_networks import NETWORKS, recipe
 from tests.training.test_resume import assert_equal, state, stop_with, table

@@ -98,7 +98,7 @@ def test_tokens_weigh_the_same_in_the_mean_however_a_step_is_divided(lm, workpla
     from torch.nn import functional as F
 
     from lm.data import ReverseData
-    from lm.inference import load
+    from lm.generation import load
 
     path = Path("checkpoints/1x1/last.ckpt")
     net = load(path).net.double()

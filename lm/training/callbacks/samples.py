@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm.bounds import checked
 from lm.errors import UserError
-from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 from lm.training.harmless import harmless
 from lm.training.sharded import is_sharded
 

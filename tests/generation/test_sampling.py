@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lm.errors import UserError
-from lm.inference.sampling import Sampler, TextStream, generate, start_tokens
+from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 from lm.models import GPT, Bigram
 from lm.tokenizers import BytePairTokenizer, CharTokenizer
 from tests.tokenizers.test_tokenizers import BYTES
