@@ -18,8 +18,8 @@ from lm.training import optimizers, schedules
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.figures import Figures
 from lm.training.callbacks.samples import SampleText
+from lm.training.distributed.watch import Watch
 from lm.training.language_model import LanguageModel
-from lm.training.watch import Watch
 from tests.conftest import parser_of
 
 NET = {"vocab_size": 5, "block_size": 8}

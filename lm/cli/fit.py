@@ -24,8 +24,8 @@ from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.callbacks.signals import StopSignals
+from lm.training.distributed.sharding import Sharded
 from lm.training.manual import check_precision
-from lm.training.sharded import Sharded
 
 
 class Fit(parsing.Recipes):

@@ -25,7 +25,7 @@ from lm.training import LanguageModel
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.figures import Figures
 from lm.training.callbacks.samples import SampleText
-from lm.training.watch import Watch
+from lm.training.distributed.watch import Watch
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,  # a run's length is said in steps

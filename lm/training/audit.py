@@ -33,8 +33,8 @@ from lm.backprop.compare import (
 )
 from lm.data.module import IGNORED
 from lm.training.by_hand import Compiled, StepByHand
+from lm.training.distributed.reduction import ReducedGradients
 from lm.training.guard import share_gradient
-from lm.training.reduced import ReducedGradients
 
 Batch = tuple[Tensor, Tensor]
 Loss = Tensor | float

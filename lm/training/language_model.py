@@ -27,13 +27,13 @@ from lm.tokenizers import Tokenizer
 from lm.training import compatibility, progress, recipes
 from lm.training.callbacks.figures import Figures
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
+from lm.training.distributed.sharding import is_sharded, shard
 from lm.training.evaluation import Evaluated
 from lm.training.finetune import take_weights
 from lm.training.guard import Guard, clip, global_norm, share_gradient
 from lm.training.optimizers import adamw
 from lm.training.parts import make_net, make_optimizer
 from lm.training.schedules import Constant, Schedule
-from lm.training.sharded import is_sharded, shard
 
 SMALL = 1 << 20  # parameters
 

@@ -15,9 +15,9 @@ from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
 from lm.training import audit, progress
 from lm.training.by_hand import Compiled, StepByHand, compile_pass
+from lm.training.distributed.reduction import ReducedGradients, average
+from lm.training.distributed.sharding import is_sharded
 from lm.training.language_model import LanguageModel
-from lm.training.reduced import ReducedGradients, average
-from lm.training.sharded import is_sharded
 
 
 class ManualLanguageModel(LanguageModel):

@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lm.backprop.rules import precise
 from lm.errors import UserError
 from lm.training.compute import blocks, recompute_blocks
+from lm.training.distributed.sharding import shard
 from lm.training.optimizers import parameter_groups
-from lm.training.sharded import shard
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
-from tests.training.test_ranks import MODULES, numbers
+from tests.training.distributed.test_ranks import MODULES, numbers
 from tests.training.test_resume import assert_equal, state
 
 LOSSES = ("train/loss", "val/loss")

@@ -10,7 +10,7 @@ from lm.checkpoints import checkpoint
 from lm.errors import CheckError
 from lm.training.guard import Guard
 from tests.conftest import RECIPE
-from tests.training.test_ranks import MODULES, finish, numbers, run, write_recipe
+from tests.training.distributed.test_ranks import MODULES, finish, numbers, run, write_recipe
 from tests.training.test_resume import assert_equal
 
 SCHEDULE = ("--model.init_args.schedule", "lm.training.schedules.Constant")

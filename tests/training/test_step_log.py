@@ -12,8 +12,8 @@ from lm.checkpoints import checkpoint
 from lm.training.loggers import read_csv
 from lm.training.step_log import rate_names
 from tests.conftest import RECIPE
+from tests.training.distributed.test_ranks import MODULES, finish, run, write_recipe
 from tests.training.test_guard import CONSTANT, poison
-from tests.training.test_ranks import MODULES, finish, run, write_recipe
 from tests.training.test_resume import assert_runs_equal, stop_with
 
 FIT = ("fit", "--config", "tiny.yaml", "--samples.max_new_tokens", 0)

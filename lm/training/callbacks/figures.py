@@ -20,8 +20,8 @@ from lm.backprop import Gradients
 from lm.bounds import checked
 from lm.errors import UserError
 from lm.training.callbacks import pictures
+from lm.training.distributed.sharding import is_sharded
 from lm.training.harmless import harmless
-from lm.training.sharded import is_sharded
 
 SATURATED = 0.97  # a tanh beyond it passes less than 6 % of its gradient on
 MOST_ROWS = 1000  # of an embedding table in the projector

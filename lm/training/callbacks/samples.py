@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lm.bounds import checked
 from lm.errors import UserError
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
+from lm.training.distributed.sharding import is_sharded
 from lm.training.harmless import harmless
-from lm.training.sharded import is_sharded
 
 
 class SampleText(Callback):

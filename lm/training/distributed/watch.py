@@ -19,8 +19,8 @@ from lm import log
 from lm.bounds import checked
 from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.training import progress
-from lm.training.drift import check_drift
-from lm.training.meeting import Launcher, Meeting, end, end_starter, lost_child
+from lm.training.distributed.drift import check_drift
+from lm.training.distributed.meeting import Launcher, Meeting, end, end_starter, lost_child
 
 
 class Watch(Callback):

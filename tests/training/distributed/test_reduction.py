@@ -12,7 +12,8 @@ from torch import distributed
 from lm.backprop import Gradients, loss_and_gradients
 from lm.errors import UserError
 from lm.models import GPT
-from lm.training import ManualLanguageModel, reduced
+from lm.training import ManualLanguageModel
+from lm.training.distributed import reduction
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-class Watched(reduced.ReducedGradients):
+class Watched(reduction.ReducedGradients):
     """Writes down what happens."""
 
     def __init__(self, *arguments: object) -> None:
@@ -43,7 +44,7 @@ class Watched(reduced.ReducedGradients):
 
 
 def test_buckets_are_reduced_while_the_backward_pass_goes_on(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduced, "BUCKET", 4000)
+    monkeypatch.setattr(reduction, "BUCKET", 4000)
     torch.manual_seed(1)
     net = GPT(11, 8, n_layer=3, n_head=2, n_embd=16).double()
     tokens, targets = torch.randint(11, (4, 8)), torch.randint(11, (4, 8))
@@ -71,7 +72,7 @@ def test_buckets_are_reduced_while_the_backward_pass_goes_on(one_rank: None, mon
 
 def test_a_rule_that_adds_too_often_is_found(one_rank: None) -> None:
     net = torch.nn.Linear(2, 2, bias=False)
-    grads = reduced.ReducedGradients(net, 1)
+    grads = reduction.ReducedGradients(net, 1)
     grads.begin([net.weight])
     grads.last_pass()
     grads.add(net.weight, torch.ones(2, 2))

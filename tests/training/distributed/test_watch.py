@@ -12,10 +12,10 @@ import torch
 
 from lm.checkpoints import checkpoint
 from lm.errors import CheckError
-from lm.training.drift import check_drift, checksum
+from lm.training.distributed.drift import check_drift, checksum
 from tests.conftest import start
+from tests.training.distributed.test_ranks import children, finish, run, write_recipe
 from tests.training.test_guard import SCHEDULE
-from tests.training.test_ranks import children, finish, run, write_recipe
 from tests.training.test_resume import assert_equal, state
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
