@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lm.training.loggers import MetricsProm
+from lm.training.loggers.log_files import MetricsProm
 from tests.conftest import start
 from tests.training.distributed.test_ranks import finish, run, write_recipe
 

@@ -19,12 +19,13 @@ from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.tokenizers import from_state
-from lm.training import ManualLanguageModel, compute, harmless, loggers, progress
+from lm.training import ManualLanguageModel, compute, harmless, progress
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.callbacks.signals import StopSignals
 from lm.training.distributed.sharding import Sharded
+from lm.training.loggers import log_files
 from lm.training.manual import check_precision
 
 
@@ -96,10 +97,10 @@ class Fit(parsing.Recipes):
         self._count_in_batches(settings)
         self._hand_over(settings)
         if settings["logger"] in (None, True):
-            removed = loggers.Removed()
+            removed = log_files.Removed()
             settings["logger"] = [
-                loggers.Events(self.logs, self.first_step, opened=False, removed=removed),
-                *(kind(self.logs, removed) for kind in (loggers.MetricsCSV, loggers.MetricsProm)),
+                log_files.Events(self.logs, self.first_step, opened=False, removed=removed),
+                *(kind(self.logs, removed) for kind in (log_files.MetricsCSV, log_files.MetricsProm)),
             ]
         if settings["strategy"] == "fsdp2":
             settings["strategy"] = Sharded()
@@ -198,7 +199,7 @@ class Fit(parsing.Recipes):
         made: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:
             made = disk.probed(self.checkpoints, self.logs)
-            loggers.check(self.logs)
+            log_files.check(self.logs)
             lock = self.alone()
         began = time.monotonic()
         with made, lock, disk.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
@@ -235,7 +236,7 @@ class Fit(parsing.Recipes):
 
     def where_metrics_are(self) -> str:
         """Return where the loggers write, for the last line; nothing where there are none."""
-        ours = any(isinstance(logger, loggers.MetricsCSV) for logger in self.trainer.loggers)
+        ours = any(isinstance(logger, log_files.MetricsCSV) for logger in self.trainer.loggers)
         places = [self.logs] if ours else [logger.log_dir or logger.save_dir for logger in self.trainer.loggers]
         named = ", ".join(dict.fromkeys(str(place) for place in places if place))
         return f"; metrics in {named}" if named else ""
@@ -253,9 +254,9 @@ class Fit(parsing.Recipes):
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        loggers.forget(self.logs, self.first_step)
+        log_files.forget(self.logs, self.first_step)
         for logger in self.trainer.loggers:
-            if isinstance(logger, loggers.Events):
+            if isinstance(logger, log_files.Events):
                 logger.opened = True
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         names = itertools.chain(["config.yaml"] * (number == 1), (f"config-{k}.yaml" for k in itertools.count(number)))

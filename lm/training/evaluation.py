@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassExactMatch
 
 from lm.backprop.rules import precise
 from lm.data.module import IGNORED
+from lm.training.loggers.step_log import StepLog
 from lm.training.metrics import TokenLoss
-from lm.training.step_log import StepLog
 
 
 class Evaluated(LightningModule):

@@ -10,7 +10,7 @@ import yaml
 from lm.checkpoints import checkpoint
 from lm.cli.fit import Fit
 from lm.data.module import TokenData
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.conftest import RECIPE
 from tests.training.test_resume import assert_equal
 

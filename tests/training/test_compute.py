@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm.checkpoints import checkpoint
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.training.distributed.test_ranks import MODULES, numbers
 from tests.training.test_resume import assert_equal, state
 

@@ -10,7 +10,7 @@ from lm import models
 from lm.checkpoints import checkpoint
 from lm.errors import UserError
 from lm.training import compatibility, recipes
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 
 RECIPE = ["fit", "--config", "tiny.yaml"]
 LAST = "checkpoints/tiny/last.ckpt"

@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.generation import load
 from lm.models import Bigram
 from lm.training import LanguageModel
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from lm.training.metrics import TokenLoss
 
 EXACT = ["--trainer.precision", "64-true", "--model.init_args.net.init_args.dropout", "0"]

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from lm import storage
 from lm.checkpoints import checkpoint
 from lm.errors import UserError
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.conftest import start
 
 TIMES = ("tokens_per_second",)  # the one metric that may differ

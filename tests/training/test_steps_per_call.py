@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lm.checkpoints import checkpoint
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.training.test_resume import assert_equal, stop_with
 
 NET = "--model.init_args.net"

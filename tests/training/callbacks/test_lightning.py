@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, callbacks
 from lightning.pytorch.accelerators import CPUAccelerator
 
 from lm.checkpoints import checkpoint
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lm.training.loggers import read_csv
+from lm.training.loggers.log_files import read_csv
 from tests.conftest import RECIPE, start
 from tests.training.test_resume import assert_equal, state
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from lm.checkpoints import checkpoint
-from lm.training.loggers import read_csv
-from lm.training.step_log import rate_names
+from lm.training.loggers.log_files import read_csv
+from lm.training.loggers.step_log import rate_names
 from tests.conftest import RECIPE
 from tests.training.distributed.test_ranks import MODULES, finish, run, write_recipe
 from tests.training.test_guard import CONSTANT, poison

@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm.errors import UserError
-from lm.training import loggers
-from lm.training.loggers import MetricsCSV, _event_files, forget
+from lm.training.loggers import log_files
+from lm.training.loggers.log_files import MetricsCSV, _event_files, forget
 
 LOGS = Path("logs/tiny")
 
@@ -98,7 +98,7 @@ def test_a_start_that_is_refused_leaves_nothing(lm, workplace: Path, words: tupl
 def test_a_row_that_the_disk_refuses_comes_with_the_next(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, opened = loggers.MetricsCSV(tmp_path), Path.open
+    table, opened = log_files.MetricsCSV(tmp_path), Path.open
 
     def refuse(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
         if mode == refused:
@@ -113,7 +113,7 @@ def test_a_row_that_the_disk_refuses_comes_with_the_next(
     table.log_metrics({"loss": 3.0}, 3)
     table.log_metrics({"val": 4.0}, 3)
 
-    columns, rows = loggers.read_csv(tmp_path / "metrics.csv")
+    columns, rows = log_files.read_csv(tmp_path / "metrics.csv")
     assert columns == ["step", "loss", "new", "val"]
     said = [(row["step"], row["loss"], row["val"]) for row in rows]
     assert said == [("1", "1.0", ""), ("2", "2.0", ""), ("3", "3.0", "4.0")]
@@ -176,4 +176,4 @@ def test_a_table_that_an_editor_saved_as_it_was_is_gone_on_with(tmp_path: Path) 
     path.rename(tmp_path / "away")
     table.log_metrics({"loss": 6.0}, 6)
     assert (tmp_path / "away").read_bytes() == b"mine"
-    assert [row["step"] for row in loggers.read_csv(path)[1]] == ["3", "4", "5", "6"]
+    assert [row["step"] for row in log_files.read_csv(path)[1]] == ["3", "4", "5", "6"]
