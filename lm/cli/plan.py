@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
 from lm.errors import UserError
-from lm.training import parts, planning
+from lm.planning import needs
+from lm.training import parts
 
 
 class Plan(parsing.Untrained):
@@ -21,24 +22,24 @@ class Plan(parsing.Untrained):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--num_nodes", type=int, default=1, help="Machines.")
         parser.add_argument("--devices", type=int, default=1, help="GPUs of each.")
-        parser.add_argument("--gpu", type=str, default="H100", help=f"One of {', '.join(planning.DEVICES)}.")
+        parser.add_argument("--gpu", type=str, default="H100", help=f"One of {', '.join(needs.DEVICES)}.")
         parser.add_argument("--mfu", type=float, default=0.4, help="The share of the GPU's FLOP/s that is used.")
 
-    def cluster(self) -> tuple[planning.Device, int]:
+    def cluster(self) -> tuple[needs.Device, int]:
         """Return the kind of GPU and the number of processes.
 
         Raises:
             UserError: There is no such GPU or number.
         """
         config = self.config
-        known = {name.lower(): name for name in planning.DEVICES}
+        known = {name.lower(): name for name in needs.DEVICES}
         if config.gpu.lower() not in known:
             near = difflib.get_close_matches(config.gpu.lower(), known, n=1)
-            hint = f"did you mean {known[near[0]]}?" if near else f"say one of {', '.join(planning.DEVICES)}"
+            hint = f"did you mean {known[near[0]]}?" if near else f"say one of {', '.join(needs.DEVICES)}"
             raise UserError(f"--gpu {config.gpu}: {hint}")
-        return planning.DEVICES[known[config.gpu.lower()]], config.num_nodes * config.devices
+        return needs.DEVICES[known[config.gpu.lower()]], config.num_nodes * config.devices
 
-    def recipe(self, processes: int) -> planning.Recipe:
+    def recipe(self, processes: int) -> needs.Recipe:
         """Return the parts of the recipe that decide what it needs, for a micro-batch of each process."""
         data, trainer = self.datamodule, self.config.trainer
         size = data.divided(processes, trainer.accumulate_grad_batches)
@@ -46,7 +47,7 @@ class Plan(parsing.Untrained):
         module = parsing.language_model(self.model)
         tokens, targets = data.training_examples()(0, 1)
         make_net: Any = module.make_net
-        return planning.Recipe(
+        return needs.Recipe(
             partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),
             module.make_optimizer,
             (size, *tokens.shape[1:]),
@@ -61,8 +62,8 @@ class Plan(parsing.Untrained):
         device, processes = self.cluster()
         recipe, config = self.recipe(processes), self.config
         try:
-            count, flops = planning.parameters(recipe), planning.flops_per_token(recipe)
-            table = planning.strategies(recipe, processes)
+            count, flops = needs.parameters(recipe), needs.flops_per_token(recipe)
+            table = needs.strategies(recipe, processes)
         except ValueError as error:
             raise UserError(f"model.net: {error}") from error
         except (RuntimeError, OverflowError) as error:  # torch's, of sizes that no tensor can have
@@ -70,7 +71,7 @@ class Plan(parsing.Untrained):
             raise UserError(
                 f"model.net or data: no machine has tensors that large: {reason}: make it smaller"
             ) from error
-        room = (device.memory - planning.RESERVED) * 1e9
+        room = (device.memory - needs.RESERVED) * 1e9
         order = sorted(table, key=lambda name: ("activation" in name, "fsdp2" in name))  # the fastest that fits
         chosen = next((name for name in order if table[name].peak <= room), None)
         tokens = self.datamodule.batch_size * recipe.tokens[1]
@@ -89,10 +90,10 @@ class Plan(parsing.Untrained):
             "tokens_per_step": tokens,
             "hours": float(f"{seconds / 3600:.6g}"),
             "communication_gb_per_step": {
-                name: gigabytes(size) for name, size in planning.communication(weights, processes).items()
+                name: gigabytes(size) for name, size in needs.communication(weights, processes).items()
             },
             "strategy": chosen or "none fits",
-            "remedy": None if chosen else planning.remedy(recipe, room),
+            "remedy": None if chosen else needs.remedy(recipe, room),
         }
 
 

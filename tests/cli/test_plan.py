@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from lm.cli.plan import BYTES, TIMES, spelled
 from lm.models import GPT, GatedWaveNet, Seq2Seq
-from lm.training import planning
+from lm.planning import needs
 from tests.conftest import ROOT
 from tests.test_configs import CONFIGS
 
@@ -46,9 +46,9 @@ print(read("VmHWM") - before)
 """
 
 
-def recipe_of(vocab: int, size: dict, batch: int, precision: str = "32-true") -> planning.Recipe:
+def recipe_of(vocab: int, size: dict, batch: int, precision: str = "32-true") -> needs.Recipe:
     shape = (batch, 256)
-    return planning.Recipe(
+    return needs.Recipe(
         lambda: GPT(vocab, 256, **size), lambda groups: AdamW(groups, fused=True), shape, shape, precision
     )
 
@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_peak_is_within_15_percent_of_what_the_process_takes(case: str) -> None:
     arguments, recompute = CASES[case]
-    predicted = planning.memory(recipe_of(*arguments), recompute=recompute).peak
+    predicted = needs.memory(recipe_of(*arguments), recompute=recompute).peak
     # so that what is freed is given back, and the largest resident size is that of the tensors
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -80,10 +80,10 @@ def test_the_peak_is_within_15_percent_of_what_the_process_takes(case: str) -> N
 def test_parameters_and_flops_are_exact_for_a_network_that_can_be_counted_by_hand() -> None:
     recipe = recipe_of(100, {"n_layer": 2, "n_head": 2, "n_embd": 16, "bias": False}, 3)
     net = recipe.make_net()
-    assert planning.parameters(recipe) == sum(p.numel() for p in net.parameters())
+    assert needs.parameters(recipe) == sum(p.numel() for p in net.parameters())
     matrices = sum(p.numel() for name, p in net.named_parameters() if p.ndim == 2 and name != "wpe.weight")
     attention = 2 * 2 * 2 * 256 * 16  # layers x (scores, values) x 2 x T x C
-    assert planning.flops_per_token(recipe) == 3 * (2 * matrices + attention)
+    assert needs.flops_per_token(recipe) == 3 * (2 * matrices + attention)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 1024])
@@ -91,24 +91,24 @@ def test_shares_are_those_of_the_largest_rank_and_nothing_is_left_behind(process
     recipe = recipe_of(100, {"n_layer": 2, "n_head": 2, "n_embd": 48}, 3)
     rows = {name: p.shape[0] for name, p in recipe.make_net().named_parameters()}
     expected = sum(p.numel() // rows[n] * -(-rows[n] // processes) for n, p in recipe.make_net().named_parameters())
-    assert planning.largest_share(recipe, processes) == expected
+    assert needs.largest_share(recipe, processes) == expected
     assert not distributed.is_initialized()
 
 
 def test_memory_of_strategies_adds_up() -> None:
     recipe = recipe_of(5000, BIG, 2, "bf16-mixed")
-    alone = planning.memory(recipe)
-    assert alone.weights == 4 * planning.parameters(recipe)
+    alone = needs.memory(recipe)
+    assert alone.weights == 4 * needs.parameters(recipe)
     assert alone.optimizer == pytest.approx(2 * alone.weights, 1e-3)
-    assert planning.copied(alone, 1) == alone
-    assert planning.copied(alone, 64).gradients == alone.weights
-    assert planning.sharded(alone, *planning.shares(recipe, 64)).peak < alone.peak < planning.copied(alone, 64).peak
-    begin, end, worst = planning.moments(recipe)
+    assert needs.copied(alone, 1) == alone
+    assert needs.copied(alone, 64).gradients == alone.weights
+    assert needs.sharded(alone, *needs.shares(recipe, 64)).peak < alone.peak < needs.copied(alone, 64).peak
+    begin, end, worst = needs.moments(recipe)
     assert worst == alone and begin.activations > end.activations and begin.gradients == 0 < end.gradients
-    assert planning.memory(recipe, recompute=True).activations < alone.activations
+    assert needs.memory(recipe, recompute=True).activations < alone.activations
     half = recipe_of(5000, BIG, 2, "bf16-true")
-    assert planning.memory(half).weights == alone.weights / 2 and torch.get_default_dtype() == torch.float32
-    assert planning.communication(100.0, 4) == {"ddp": 150.0, "fsdp2": 225.0}
+    assert needs.memory(half).weights == alone.weights / 2 and torch.get_default_dtype() == torch.float32
+    assert needs.communication(100.0, 4) == {"ddp": 150.0, "fsdp2": 225.0}
 
 
 def test_the_command(lm, workplace: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_command(lm, workplace: Path) -> None:
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["parameters"] == 4048 and found["strategy"] == "ddp"
     assert found["tokens_per_step"] == 64 and found["micro_batch_size"] == 1
-    steps, speed, usage = 12, planning.DEVICES["H100"].flops * 1e12, 0.4
+    steps, speed, usage = 12, needs.DEVICES["H100"].flops * 1e12, 0.4
     hours = 64 * steps * found["flops_per_token"] / (speed * usage * 4) / 3600
     assert found["hours"] == pytest.approx(hours, rel=1e-5)
     assert "use trainer.strategy ddp" in err
@@ -149,15 +149,15 @@ DEEP = {
 def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
     kind, size, precision, batch = DEEP[name]
     shape, make_net = (batch, 16), partial(kind, 50, 16, n_layer=7, **size)
-    deep = planning.Recipe(make_net, lambda groups: AdamW(groups, fused=True), shape, shape, precision, 1, 7)
+    deep = needs.Recipe(make_net, lambda groups: AdamW(groups, fused=True), shape, shape, precision, 1, 7)
     whole = replace(deep, layers=None)
     assert deep.deep and not whole.deep
-    assert planning.parameters(deep) == planning.parameters(whole) == sum(p.numel() for p in make_net().parameters())
-    assert planning.flops_per_token(deep) == planning.flops_per_token(whole)
-    assert planning.largest_share(deep, 3) == planning.largest_share(whole, 3)
-    assert planning.at_once(deep) == planning.at_once(whole)
+    assert needs.parameters(deep) == needs.parameters(whole) == sum(p.numel() for p in make_net().parameters())
+    assert needs.flops_per_token(deep) == needs.flops_per_token(whole)
+    assert needs.largest_share(deep, 3) == needs.largest_share(whole, 3)
+    assert needs.at_once(deep) == needs.at_once(whole)
     for again in (False, True):
-        exact, found = (planning.moments(recipe, recompute=again) for recipe in (whole, deep))
+        exact, found = (needs.moments(recipe, recompute=again) for recipe in (whole, deep))
         for a, b in zip(exact[:2], found[:2], strict=True):
             assert (b.weights, b.gradients, b.optimizer) == (a.weights, a.gradients, a.optimizer)
             assert b.activations == pytest.approx(a.activations, rel=1e-3, abs=1000)
@@ -167,7 +167,7 @@ def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
 def test_layers_that_differ_are_counted_one_by_one() -> None:
     """The dilation of a gated WaveNet's layers doubles, so a few do not tell the rest."""
     make_net = partial(GatedWaveNet, 50, 16, n_layer=7, n_embd=8)
-    assert not planning.Recipe(make_net, AdamW, (2, 16), (2, 16), layers=7).deep
+    assert not needs.Recipe(make_net, AdamW, (2, 16), (2, 16), layers=7).deep
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
