@@ -19,7 +19,7 @@ from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.tokenizers import from_state
-from lm.training import ManualLanguageModel, compute, harmless, progress
+from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
@@ -134,7 +134,7 @@ class Fit(parsing.Recipes):
         lightning.mend(trainer, self.say)
         for logger in trainer.loggers:
             harmless.guard(logger)
-        progress.begin_and_end_always(trainer)
+        lightning_internals.begin_and_end_always(trainer)
         self.config_init.watch.attach(trainer)
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
         with parsing.trainer_errors(None):

@@ -24,7 +24,7 @@ from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.tokenizers import Tokenizer
-from lm.training import compatibility, progress, recipes
+from lm.training import compatibility, lightning_internals, recipes
 from lm.training.callbacks.figures import Figures
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.distributed.sharding import is_sharded, shard
@@ -140,7 +140,7 @@ class LanguageModel(Evaluated):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
-            trained = self.make_optimizer if progress.trains_in_memory(self.trainer) else None
+            trained = self.make_optimizer if lightning_internals.trains_in_memory(self.trainer) else None
             self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer
         compatibility.check_data(self.net, data)
@@ -277,7 +277,7 @@ class LanguageModel(Evaluated):
         optimizer = self.trainer.optimizers[0]
         self.configure_gradient_clipping(optimizer)
         optimizer.step()
-        progress.count_step(self.trainer)
+        lightning_internals.count_step(self.trainer)
         self._finish_step(step)
 
     def configure_gradient_clipping(
@@ -397,4 +397,4 @@ class LanguageModel(Evaluated):
             if isinstance(data, TokenData):
                 data.go_on(step, compatibility.consumed(checkpoint, data.batch_size))
             self.differences = recipes.between(saved["config"], self.config) if saved["config"] and self.config else []
-            progress.restore(self.trainer, checkpoint)
+            lightning_internals.restore(self.trainer, checkpoint)

@@ -13,7 +13,7 @@ from lm.backprop import Gradients, NoRuleError, check
 from lm.bounds import checked
 from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
-from lm.training import audit, progress
+from lm.training import audit, lightning_internals
 from lm.training.by_hand import Compiled, StepByHand, compile_pass
 from lm.training.distributed.reduction import ReducedGradients, average
 from lm.training.distributed.sharding import is_sharded
@@ -101,7 +101,7 @@ class ManualLanguageModel(LanguageModel):
         """
         if self.steps_per_call > 1:
             return self._take_steps(*batch)
-        last = progress.step_finished(self.trainer, batch_idx)
+        last = lightning_internals.step_finished(self.trainer, batch_idx)
         self._find_gradients(*batch, first=batch_idx % self.accumulate == 0, last=last)
         return self._update(self.global_step + 1) if last else None
 

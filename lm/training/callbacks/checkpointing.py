@@ -14,7 +14,7 @@ from lm.checkpoints import checkpoint as files
 from lm.checkpoints import owned
 from lm.checkpoints.background import Writer
 from lm.errors import UserError
-from lm.training import harmless, progress
+from lm.training import harmless, lightning_internals
 
 
 class Checkpoints(Checkpoint):
@@ -66,12 +66,12 @@ class Checkpoints(Checkpoint):
         own, saved = trainer.strategy.broadcast(found)  # ranks that look by themselves may see different files
         if not own:
             self.best = math.inf
-            if progress.nothing_left(trainer):  # a new run that begins at the end evaluates it for itself
+            if lightning_internals.nothing_left(trainer):  # a new run that begins at the end evaluates it for itself
                 self.validated_step = -1
         if saved:
             self.saved = trainer.global_step, self.validated_step
         self._retain_later(trainer)  # the process before this one may have been killed between a save and that
-        if trainer.global_step and progress.validation_due(trainer):
+        if trainer.global_step and lightning_internals.validation_due(trainer):
             self._validate(trainer)
 
     def _found(self, trainer: Trainer) -> tuple[bool, bool]:
@@ -85,16 +85,16 @@ class Checkpoints(Checkpoint):
 
     def _validate(self, trainer: Trainer) -> None:
         if self.validated_step != trainer.global_step:
-            progress.validate(trainer)
+            lightning_internals.validate(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save a periodic checkpoint, unless an evaluation comes first; learn of one that could not be written."""
-        if not progress.step_finished(trainer, batch_idx):
+        if not lightning_internals.step_finished(trainer, batch_idx):
             return
         _writer(trainer).check()
-        if not progress.validation_due(trainer):
+        if not lightning_internals.validation_due(trainer):
             self._save(trainer, self._due(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and save the last step, whatever the intervals; wait until all is written."""
-        if progress.validates(trainer):
+        if lightning_internals.validates(trainer):
             self._validate(trainer)
         if self.saved != (trainer.global_step, self.validated_step):
             self._save(trainer, self._due(trainer) or [self.last])
@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where training stopped between two steps: by a signal, or before the update of one not to be trusted."""
         if getattr(exception, "at_boundary", False) and self.saved[0] != trainer.global_step:
-            owes = progress.validation_due(trainer) and self.validated_step != trainer.global_step
+            owes = lightning_internals.validation_due(trainer) and self.validated_step != trainer.global_step
             due = [] if owes else self._due(trainer)
             self._save(trainer, due or [self.last])
         _writer(trainer).wait()

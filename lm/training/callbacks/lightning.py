@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lm.errors import CommandError, UserError
-from lm.training import progress, schedules
+from lm.training import lightning_internals, schedules
 
 NO_EPOCHS = "training has no epochs"
 SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -179,7 +179,7 @@ class Loop(_TrainingEpochLoop):
     def _batches_that_stepped(self) -> int:
         """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
         batches = self.batch_progress.total.ready
-        steps = -(-batches // self.trainer.accumulate_grad_batches) * progress.steps_per_call(self.trainer)
+        steps = -(-batches // self.trainer.accumulate_grad_batches) * lightning_internals.steps_per_call(self.trainer)
         return min(steps, self.max_steps) if self.max_steps > 0 else steps
 
     @_batches_that_stepped.setter
@@ -197,7 +197,7 @@ class Connector(_LoggerConnector):
         if trainer._active_loop is not trainer.fit_loop:
             return super().should_update_logs
         last = trainer.fit_loop.epoch_loop._batches_that_stepped
-        before = last - progress.steps_per_call(trainer)
+        before = last - lightning_internals.steps_per_call(trainer)
         every = trainer.log_every_n_steps or trainer.max_steps  # type: ignore[attr-defined]
         first_or_last = before < 1 or before < trainer.max_steps <= last
         return first_or_last or last // every > before // every or trainer.should_stop
@@ -228,7 +228,7 @@ class StepBar(parts.ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move to the number of finished steps."""
-        if progress.step_finished(trainer, batch_idx):
+        if lightning_internals.step_finished(trainer, batch_idx):
             self._show(trainer, pl_module, outputs, batch)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
@@ -251,7 +251,7 @@ class AfterTheStep(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the rate of the step that has been finished."""
-        if progress.step_finished(trainer, batch_idx):
+        if lightning_internals.step_finished(trainer, batch_idx):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
@@ -313,7 +313,7 @@ class Endings(Callback):
     ) -> None:
         """Put off an end that a callback wants in the middle of a step: half of its random numbers are drawn."""
         self._wanted |= trainer.should_stop
-        trainer.should_stop = self._wanted and progress.step_finished(trainer, batch_idx)
+        trainer.should_stop = self._wanted and lightning_internals.step_finished(trainer, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let `Checkpoints` save where something failed between two steps, a callback or the data: no step is lost.
@@ -322,7 +322,7 @@ class Endings(Callback):
         """
         finished = self._begun and trainer.global_step == trainer.fit_loop.epoch_loop._batches_that_stepped
         unknown = isinstance(exception, Exception) and not isinstance(exception, CommandError | torch.AcceleratorError)
-        if finished and unknown and progress.all_have_failed(trainer):
+        if finished and unknown and lightning_internals.all_have_failed(trainer):
             exception.at_boundary = True  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from lm import log
-from lm.training import progress
+from lm.training import lightning_internals
 
 
 class RandomState(Callback):
@@ -165,7 +165,7 @@ class Console(Callback):
             self._line(f"note: the recipe differs from the checkpoint: {found}", level="warning")
         done = trainer.global_step
         what = f"training {f'from step {done} ' if done else ''}to step {trainer.max_steps}"
-        if progress.nothing_left(trainer):
+        if lightning_internals.nothing_left(trainer):
             what = f"step {done} is done, trainer.max_steps is {trainer.max_steps}: no step is left to train"
         name = type(net).__name__.removeprefix("FSDP")  # which sharding puts there
         self._line(
@@ -184,13 +184,13 @@ class Console(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar; show the metrics of a step that was logged."""
-        if not trainer.is_global_zero or not progress.step_finished(trainer, batch_idx):
+        if not trainer.is_global_zero or not lightning_internals.step_finished(trainer, batch_idx):
             return
         module: Any = pl_module
         if module.notice is not None:
             self._line(f"note: {module.notice}", level="warning", step=trainer.global_step)
         metrics = module.metrics
-        logged = metrics.get("step", 0) > trainer.global_step - progress.steps_per_call(trainer)
+        logged = metrics.get("step", 0) > trainer.global_step - lightning_internals.steps_per_call(trainer)
         if self.bar is not None:
             if logged:
                 self.bar.set_description_str(f"loss {metrics['loss']:.4f} ", refresh=False)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm.errors import STOPS, Stopped, take_stops
-from lm.training import progress
+from lm.training import lightning_internals
 
 REASONS = (*STOPS, signal.SIGPIPE)
 
@@ -62,7 +62,7 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop where a step has been finished."""
-        if progress.step_finished(trainer, batch_idx):
+        if lightning_internals.step_finished(trainer, batch_idx):
             module: Any = pl_module
             received = self.received
             if trainer.world_size > 1:

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lm import log
 from lm.bounds import checked
 from lm.errors import CheckError, Stopped, UserError, take_stops
-from lm.training import progress
+from lm.training import lightning_internals
 from lm.training.distributed.drift import check_drift
 from lm.training.distributed.meeting import Launcher, Meeting, end, end_starter, lost_child
 
@@ -119,7 +119,7 @@ class Watch(Callback):
         """Compare the weights, where that is due."""
         every = self.drift_every_n_steps
         due = every and trainer.world_size > 1 and trainer.global_step % every == 0
-        if due and progress.step_finished(trainer, batch_idx):
+        if due and lightning_internals.step_finished(trainer, batch_idx):
             module: Any = pl_module
             check_drift(module.net, trainer.global_step)
 
