@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.fabric.utilities.init import _EmptyInit
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lm.checkpoints import checkpoint, schema
-from lm.data.tasks import TaskData
 from lm.errors import CheckError, UserError
 from lm.tokenizers import Tokenizer, from_state
 
@@ -23,8 +22,8 @@ class Fitted(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Optimizer steps it was trained for."""
-    task: TaskData | None = None
-    """What wrote the problems that it was trained on, which knows their form; None where that was text."""
+    data: dict[str, Any]
+    """What it was trained on: class_path and init_args."""
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
@@ -45,22 +44,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
             net.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
-        task = task_of(meta["config"])
-        fitted = Fitted(net.to(device).eval(), from_state(meta["tokenizer"]), saved["global_step"], task)
+        tokenizer = from_state(meta["tokenizer"])
+        fitted = Fitted(net.to(device).eval(), tokenizer, saved["global_step"], meta["config"]["data"])
     if name := schema.not_finite(weights):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
     return fitted
-
-
-def task_of(config: dict[str, Any]) -> TaskData | None:
-    """Return the task of a checkpoint's recipe; None where it has none, or none that can be made here."""
-    deny_what_runs_code()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TaskData, "data")
-    try:
-        return parser.instantiate(parser.parse_object({"data": config["data"]})).data
-    except (ArgumentError, TypeError, ValueError, ImportError, AttributeError, KeyError, UserError):
-        return None
 
 
 def deny_what_runs_code() -> None:
@@ -76,7 +64,7 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     sizes = {"vocab_size": vocab_size, "block_size": block_size}
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
     try:
-        with _EmptyInit():
+        with without_initialisation():
             return parser.instantiate(parser.parse_object({"net": config})).net
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
         denied = "is not allowed" in str(error)
@@ -84,3 +72,14 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
         raise UserError(
             f"the network {config['class_path']} cannot be made: {advice} ({str(error).splitlines()[-1].strip()[:200]})"
         ) from error
+
+
+class without_initialisation(TorchFunctionMode):  # noqa: N801 - a context manager
+    """Leaves the weights of networks that are made in it as they lie in memory: they are loaded, or drawn elsewhere."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Pass over what fills a tensor; it is the first argument of all that torch.nn.init has."""
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)

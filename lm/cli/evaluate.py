@@ -12,6 +12,7 @@ from lm.checkpoints import checkpoint, schema
 from lm.cli import common, parsing
 from lm.errors import CheckError, UserError
 from lm.tokenizers import from_state
+from lm.training.checkpoint_io import AtomicCheckpointIO, restored
 
 
 class Evaluate(parsing.Recipes):
@@ -50,7 +51,7 @@ class Evaluate(parsing.Recipes):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer without what the recipe says of checkpoints and samples."""
         settings = {**self.config_init.trainer, **kwargs}
-        self.files = checkpoint.AtomicCheckpointIO(Path(self.config.ckpt_path))
+        self.files = AtomicCheckpointIO(Path(self.config.ckpt_path))
         trainer = self._instantiate_trainer(settings | {"plugins": [self.files]}, [self.config_init.watch])
         self.config_init.watch.attach(trainer)
         return trainer
@@ -66,7 +67,7 @@ class Evaluate(parsing.Recipes):
         module.config, module.resumes = self.resolved(), True
         if self.trainer.is_global_zero and self.config.split == "test" and not getattr(data, "test_fraction", 1):
             print("note: no test split (data.test_fraction is 0): the validation split is evaluated", file=sys.stderr)
-        with checkpoint.restored(self.files):
+        with restored(self.files):
             self.config_init.watch.over(
                 self.trainer,
                 lambda: self.trainer.validate(

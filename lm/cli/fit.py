@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
-from lm.checkpoints import checkpoint, disk, sharded
+from lm.checkpoints import checkpoint, disk, runs, sharded
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
@@ -24,6 +24,7 @@ from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
 from lm.training.callbacks.signals import StopSignals
+from lm.training.checkpoint_io import AtomicCheckpointIO, restored
 from lm.training.distributed.sharding import Sharded
 from lm.training.loggers import log_files
 from lm.training.manual import check_precision
@@ -73,7 +74,7 @@ class Fit(parsing.Recipes):
                 sharded.recover(self.checkpoints)
         found = checkpoint.newest_first(self.checkpoints)
         self.start = 1 + max((meta["start"] for meta in found.values()), default=0)
-        self.ckpt_path = checkpoint.resolve(
+        self.ckpt_path = runs.resolve(
             self.checkpoints, found, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
         )
         origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
@@ -110,7 +111,7 @@ class Fit(parsing.Recipes):
             raise UserError(f"trainer.strategy {settings['strategy']}: each rank is a program of its own here: use ddp")
         if settings["sync_batchnorm"]:
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
-        self.files = checkpoint.AtomicCheckpointIO(self.ckpt_path)
+        self.files = AtomicCheckpointIO(self.ckpt_path)
         settings["plugins"] = [*_listed(settings["plugins"]), self.files]
         settings["default_root_dir"] = str(self.logs)  # where Lightning's own parts put what they write
         keeper: Checkpoints = self.config_init.checkpoint
@@ -204,11 +205,11 @@ class Fit(parsing.Recipes):
         began = time.monotonic()
         with made, lock, disk.full_disk_is_a_user_error(self.logs), parsing.trainer_errors(self.ckpt_path):
             if self.trainer.is_global_zero:
-                checkpoint.clear(self.checkpoints)
+                runs.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
-                    checkpoint.renew_last(self.checkpoints, self.ckpt_path)
+                    runs.renew_last(self.checkpoints, self.ckpt_path)
             # Lightning's bars and tables go where ours do
-            with redirect_stdout(self.stream), checkpoint.restored(self.files):
+            with redirect_stdout(self.stream), restored(self.files):
                 self.config_init.watch.over(
                     self.trainer,
                     lambda: self.trainer.fit(

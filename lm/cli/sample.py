@@ -2,16 +2,21 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ArgumentParser
 
 from lm import storage
-from lm.checkpoints.restore import load
-from lm.cli import common, parsing, values
-from lm.data.tasks import TaskData
+from lm.checkpoints.restore import deny_what_runs_code, load
+from lm.cli import common, values
 from lm.errors import UserError
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
+
+if TYPE_CHECKING:
+    from lm.data.tasks import TaskData
+
+TEXT = ("lm.data.TextData", "lm.data.LinesData")
 
 
 def make_parser() -> ArgumentParser:
@@ -33,7 +38,6 @@ def make_parser() -> ArgumentParser:
 
 def sample(arguments: list[str]) -> None:
     """Run `lm sample`."""
-    parsing.quiet()
     parser = make_parser()
     options = values.parse(parser, arguments)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -42,8 +46,9 @@ def sample(arguments: list[str]) -> None:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
     fitted = load(options.ckpt_path, _device(options.device))
-    prompt, asked = _question(fitted.task, prompt)
-    answer = fitted.task.readable if fitted.task and asked else str
+    task = _task(fitted.data)
+    prompt, asked = _question(task, prompt)
+    answer = task.readable if task and asked else str
     ids = start_tokens(fitted.tokenizer, asked, "--prompt_file" if options.prompt_file else "--prompt")
     device = next(fitted.net.parameters()).device
     began = time.monotonic()
@@ -78,7 +83,17 @@ def sample(arguments: list[str]) -> None:
         common.print_json({"text": texts, **speed})
 
 
-def _question(task: TaskData | None, prompt: str) -> tuple[str, str]:
+def _task(data: dict[str, Any]) -> "TaskData | None":
+    """Return what wrote the problems that a network was trained on; None where that was text."""
+    if data["class_path"] in TEXT:
+        return None
+    from lm.data.tasks import task_of  # brings Lightning: a second
+
+    deny_what_runs_code()
+    return task_of(data)
+
+
+def _question(task: "TaskData | None", prompt: str) -> tuple[str, str]:
     """Return a prompt as it is printed and as the network reads it: a task has a form of its own."""
     if task is None or not prompt:
         return prompt, prompt

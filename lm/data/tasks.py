@@ -5,11 +5,14 @@ Shapes: B sequences, T block_size.
 
 import re
 from abc import abstractmethod
+from argparse import ArgumentError
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 
 from lm.bounds import checked
 from lm.data.chunks import Batch, draw
@@ -310,3 +313,13 @@ class ReverseData(TaskData):
     def longest(self) -> tuple[str, str]:
         """Return the last one."""
         return self.example(self.size - 1)
+
+
+def task_of(data: dict[str, Any]) -> TaskData | None:
+    """Return the task that a recipe's data names; None where it is none, or none that can be made here."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(TaskData, "data")
+    try:
+        return parser.instantiate(parser.parse_object({"data": data})).data
+    except (ArgumentError, TypeError, ValueError, ImportError, AttributeError, KeyError, UserError):
+        return None

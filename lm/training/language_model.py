@@ -5,12 +5,12 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.init import _EmptyInit
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassExactMatch
 
 from lm.backprop.rules import precise
 from lm.bounds import checked
+from lm.checkpoints.restore import without_initialisation
 from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
@@ -139,7 +140,8 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        with _EmptyInit(enabled=self.resumes):  # drawing GPT-2 small's weights takes a CPU a second and a half
+        # drawing GPT-2 small's weights takes a CPU a second and a half
+        with without_initialisation() if self.resumes else nullcontext():
             trained = self.make_optimizer if lightning_internals.trains_in_memory(self.trainer) else None
             self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lm.checkpoints import checkpoint
 from lm.checkpoints.background import Writer
 from lm.errors import UserError
+from lm.training.checkpoint_io import AtomicCheckpointIO
 
 
 def contents() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def test_a_snapshot_does_not_change_with_the_state_and_shares_what_was_shared() 
 def test_training_goes_on_while_a_file_is_written_and_none_is_written_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    io, may_write, writing = checkpoint.AtomicCheckpointIO(), threading.Event(), []
+    io, may_write, writing = AtomicCheckpointIO(), threading.Event(), []
     save = torch.save
 
     def slow(values: Any, file: Any) -> None:
@@ -61,7 +61,7 @@ def test_training_goes_on_while_a_file_is_written_and_none_is_written_twice(
 
 
 def test_a_refusal_of_the_disk_is_raised_where_training_asks(tmp_path: Path) -> None:
-    io = checkpoint.AtomicCheckpointIO()
+    io = AtomicCheckpointIO()
     (tmp_path / "file").write_text("")
     io.save_checkpoint(contents(), tmp_path / "file" / "a.ckpt")
     with pytest.raises((UserError, OSError)):

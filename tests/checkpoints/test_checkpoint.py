@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.checkpoints import checkpoint, disk
+from lm.checkpoints import checkpoint, disk, runs
 from lm.errors import UserError
+from lm.training.checkpoint_io import AtomicCheckpointIO
 
 CONTENTS = {
     "global_step": 5,
@@ -37,7 +38,7 @@ def test_round_trip_leaves_no_other_file(tmp_path: Path) -> None:
 
 def test_what_was_found_whole_is_read_ahead_once(tmp_path: Path) -> None:
     path = write(tmp_path / "last.ckpt")
-    io = checkpoint.AtomicCheckpointIO(path)
+    io = AtomicCheckpointIO(path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["weight"], CONTENTS["state_dict"]["weight"])
     path.write_bytes(b"torn")
     with pytest.raises(UserError, match=r"last.ckpt: it is truncated"):
@@ -115,7 +116,7 @@ def test_newest_is_by_start_then_step(tmp_path: Path) -> None:
 
 def resolve(folder: Path, request: str | None) -> tuple[str | None, list[str]]:
     notes: list[str] = []
-    path = checkpoint.resolve(folder, checkpoint.newest_first(folder), request, notes.append)
+    path = runs.resolve(folder, checkpoint.newest_first(folder), request, notes.append)
     return path and path.name, notes
 
 
@@ -186,7 +187,7 @@ def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path
     (tmp_path / ".probe.123").touch()
     disk.probe(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # another process may be at it
-    checkpoint.clear(tmp_path)
+    runs.clear(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
@@ -196,5 +197,5 @@ def test_what_a_killed_process_left_is_cleared_by_who_has_the_run_alone(tmp_path
 @pytest.mark.parametrize("name", [".last.ckpt.12ab.part", ".probe.12ab"])
 def test_what_lm_did_not_write_is_not_cleared_whatever_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("years of work, nothing else\n" * 9)
-    checkpoint.clear(tmp_path)
+    runs.clear(tmp_path)
     assert (tmp_path / name).read_text() == "years of work, nothing else\n" * 9

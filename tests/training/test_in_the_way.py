@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm.checkpoints import checkpoint
+from lm.training.checkpoint_io import AtomicCheckpointIO
 from tests.checkpoints.test_checkpoint import CONTENTS
 
 RUN = Path("checkpoints/tiny")
@@ -27,7 +28,7 @@ class Harm(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if trainer.global_step in self.steps:
-            io: checkpoint.AtomicCheckpointIO = trainer.strategy.checkpoint_io  # type: ignore[assignment]
+            io: AtomicCheckpointIO = trainer.strategy.checkpoint_io  # type: ignore[assignment]
             io.writer.wait()
             if self.name:
                 (RUN / self.name).unlink(missing_ok=True)
@@ -64,7 +65,7 @@ def test_a_folder_that_is_removed_is_made_again_and_it_is_said_once(lm, workplac
 
 
 def test_a_copy_whose_source_is_removed_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    io, run = checkpoint.AtomicCheckpointIO(), tmp_path / "run"
+    io, run = AtomicCheckpointIO(), tmp_path / "run"
     io.save_checkpoint(CONTENTS, run / "step=0000001.ckpt")
     io.writer.submit(lambda: shutil.rmtree(run))
     io.copy(run / "step=0000001.ckpt", run / "last.ckpt")
@@ -74,7 +75,7 @@ def test_a_copy_whose_source_is_removed_is_written_anew(tmp_path: Path, capsys: 
 
 
 def test_a_file_that_came_during_a_save_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    io = checkpoint.AtomicCheckpointIO()
+    io = AtomicCheckpointIO()
     io.save_checkpoint(CONTENTS, tmp_path / "step=0000001.ckpt")
     io.writer.submit(lambda: (tmp_path / "last.ckpt").write_bytes(THESIS) and None)
     io.copy(tmp_path / "step=0000001.ckpt", tmp_path / "last.ckpt")
@@ -87,7 +88,7 @@ def test_a_file_that_came_during_a_save_is_left_alone(tmp_path: Path, capsys: py
 def test_a_folder_that_is_removed_in_the_midst_of_a_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: int
 ) -> None:
-    io, run, save, left = checkpoint.AtomicCheckpointIO(), tmp_path / "run", torch.save, [often]
+    io, run, save, left = AtomicCheckpointIO(), tmp_path / "run", torch.save, [often]
 
     def removing(*arguments: object) -> None:
         save(*arguments)
@@ -106,7 +107,7 @@ def test_a_folder_that_is_removed_in_the_midst_of_a_write(
 
 
 def test_a_file_where_the_folder_was_is_named(tmp_path: Path) -> None:
-    io = checkpoint.AtomicCheckpointIO()
+    io = AtomicCheckpointIO()
     (tmp_path / "run").write_bytes(THESIS)
     io.save_checkpoint(CONTENTS, tmp_path / "run" / "last.ckpt")
     with pytest.raises(checkpoint.UserError, match="run is a file, no folder: move it away"):

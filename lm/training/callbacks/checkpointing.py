@@ -15,6 +15,7 @@ from lm.checkpoints import owned
 from lm.checkpoints.background import Writer
 from lm.errors import UserError
 from lm.training import harmless, lightning_internals
+from lm.training.checkpoint_io import AtomicCheckpointIO
 
 
 class Checkpoints(Checkpoint):
@@ -178,7 +179,7 @@ class Checkpoints(Checkpoint):
                     owned.remove(old)
 
 
-def _io(trainer: Trainer) -> files.AtomicCheckpointIO:
+def _io(trainer: Trainer) -> AtomicCheckpointIO:
     io: Any = trainer.strategy.checkpoint_io
     return io
 

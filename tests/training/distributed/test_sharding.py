@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from lm.checkpoints import checkpoint, sharded
+from lm.checkpoints import checkpoint, runs, sharded
 from lm.errors import UserError
 from lm.training.distributed.sharding import Sharded
 from tests.training.distributed.test_ranks import finish, numbers, run, stop_at, write_recipe
@@ -86,7 +86,7 @@ def damaged(folder: Path) -> None:
     (folder / "lm.pt").rename(folder / "lm.pt.away")
     notes: list[str] = []
     found = checkpoint.newest_first(folder.parent)
-    assert checkpoint.resolve(folder.parent, found, "auto", notes.append) == folder.parent / "best.ckpt"
+    assert runs.resolve(folder.parent, found, "auto", notes.append) == folder.parent / "best.ckpt"
     assert "last.ckpt is damaged" in notes[0]
     (folder / "lm.pt.away").rename(folder / "lm.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))

@@ -1,0 +1,63 @@
+"""A run's folder of checkpoints: which of them training starts from, and what a killed process has left there."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lm import storage
+from lm.checkpoints import owned, sharded
+from lm.checkpoints.checkpoint import copy, damage, verify
+from lm.errors import UserError
+
+
+def clear(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
+    probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
+    for part in (*storage.parts(folder, r".*\.ckpt"), *probes):
+        if owned.is_ours(part):
+            part.unlink()
+    for part in (*sharded.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
+        owned.remove(part)
+
+
+def renew_last(folder: Path, newest: Path | None) -> None:
+    """Make last.ckpt the newest whole checkpoint again, where it was damaged, or not yet written when a run ended."""
+    last = folder / "last.ckpt"
+    if newest not in (None, last):
+        copy(newest, last)
+
+
+def resolve(folder: Path, candidates: Iterable[Path], request: str | None, note: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that training starts from; None is a fresh start.
+
+    Args:
+        folder: The run's checkpoints.
+        candidates: Those that open, the newest first.
+        request: `--ckpt_path`: None, `last`, `auto` or a path.
+        note: Is told, in a line, of damaged checkpoints that are passed over.
+
+    Raises:
+        UserError: The run has checkpoints and nothing was requested, or what was requested is not to be had.
+    """
+    found = sorted(folder.glob("*.ckpt"))
+    if request not in (None, "last", "auto"):
+        return verify(Path(request).expanduser())
+    if not found:
+        if request == "last":
+            raise UserError(f"--ckpt_path last: {folder} has no checkpoint: leave the option out to start, or say auto")
+        return None
+    if request is None:
+        raise UserError(
+            f"{folder} has checkpoints already: say --ckpt_path last to continue the run, or --name for a new one"
+        )
+    last = folder / "last.ckpt"
+    if last in found and last not in candidates:
+        note(f"{last} is damaged: {damage(last)}")
+    for path in candidates:
+        problem = damage(path)
+        if problem is None:
+            if path != last:
+                note(f"continuing from {path}, the newest whole checkpoint")
+            return path
+        note(f"{path} is damaged: {problem}")
+    raise UserError(f"--ckpt_path {request}: none of the {len(found)} checkpoints in {folder} is whole; move them away")
