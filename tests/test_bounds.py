@@ -163,6 +163,6 @@ def test_clipping_by_zero_is_off(lm: Any, manual: bool) -> None:
     ):
         assert lm("fit", "--config", "tiny.yaml", "--name", f"run{number}", *kind, setting)[0] == 0
         ends.append(torch.load(f"checkpoints/run{number}/last.ckpt", weights_only=True)["state_dict"])
-    assert LanguageModel(models.Bigram, clip_norm=0).clip_norm is None
+    assert LanguageModel(models.Bigram, clip_norm=0).step.clip_norm is None
     for end in ends[1:]:
         assert all(torch.equal(value, ends[0][name]) for name, value in end.items())

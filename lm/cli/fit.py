@@ -181,7 +181,7 @@ class Fit(parsing.Recipes):
         if settings["gradient_clip_val"] is not None:
             if settings["gradient_clip_algorithm"] == "value":
                 raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-            module.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"] or None, None
+            module.step.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"] or None, None
         if isinstance(module, ManualLanguageModel):
             check_precision(settings["precision"])
             module.accumulate, settings["accumulate_grad_batches"] = settings["accumulate_grad_batches"], 1

@@ -34,7 +34,7 @@ from lm.backprop.compare import (
 from lm.data.module import IGNORED
 from lm.training.by_hand import Compiled, StepByHand
 from lm.training.distributed.reduction import ReducedGradients
-from lm.training.guard import share_gradient
+from lm.training.division import Division
 
 Batch = tuple[Tensor, Tensor]
 Loss = Tensor | float
@@ -159,7 +159,7 @@ def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled
             sums = [nats(net, tokens, targets).detach() for tokens, targets in batches]
         return torch.stack(sums).sum() / predictions
 
-    step = StepByHand(net, fitted(net), Gradients(), accumulate=len(batches), compiled=compiled)
+    step = StepByHand(net, fitted(net), Gradients(), division=Division(1, len(batches)), compiled=compiled)
     with undisturbed(net):
         by_hand = _end(step, _add(step, batches), batches)
     found = gradients(net)
@@ -177,7 +177,7 @@ def _alone(
     net: nn.Module, batches: list[Batch], compiled: Compiled | None, grads: Gradients | None = None
 ) -> list[Row]:
     """Check a step of one process."""
-    step = StepByHand(net, fitted(net), grads or Gradients(), accumulate=len(batches), compiled=compiled)
+    step = StepByHand(net, fitted(net), grads or Gradients(), division=Division(1, len(batches)), compiled=compiled)
     reference = Reference(net)
     with undisturbed(net):
         loss = _end(step, _add(step, batches, reference), batches)
@@ -209,10 +209,11 @@ def _add(step: StepByHand, batches: list[Batch], reference: Reference | None = N
 
 def _end(step: StepByHand, losses: list[Tensor], batches: list[Batch], group: Any = None) -> Loss:
     step.finish()
-    if not step.divided:
+    if step.division.parts == 1:
         return losses[0]
-    gradients = [p.grad for p in step.parameters if p.grad is not None]
-    return share_gradient(gradients, losses, [targets for _, targets in batches], step.world_size, [], group)[0]
+    loss, factor, _ = step.division.share(losses, [targets for _, targets in batches], group=group)
+    torch._foreach_mul_([p.grad for p in step.parameters if p.grad is not None], factor)
+    return loss
 
 
 def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
@@ -221,7 +222,7 @@ def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
     nets, shares = [net, copy.deepcopy(net)], [batches[:2], batches[2:]]
     with _two_ranks() as (groups, pool):
         steps = [
-            StepByHand(one, fitted(one), ReducedGradients(one, 2, group), accumulate=2, world_size=2)
+            StepByHand(one, fitted(one), ReducedGradients(one, 2, group), division=Division(2, 2))
             for one, group in zip(nets, groups, strict=True)
         ]
         for seen in (None, reference):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lm.backprop import Gradients, loss_and_gradients
 from lm.backprop.rules import Collected
-from lm.data.module import IGNORED
+from lm.data.chunks import IGNORED
+from lm.training.division import Division
 
 Compiled = Callable[..., tuple[Tensor, list[Tensor | None]]]
 
@@ -22,8 +23,7 @@ class StepByHand:
         net: The network.
         parameters: Those that are fitted.
         grads: Where gradients are added up.
-        accumulate: Micro-batches of a step on each rank.
-        world_size: Number of ranks.
+        division: Of the batch, over ranks and micro-batches.
         compiled: What `compile_pass` returned; None for no compiler.
     """
 
@@ -33,13 +33,11 @@ class StepByHand:
         parameters: list[nn.Parameter],
         grads: Gradients,
         *,
-        accumulate: int = 1,
-        world_size: int = 1,
+        division: Division | None = None,
         compiled: Compiled | None = None,
     ) -> None:
         self.net, self.parameters, self.grads = net, parameters, grads
-        self.accumulate, self.world_size, self.compiled = accumulate, world_size, compiled
-        self.divided = accumulate * world_size > 1
+        self.division, self.compiled = division or Division(), compiled
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -57,11 +55,11 @@ class StepByHand:
             eager: Whether each layer is to be seen, so that no compiled graph may be used.
 
         Returns:
-            The loss, as `share_loss` wants it.
+            The loss, as `Division.share` wants it.
         """
         if last:
             self.grads.last_pass()
-        scale = self._scale(targets)
+        scale = self.division.weight(targets, self.parameters[0].dtype)
         if self.compiled is None or eager:
             loss = loss_and_gradients(self.net, self.grads, tokens, targets, ignore_index=IGNORED, scale=scale)
         else:
@@ -69,17 +67,11 @@ class StepByHand:
             for parameter, gradient in zip(self.parameters, found, strict=True):
                 if gradient is not None:
                     self.grads.add(parameter, gradient)
-        return loss * scale * self.accumulate if self.divided else loss
+        return loss * scale * self.division.micro_batches if self.division.parts > 1 else loss
 
     def finish(self) -> None:
         """End the step on this rank: its gradients are whole, the mean over the ranks."""
         self.grads.finish()
-
-    def _scale(self, targets: Tensor) -> float | Tensor:
-        """Return the weight of a micro-batch's mean loss in the step's, see `share_loss`."""
-        if not self.divided:
-            return 1.0
-        return (targets != IGNORED).sum().to(self.parameters[0].dtype) / (targets.numel() * self.accumulate)
 
 
 def compile_pass() -> Compiled:

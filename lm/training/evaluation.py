@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics.classification import MulticlassExactMatch
 
-from lm.backprop.rules import precise
 from lm.data.module import IGNORED
 from lm.training.loggers.step_log import StepLog
 from lm.training.metrics import TokenLoss
+from lm.training.objectives import CrossEntropy
 
 
 class Evaluated(LightningModule):
@@ -31,13 +30,13 @@ class Evaluated(LightningModule):
         self.eval_loss = TokenLoss()
         self.exact_match: MulticlassExactMatch | None = None
         self.step_log = StepLog()
+        self.objective = CrossEntropy()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""
         tokens, targets = batch
         logits = self(tokens)  # (B, T, V), or (B, V)
-        flat = precise(logits).flatten(0, -2)  # (B T, V)
-        nats = F.cross_entropy(flat, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+        nats = self.objective.nats(logits, targets)
         predicted = targets[targets != IGNORED]
         self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())
         # all right, given the right ones before: so would greedy generation be

@@ -1,13 +1,12 @@
-"""What all ranks agree on before an update: the loss, the gradient's scale, and whether the step is to be trusted."""
+"""Whether a step is to be trusted, and how large its gradient may be: all ranks decide alike."""
 
 import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lm.data.module import IGNORED
 from lm.errors import CheckError
 
 MEMORY = 0.99  # of the running mean of the loss: about the last hundred steps
@@ -69,44 +68,6 @@ class Guard:
             raise error
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         return f"step {step}: {what}: the batch was skipped, {self.skipped} so far"
-
-
-def share_loss(
-    losses: list[Tensor], targets: list[Tensor], world_size: int, others: list[float], group: Any = None
-) -> tuple[float, float, list[float]]:
-    """Return the mean loss over the predictions of all micro-batches and ranks, and the gradient's missing factor.
-
-    Each micro-batch's loss is its sum over the predictions, divided by its number of targets: the same number on all
-    ranks, known beforehand, so that gradients can be added and averaged while they are made. Where some targets are
-    not predicted, positions / predictions makes it the mean over the predictions: each token weighs the same, wherever
-    it was.
-
-    Args:
-        losses: Of the micro-batches of this rank, each ().
-        targets: Theirs, (B, T) or (B,).
-        world_size: Number of ranks.
-        others: What else is to be added up over the ranks: whoever waits for them once need not do so twice. Returned
-            third.
-        group: Of the ranks; all of this process's by default.
-    """
-    positions = sum(one.numel() for one in targets)
-    nats = torch.stack([loss * one.numel() for loss, one in zip(losses, targets, strict=True)]).sum()
-    predicted = torch.stack([(one != IGNORED).sum() for one in targets]).sum()
-    dtype = torch.float32 if nats.device.type == "mps" else torch.float64
-    rest = torch.tensor(others, dtype=dtype, device=nats.device)
-    sums = torch.cat([torch.stack([nats.to(dtype), predicted.to(dtype)]), rest])  # (2 + others,)
-    if world_size > 1:
-        distributed.all_reduce(sums, group=group)
-    total, count, *others = sums.tolist()
-    return total / max(1, count), positions * world_size / max(1, count), others
-
-
-def share_gradient(gradients: list[Tensor], *step: Any) -> tuple[float, list[float]]:
-    """Share the loss of a step, `share_loss` of the rest, and give its gradient the missing factor, in place."""
-    loss, factor, others = share_loss(*step)
-    if factor != 1:
-        torch._foreach_mul_(local(gradients), factor)
-    return loss, others
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

@@ -3,10 +3,8 @@
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +12,9 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
-from lm.backprop.rules import precise
 from lm.bounds import checked
 from lm.checkpoints.restore import without_initialisation
 from lm.data.module import IGNORED, TokenData
@@ -26,17 +22,16 @@ from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.tokenizers import Tokenizer
 from lm.training import compatibility, lightning_internals, recipes
-from lm.training.callbacks.figures import Figures
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.distributed.sharding import is_sharded, shard
+from lm.training.division import Division
 from lm.training.evaluation import Evaluated
 from lm.training.finetune import take_weights
-from lm.training.guard import Guard, clip, global_norm, share_gradient
+from lm.training.guard import Guard
 from lm.training.optimizers import adamw
 from lm.training.parts import make_net, make_optimizer
 from lm.training.schedules import Constant, Schedule
-
-SMALL = 1 << 20  # parameters
+from lm.training.step import Step, each_step
 
 
 class LanguageModel(Evaluated):
@@ -78,14 +73,12 @@ class LanguageModel(Evaluated):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.guard = Guard(on_nonfinite, spike)
         self.compiled, self.activation_checkpointing = compile, activation_checkpointing
         self.steps_per_call, self.calibrate = steps_per_call, calibrate
         self.automatic_optimization = steps_per_call == 1
         # a default of the argument itself would leave its weight decay to any other class that a recipe names
         self.make_net, self.make_optimizer = net, optimizer or adamw
-        self.schedule = schedule or Constant()
-        self.clip_norm = clip_norm or None
+        self.step = Step(schedule or Constant(), clip_norm or None, Guard(on_nonfinite, spike), self.step_log)
         self.net: nn.Module | None = None
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None
@@ -98,23 +91,6 @@ class LanguageModel(Evaluated):
         """Where a new run's weights are from, in words for its first line."""
         self.differences: list[recipes.Difference] = []
         """Where the recipe differs from that of the checkpoint that training goes on from."""
-        self.metrics: dict[str, float] = {}
-        """The newest training metrics, "step" among them."""
-        self._step_losses: list[Tensor] = []  # of the micro-batches of the step in progress
-        self._step_targets: list[Tensor] = []
-        self.questions: dict[Any, Callable[[], float]] = {}
-        """What else the ranks add up when they share a step's loss, before the weights are touched."""
-        self.answers: dict[Any, float] = {}
-        self._step_loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
-        self._grad_norm = torch.zeros(())
-        self._divided = False  # whether a step has more than one micro-batch, here or on other ranks
-        self.notice: str | None = None
-        """What the console should say of the step just finished."""
-        self._fitted: list[nn.Parameter] = []  # walking the module for them would cost a tenth of a small step
-        self._small = False
-        self._settings: list[dict[str, Any]] = []  # each parameter group's, as configured
-        self._watchers: list[Figures] = []
-        self._watching: list[Figures] = []  # those to whom the step in progress is due
 
     # -- what is fitted
 
@@ -177,14 +153,7 @@ class LanguageModel(Evaluated):
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
         assert self.net is not None
         optimizer = make_optimizer(self.make_optimizer, self.net)
-        grouped = [p for group in optimizer.param_groups for p in group["params"]]
-        self._fitted = [p for p in self.net.parameters() if p.requires_grad]
-        assert sorted(map(id, grouped)) == sorted(map(id, self._fitted)), "each parameter belongs to exactly one group"
-        # a tenth of a small network's step: one norm of a copy costs half of what the norms of all parameters do
-        self._small = (
-            sum(p.numel() for p in self._fitted) < SMALL and len({(p.dtype, p.device) for p in self._fitted}) == 1
-        )
-        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.step.configure(self.net, optimizer)
         return optimizer
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -195,92 +164,37 @@ class LanguageModel(Evaluated):
     # -- a training step
 
     def on_train_start(self) -> None:
-        """Let the configuration win over what a checkpoint said of learning rates and decay."""
-        # asking the Trainer for these at every step would cost a tenth of a small one
-        self._groups, self._max_steps = self.trainer.optimizers[0].param_groups, self.trainer.max_steps
-        self._scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self._divided = self.trainer.world_size * self.trainer.accumulate_grad_batches > 1
-        self._log_every: int = self.trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
-        for group, settings in zip(self._groups, self._settings, strict=True):
-            group.update(settings)
-        self.step_log.start(self.trainer, self._step_targets, self.trainer.optimizers[0], self._settings)
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
+        """Say how the batch is divided, and begin."""
+        self.step.division = Division(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+        self.step.start(self.trainer, self.write)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin a step, unless `training_step` takes several."""
         if self.steps_per_call == 1:
             if batch_idx % self.trainer.accumulate_grad_batches == 0:
-                self._begin_step(self.global_step)
-            for watcher in self._watching:
+                self.step.begin(self.global_step)
+            for watcher in self.step.watching:
                 watcher.before_step(self.net)
 
-    def _begin_step(self, step: int) -> None:
-        """Set the learning rate of the step that follows `step` finished ones, and see who looks at it."""
-        self._step_losses.clear()
-        self._step_targets.clear()
-        self.notice = None
-        self._watching = [watcher for watcher in self._watchers if watcher.due(step + 1)]
-        factor = self.schedule(step, self._max_steps)
-        for group, settings in zip(self._groups, self._settings, strict=True):
-            group["lr"] = settings["lr"] * factor
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the cross-entropy of a micro-batch, see `share_loss`; or take several whole steps, and return nothing.
+        """Return the loss of a micro-batch; or take several whole steps, and return nothing.
 
         Args:
             batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call == 1:
-            return self._loss(*batch)
-        self._take_steps(*batch)
+            tokens, targets = batch
+            return self.step.loss(self(tokens), targets)
+        for number, *one in each_step(self.global_step, self.trainer.max_steps, self.steps_per_call, batch):
+            self.step.take(number, self._find_gradients, *one)
+            self._finished(number)
         return None
-
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = self(tokens)  # (B, T, V), or (B, V) of a fixed context
-        if logits.shape[:-1] != targets.shape:
-            raise UserError(
-                f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
-                f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
-            )
-        flat, wanted = precise(logits).flatten(0, -2), targets.flatten()  # (B T, V), (B T,)
-        loss = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="sum" if self._divided else "mean")  # ()
-        if self._divided:
-            loss = loss / wanted.numel()
-        self._note(loss, targets)
-        return loss
-
-    def _note(self, loss: Tensor, targets: Tensor) -> None:
-        """Keep what there is to say of a micro-batch."""
-        self._step_losses.append(loss.detach())
-        self._step_targets.append(targets)
-
-    def _take_steps(self, tokens: Tensor, targets: Tensor) -> None:
-        """Take the steps of a stack of batches, (K, B, T) and (K, B, …), beginning with the first that is still due."""
-        trainer = self.trainer
-        done = self.global_step
-        last = min(done - done % self.steps_per_call + self.steps_per_call, trainer.max_steps)
-        batches = zip(tokens.unbind(), targets.unbind(), strict=True)  # K of (B, T) and (B, …)
-        for step, batch in zip(range(done, last), islice(batches, done % self.steps_per_call, None), strict=False):
-            self._begin_step(step)
-            for watcher in self._watching:
-                watcher.before_step(self.net)
-            self._find_gradients(*batch)
-            self._update(step + 1)
 
     def _find_gradients(self, tokens: Tensor, targets: Tensor) -> None:
         """Set the parameters' gradients to those of a batch."""
         self.trainer.optimizers[0].zero_grad()
-        self._loss(tokens, targets).backward()
-
-    def _update(self, step: int) -> None:
-        """Take the step of that number, counted from 1, without Lightning's wrapper."""
-        optimizer = self.trainer.optimizers[0]
-        self.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        lightning_internals.count_step(self.trainer)
-        self._finish_step(step)
+        self.step.loss(self(tokens), targets).backward()
 
     def configure_gradient_clipping(
         self,
@@ -288,43 +202,14 @@ class LanguageModel(Evaluated):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Share the loss, measure the gradient, see that both are finite, and clip, before the weights are touched.
+        """Do what lies between the backward pass and the update.
 
         Raises:
-            CheckError: They are not, and the run is to stop there.
+            CheckError: The loss or the gradient is not finite, and the run is to stop there.
         """
         if gradient_clip_algorithm == "value":
             raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-        if self._scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Lightning leaves the scale to an optimizer that is fused, and clips what is still scaled (issue 9694)
-            self.trainer.precision_plugin.scaler.unscale_(optimizer)  # type: ignore[attr-defined]
-        gradients = [p.grad for p in self._fitted if p.grad is not None]
-        loss: Tensor | float = self._step_losses[0]
-        if self._divided:
-            others = [ask() for ask in self.questions.values()]
-            ranks = self.trainer.world_size
-            loss, others = share_gradient(gradients, self._step_losses, self._step_targets, ranks, others)
-            self.answers = dict(zip(self.questions, others, strict=True))
-        self.check_gradients(loss)
-        if self._small and self.clip_norm is None and gradient_clip_val is None:
-            norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
-        else:
-            norm = global_norm(gradients)
-        self._step_loss, self._grad_norm, guard = loss, norm, self.guard
-        if guard.spike is not None or guard.in_a_row or not math.isfinite(loss if self._scaled else loss + norm):
-            self.notice = guard.verdict(self.global_step + 1, float(loss), float(norm), scaled=self._scaled)
-            if self.notice is not None:
-                for parameter in self._fitted:  # without a gradient, an optimizer leaves a parameter alone
-                    parameter.grad = None
-                return
-        clip_norm = self.clip_norm if gradient_clip_val is None else gradient_clip_val or None
-        if clip_norm is not None:
-            clip(gradients, clip_norm, norm)
-        for watcher in self._watching:
-            watcher.before_update(self.net)
-
-    def check_gradients(self, loss: Tensor | float) -> None:
-        """Check the step's loss and gradient, which is whole and not clipped yet; nothing is checked here."""
+        self.step.settle(self.global_step + 1, gradient_clip_val)
 
     def optimizer_step(
         self,
@@ -335,20 +220,13 @@ class LanguageModel(Evaluated):
     ) -> None:
         """Update the weights, then log the step: before any callback may save a checkpoint of it."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._finish_step(self.global_step + 1)  # Lightning counts the step when this returns
+        number = self.global_step + 1  # Lightning counts the step when this returns
+        self.step.finish(number)
+        self._finished(number)
 
-    def _finish_step(self, step: int) -> None:
-        """Do what follows the update: figures, metrics, and after the last step the calibration."""
-        if self.notice is None:
-            self.step_log.add(self._step_loss)
-        else:
-            self.write({"train/skipped": self.guard.skipped}, step)
-        for watcher in self._watching:
-            watcher.after_step(self.net, step)
-        if step % self._log_every == 0 or step in (1, self._max_steps):
-            self.metrics = self.step_log.line(step, self._step_loss, self._grad_norm)
-            self.write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, step)
-        if self.calibrate and step == self._max_steps:
+    def _finished(self, number: int) -> None:
+        """After the last step, calibrate."""
+        if self.calibrate and number == self.trainer.max_steps:
             self._calibrate()
 
     def _calibrate(self) -> None:
@@ -357,6 +235,11 @@ class LanguageModel(Evaluated):
         dataset = data.eval_dataset("train")
         batches = (dataset[k][0].to(self.device) for k in range(len(dataset)))
         calibrate(self.net, batches)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest training metrics, "step" among them."""
+        return self.step.metrics
 
     # -- checkpoints
 
@@ -370,10 +253,10 @@ class LanguageModel(Evaluated):
             "vocab_size": self.net.vocab_size,
             "block_size": self.net.block_size,
             "versions": compatibility.versions(),
-            "guard": self.guard.state_dict(),
+            "guard": self.step.guard.state_dict(),
             "log": self.step_log.state_dict(step),
             "sequences": data.sequences(step) if isinstance(data, TokenData) else None,
-            "train": self.metrics,
+            "train": self.step.metrics,
             "validation": self.validation,
         }
 
@@ -391,9 +274,9 @@ class LanguageModel(Evaluated):
         """
         self.check(checkpoint)
         saved = checkpoint["lm"]
-        self.metrics, self.validation = saved["train"], saved["validation"]
+        self.step.metrics, self.validation = saved["train"], saved["validation"]
         if self.trainer.state.fn == "fit":
-            self.guard.load_state_dict(saved.get("guard", {}))  # older checkpoints have none
+            self.step.guard.load_state_dict(saved.get("guard", {}))  # older checkpoints have none
             step, data = checkpoint["global_step"], self.trainer.datamodule  # type: ignore[attr-defined]
             self.step_log.load_state_dict(step, compatibility.logged(checkpoint))
             if isinstance(data, TokenData):

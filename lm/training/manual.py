@@ -17,6 +17,7 @@ from lm.training import audit, lightning_internals
 from lm.training.by_hand import Compiled, StepByHand, compile_pass
 from lm.training.distributed.reduction import ReducedGradients, average
 from lm.training.distributed.sharding import is_sharded
+from lm.training.division import Division
 from lm.training.language_model import LanguageModel
 
 
@@ -88,8 +89,10 @@ class ManualLanguageModel(LanguageModel):
         assert self.net is not None
         ranks = self.trainer.world_size
         grads = ReducedGradients(self.net, ranks) if ranks > 1 else Gradients()
-        self._step = StepByHand(
-            self.net, self._fitted, grads, accumulate=self.accumulate, world_size=ranks, compiled=self._compiled
+        self.step.division = Division(ranks, self.accumulate)
+        self.step.check = self._check_gradients
+        self._by_hand = StepByHand(
+            self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -100,15 +103,18 @@ class ManualLanguageModel(LanguageModel):
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call > 1:
-            return self._take_steps(*batch)
+            super().training_step(batch, batch_idx)
+            return
         last = lightning_internals.step_finished(self.trainer, batch_idx)
         self._find_gradients(*batch, first=batch_idx % self.accumulate == 0, last=last)
-        return self._update(self.global_step + 1) if last else None
+        if last:
+            self.step.update(number := self.global_step + 1)
+            self._finished(number)
 
     @torch.no_grad()
     def _find_gradients(self, tokens: Tensor, targets: Tensor, first: bool = True, last: bool = True) -> None:
         assert self.net is not None
-        step = self._step
+        step = self._by_hand
         if first:
             step.begin()
             due = self.audit_every and (self.global_step + 1) % self.audit_every == 0
@@ -116,10 +122,10 @@ class ManualLanguageModel(LanguageModel):
             self._rules = audit.rules_in_float64(self.net, tokens, targets) if due else []
         if self._audit is not None:
             self._audit.see(tokens, targets)
-        for watcher in self._watching:
+        for watcher in self.step.watching:
             watcher.before_backward(step.grads)
         try:  # what is looked at is not in a compiled graph
-            self._note(step.add(tokens, targets, last=last, eager=bool(self._watching)), targets)
+            self.step.note(step.add(tokens, targets, last=last, eager=bool(self.step.watching)), targets)
         except ValueError as error:
             if "predictions" not in str(error):
                 raise
@@ -127,7 +133,7 @@ class ManualLanguageModel(LanguageModel):
         if last:
             step.finish()
 
-    def check_gradients(self, loss: Tensor | float) -> None:
+    def _check_gradients(self, loss: Tensor | float) -> None:
         """Compare the step's loss and gradient with autograd's, where an audit is due.
 
         Raises:

@@ -97,7 +97,8 @@ MUTANTS = [
 
 
 UNTIED = ("--model.init_args.net.init_args.tie_weights", "false")  # else the head is the first to add to the table
-RULES, STEP, REDUCED = "backprop.rules", "training.by_hand", "training.reduced"
+RULES, STEP, REDUCED = "backprop.rules", "training.by_hand", "training.distributed.reduction"
+DIVISION = "training.division"
 ACCUMULATION = [
     (RULES, "known.scatter_add_(", "known.scatter_(", "a token seen twice counts once"),
     (RULES, "            known += gradient", "            self.keep(parameter, gradient)", "the last one wins"),
@@ -106,12 +107,12 @@ ACCUMULATION = [
     (RULES, "torch.zeros_like(table)", "torch.ones_like(table)", "a table that begins at one"),
     (RULES, "            parameter.grad = None", "            pass", "the step before is not forgotten"),
     (STEP, "self.grads.begin(self.parameters)", "pass", "a step is not begun"),
-    (STEP, "(targets.numel() * self.accumulate)", "targets.numel()", "not divided by micro-batches"),
-    (STEP, "(targets.numel() * self.accumulate)", "(targets.numel() * self.accumulate**2)", "divided by them twice"),
-    (STEP, "        scale = self._scale(targets)\n", "        scale = self._scale(targets) * last\n", "a micro-batch lost"),
-    (STEP, "        scale = self._scale(targets)\n", "        self.begin()\n        scale = self._scale(targets)\n", "all but one lost"),
+    (DIVISION, "(targets.numel() * self.micro_batches)", "targets.numel()", "not divided by micro-batches"),
+    (DIVISION, "(targets.numel() * self.micro_batches)", "(targets.numel() * self.micro_batches**2)", "divided by them twice"),
+    (STEP, "(targets, self.parameters[0].dtype)\n", "(targets, self.parameters[0].dtype) * last\n", "a micro-batch lost"),
+    (STEP, "        scale = self.", "        self.begin()\n        scale = self.", "all but one lost"),
     (STEP, "for parameter, gradient in zip(self", "for parameter, gradient in () and zip(self", None),  # compiled alone
-    ("training.guard", "positions * world_size / max(1, count)", "1.0", "ignored targets count"),
+    (DIVISION, "positions * self.ranks / max(1, count)", "1.0", "ignored targets count"),
     (REDUCED, "torch.mul(gradient, 1 / self.world_size, out=part)", "part.copy_(gradient)", "a first gradient not divided"),
     (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.add_(gradient)", "a later one not divided"),
     (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.copy_(gradient / self.world_size)", "overwritten"),
@@ -122,7 +123,7 @@ ACCUMULATION = [
     (REDUCED, "= distributed.all_reduce(self.buckets[number], group=self.group, async_op=True)", "= None", "not reduced"),
     (REDUCED, "        if not self.reducing:", "        if False:", "reduced after each micro-batch"),
     (REDUCED, "uses[id(p)] for p in group", "1 for p in group", "a tied weight reduced before it is whole"),
-    ("training.guard", "positions * world_size / max(1, count)", "positions / max(1, count)", "divided by ranks twice"),
+    (DIVISION, "positions * self.ranks / max(1, count)", "positions / max(1, count)", "divided by ranks twice"),
 ]  # fmt: skip
 
 

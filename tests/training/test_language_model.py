@@ -87,7 +87,7 @@ def test_what_is_not_finite_stops_before_the_weights_are_touched(lm, workplace: 
         loss = step_of(self, batch, batch_idx)
         if self.global_step == 7:
             if poison == "loss":
-                self._step_losses[-1] = torch.tensor(math.nan)
+                self.step.losses[-1] = torch.tensor(math.nan)
                 return loss * math.nan
             self.net.wpe.weight.register_hook(lambda gradient: gradient * math.inf)
         return loss

@@ -287,7 +287,7 @@ class Endings(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the schedule at all steps, and that what is monitored will be there."""
         module: Any = pl_module
-        schedules.check(module.schedule, trainer.global_step, trainer.max_steps)
+        schedules.check(module.step.schedule, trainer.global_step, trainer.max_steps)
         known = {"val_loss", *(f"train/{name}" for name in TRAINING)}
         known |= {f"val/{name}" for name in ("loss", "perplexity", "bits_per_byte")}
         if module.exact_match is not None:

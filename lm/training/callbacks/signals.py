@@ -39,7 +39,7 @@ class StopSignals(Callback):
         self.before = take_stops(self._receive)
         module: Any = pl_module
         if stage == "fit":
-            module.questions |= {signum: partial(self._has_received, signum) for signum in REASONS}
+            module.step.questions |= {signum: partial(self._has_received, signum) for signum in REASONS}
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGHUP:
@@ -66,7 +66,7 @@ class StopSignals(Callback):
             module: Any = pl_module
             received = self.received
             if trainer.world_size > 1:
-                received = max((signum for signum in REASONS if module.answers.get(signum)), default=0)
+                received = max((signum for signum in REASONS if module.step.answers.get(signum)), default=0)
             if received:
                 raise Stopped(received, at_boundary=True)
 

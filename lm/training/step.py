@@ -1,0 +1,224 @@
+"""A training step, from top to bottom: forward, backward, reduce over ranks, guard, clip, update, log.
+
+The methods of `Step` stand in the order in which they happen. `Step.take` is that order, where a module takes steps by
+itself; where Lightning's loop does, its hooks call the same methods in the same order, see lm.training.language_model.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lm.errors import UserError
+from lm.training import lightning_internals
+from lm.training.callbacks.figures import Figures
+from lm.training.division import Division
+from lm.training.guard import Guard, clip, global_norm, local
+from lm.training.loggers.step_log import StepLog
+from lm.training.objectives import CrossEntropy
+from lm.training.schedules import Schedule
+
+SMALL = 1 << 20  # parameters
+
+
+class Step:
+    """Takes optimizer steps, one after another.
+
+    Args:
+        schedule: Factor on the learning rate, a pure function of the step.
+        clip_norm: Largest global norm of the gradient; None for any.
+        guard: Decides what becomes of a step that is not finite, or a spike.
+        log: Averages losses between two lines.
+    """
+
+    def __init__(self, schedule: Schedule, clip_norm: float | None, guard: Guard, log: StepLog) -> None:
+        self.schedule, self.clip_norm, self.guard, self.log = schedule, clip_norm, guard, log
+        self.objective = CrossEntropy()
+        self.division = Division()
+        self.questions: dict[Any, Callable[[], float]] = {}
+        """By name, what else the ranks add up when they share a step's loss, before the weights are touched."""
+        self.answers: dict[Any, float] = {}
+        self.check: Callable[[Tensor | float], None] = lambda loss: None
+        """Is called with the step's loss when its gradient is whole and not clipped yet."""
+        self.notice: str | None = None
+        """What the console should say of the step just finished."""
+        self.metrics: dict[str, float] = {}
+        """The newest training metrics, "step" among them."""
+        self.watching: list[Figures] = []
+        """Those to whom the step in progress is due."""
+        self.losses: list[Tensor] = []
+        """Of the micro-batches of the step in progress."""
+        self._targets: list[Tensor] = []
+        self._loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
+        self._norm = torch.zeros(())
+
+    def configure(self, net: nn.Module, optimizer: Optimizer) -> None:
+        """Say what is fitted, and by what."""
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        # walking the module for them at each step would cost a tenth of a small one
+        self.net, self.fitted = net, [p for p in net.parameters() if p.requires_grad]
+        assert sorted(map(id, grouped)) == sorted(map(id, self.fitted)), "each parameter belongs to exactly one group"
+        # a tenth of a small network's step: one norm of a copy costs half of what the norms of all parameters do
+        self._small = (
+            sum(p.numel() for p in self.fitted) < SMALL and len({(p.dtype, p.device) for p in self.fitted}) == 1
+        )
+        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+    def start(self, trainer: Trainer, write: Callable[[dict[str, Any], int], None]) -> None:
+        """Begin a training; the configuration wins over what a checkpoint said of learning rates and decay.
+
+        Args:
+            trainer: Asking it for these at every step would cost a tenth of a small one.
+            write: Takes metrics and their step to the loggers.
+        """
+        self._trainer, self._write, self._max_steps = trainer, write, trainer.max_steps
+        (self._optimizer,) = trainer.optimizers
+        self._groups = self._optimizer.param_groups
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._log_every: int = trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
+        for group, settings in zip(self._groups, self._settings, strict=True):
+            group.update(settings)
+        self.log.start(trainer, self._targets, self._optimizer, self._settings)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
+
+    # -- in this order
+
+    def take(self, number: int, gradient: Callable[[Tensor, Tensor], Any], tokens: Tensor, targets: Tensor) -> None:
+        """Take the step of that number, counted from 1, on a batch that is not divided, without Lightning's wrapper.
+
+        Args:
+            number: Of the step.
+            gradient: Sets the parameters' gradients to a batch's: forward and backward.
+            tokens: int64 (B, T).
+            targets: int64, (B, T) or (B,).
+        """
+        self.begin(number - 1)
+        for watcher in self.watching:
+            watcher.before_step(self.net)
+        gradient(tokens, targets)
+        self.update(number)
+
+    def begin(self, done: int) -> None:
+        """Set the learning rate of the step that follows `done` finished ones, and see who looks at it."""
+        self.losses.clear()
+        self._targets.clear()
+        self.notice = None
+        self.watching = [watcher for watcher in self._watchers if watcher.due(done + 1)]
+        factor = self.schedule(done, self._max_steps)
+        for group, settings in zip(self._groups, self._settings, strict=True):
+            group["lr"] = settings["lr"] * factor
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return a micro-batch's loss, whose backward pass follows.
+
+        Args:
+            logits: (B, T, V), or (B, V) of a fixed context.
+            targets: (B, T), or (B,).
+
+        Raises:
+            UserError: They do not go together.
+        """
+        if logits.shape[:-1] != targets.shape:
+            raise UserError(
+                f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
+                f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
+            )
+        loss = self.objective(logits, targets, self.division)  # ()
+        self.note(loss, targets)
+        return loss
+
+    def note(self, loss: Tensor, targets: Tensor) -> None:
+        """Keep what there is to say of a micro-batch."""
+        self.losses.append(loss.detach())
+        self._targets.append(targets)
+
+    def update(self, number: int) -> None:
+        """Let what follows the backward pass of the step's last micro-batch happen, without Lightning's wrapper."""
+        self.settle(number)
+        self._optimizer.step()
+        lightning_internals.count_step(self._trainer)
+        self.finish(number)
+
+    def settle(self, number: int, clip_norm: float | None = None) -> None:
+        """Share the loss, measure the gradient, see that both are finite, and clip, before the weights are touched.
+
+        Args:
+            number: Of the step, counted from 1.
+            clip_norm: The Trainer's own, which wins.
+
+        Raises:
+            CheckError: They are not finite, and the run is to stop there.
+        """
+        if self._scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            # Lightning leaves the scale to an optimizer that is fused, and clips what is still scaled (issue 9694)
+            self._scaler.unscale_(self._optimizer)
+        gradients = [p.grad for p in self.fitted if p.grad is not None]
+        loss = self._reduce(gradients)
+        self.check(loss)
+        most = self.clip_norm if clip_norm is None else clip_norm or None
+        if self._small and most is None:
+            norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
+        else:
+            norm = global_norm(gradients)
+        self._loss, self._norm = loss, norm
+        if not self._trusted(number, loss, norm):
+            for parameter in self.fitted:  # without a gradient, an optimizer leaves a parameter alone
+                parameter.grad = None
+            return
+        if most is not None:
+            clip(gradients, most, norm)
+        for watcher in self.watching:
+            watcher.before_update(self.net)
+
+    def _reduce(self, gradients: list[Tensor]) -> Tensor | float:
+        """Return the step's loss over all micro-batches and ranks; give the gradient the factor that it still lacks."""
+        if self.division.parts == 1:
+            return self.losses[0]
+        others = [ask() for ask in self.questions.values()]
+        loss, factor, others = self.division.share(self.losses, self._targets, others)
+        self.answers = dict(zip(self.questions, others, strict=True))
+        if factor != 1:
+            torch._foreach_mul_(local(gradients), factor)
+        return loss
+
+    def _trusted(self, number: int, loss: Tensor | float, norm: Tensor) -> bool:
+        guard, scaled = self.guard, self._scaler is not None
+        if guard.spike is None and not guard.in_a_row and math.isfinite(loss if scaled else loss + norm):
+            return True
+        self.notice = guard.verdict(number, float(loss), float(norm), scaled=scaled)
+        return self.notice is None
+
+    def finish(self, number: int) -> None:
+        """Do what follows the update: figures and metrics."""
+        if self.notice is None:
+            self.log.add(self._loss)
+        else:
+            self._write({"train/skipped": self.guard.skipped}, number)
+        for watcher in self.watching:
+            watcher.after_step(self.net, number)
+        if number % self._log_every == 0 or number in (1, self._max_steps):
+            self.metrics = self.log.line(number, self._loss, self._norm)
+            self._write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, number)
+
+
+def each_step(done: int, most: int, per_call: int, stack: Iterable[Tensor]) -> Iterable[tuple[Any, ...]]:
+    """Yield the steps of a stack of batches that are still due: the number of each, counted from 1, and its batch.
+
+    Args:
+        done: Finished steps; some of the stack's may be among them.
+        most: After which training ends.
+        per_call: Steps of a stack.
+        stack: Tokens (K, B, T) and targets (K, B, …).
+    """
+    first = done - done % per_call
+    batches = zip(*(one.unbind() for one in stack), strict=True)  # K of (B, T) and (B, …)
+    for number, batch in enumerate(batches, first + 1):
+        if done < number <= most:
+            yield number, *batch
