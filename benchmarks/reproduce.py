@@ -79,9 +79,9 @@ def reproduce(row: Row, folder: Path) -> dict[str, Any]:
 
 def parameters(path: Path) -> int:
     """Return the number of parameters in a checkpoint: tied ones once, no buffers."""
-    from lm.generation import load
+    from lm.generation import load_network
 
-    return sum(p.numel() for p in load(path).net.parameters())
+    return sum(p.numel() for p in load_network(path).net.parameters())
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lm.data import LinesData
 from lm.data.module import IGNORED
-from lm.generation import load
+from lm.generation import load_network
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
 LINES = {"class_path": "lm.data.LinesData", "init_args": {"corpus": "words.txt", "block_size": 8, "batch_size": 8}}
@@ -65,7 +65,7 @@ def test_fit_stop_resume_validate_sample(lm, workplace: Path, name: str) -> None
         data = LinesData(**NETWORKS[name][1]["init_args"])
         data.setup("fit")
         tokens, targets = data.examples["test"]
-        logits = load(Path("checkpoints/whole/last.ckpt")).net(tokens).detach()
+        logits = load_network(Path("checkpoints/whole/last.ckpt")).net(tokens).detach()
         kept = targets != IGNORED
         assert result["tokens"] == int(kept.sum())
         assert result["loss"] == pytest.approx(float(F.cross_entropy(logits[kept], targets[kept])), rel=1e-5)
@@ -79,7 +79,7 @@ def test_fit_stop_resume_validate_sample(lm, workplace: Path, name: str) -> None
 def test_calibration_follows_the_last_step_and_is_saved(lm, workplace: Path, steps: int) -> None:
     recipe("MLP", calibrate=True, steps_per_call=steps)
     assert lm("fit", "--config", "net.yaml")[0] == 0
-    net = load(Path("checkpoints/net/last.ckpt")).net
+    net = load_network(Path("checkpoints/net/last.ckpt")).net
     data = LinesData(**LINES["init_args"])
     data.setup("fit")
     made = net.hidden[0](net.wte(data.examples["train"][0]).flatten(1))

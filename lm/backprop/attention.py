@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lm.backprop.activations import silu, value_and_slope
 from lm.backprop.linear import drop, linear_backward
 from lm.backprop.rules import Backward, Gradients, precise, rule, run
-from lm.models.feed_forward import MLP, SingleLayer, SwiGLU
+from lm.models.feed_forward import BlockMLP, SingleLayer, SwiGLU
 from lm.models.gpt import CausalSelfAttention, Head, SeparateHeads
 from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
@@ -236,8 +236,8 @@ def attention(layer: Attention, grads: Gradients, x: Tensor, memory: Tensor, mas
     return y, backward
 
 
-@rule(MLP)
-def mlp(layer: MLP, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+@rule(BlockMLP)
+def mlp(layer: BlockMLP, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """x -> h = x W₁ᵀ -> a = f(h) -> y = a W₂ᵀ, each step's gradient as in its own rule.
 
     a, the largest tensor of a block, is not kept: its value and slope are made again from h, at once.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Writer:
+class BackgroundWriter:
     """One thread that does what it is given, one after the other, so that no file is ever written twice at a time.
 
     Lightning's AsyncCheckpointIO is not used: an error comes up only when the run ends, and nothing can be done after

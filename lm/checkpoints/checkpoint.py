@@ -140,7 +140,7 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
         verify(path)
     if path.is_dir():
         with of_lm(path):
-            return sharded.load(path)
+            return sharded.load_whole(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -26,7 +26,7 @@ class Fitted(NamedTuple):
     """What it was trained on: class_path and init_args."""
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Fitted:
+def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
     """Return the network and tokenizer of a checkpoint.
 
     The file is read as tensors and plain values only; the class it names is imported and must be an nn.Module.

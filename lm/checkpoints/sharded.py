@@ -79,7 +79,7 @@ def _told(path: Path, error: BaseException) -> str:
 
 
 def _seal(folder: Path) -> None:
-    sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    sums = {file.name: crc32(file) for file in sorted(folder.iterdir())}
     with (folder / SUMS).open("w") as stream:
         json.dump(sums, stream)
         stream.flush()
@@ -118,7 +118,7 @@ def copy(source: Path, target: Path) -> None:
         raise
 
 
-def checksum(file: Path) -> int:
+def crc32(file: Path) -> int:
     """Return the CRC-32 of a file."""
     value = 0
     with storage.plain(file).open("rb") as stream:
@@ -136,7 +136,7 @@ def damage(path: Path) -> str | None:
     """Return what is wrong with a sharded checkpoint, or None where it is whole. Reads all of it."""
     try:
         sums = json.loads(storage.plain(path / SUMS).read_text())
-        wrong = next((name for name, value in sums.items() if checksum(path / name) != value), None)
+        wrong = next((name for name, value in sums.items() if crc32(path / name) != value), None)
     except (OSError, ValueError, AttributeError) as error:
         return f"it is not whole or no checkpoint ({error})"
     if wrong or not {META, ".metadata"} <= sums.keys():
@@ -186,7 +186,7 @@ def shapes(reader: dcp.FileSystemReader) -> dict[str, Tensor]:
     return found
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_whole(path: Path) -> dict[str, Any]:
     """Return a sharded checkpoint as if it had been a single file: whole tensors, optimizer states by number."""
     reader = Reader(path)
     flat: dict[str, Any] = {

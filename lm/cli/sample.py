@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lm import storage
-from lm.checkpoints.restore import deny_what_runs_code, load
+from lm.checkpoints.restore import deny_what_runs_code, load_network
 from lm.cli import common, values
 from lm.errors import UserError
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
@@ -45,7 +45,7 @@ def sample(arguments: list[str]) -> None:
     if "" in options.stop:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
-    fitted = load(options.ckpt_path, _device(options.device))
+    fitted = load_network(options.ckpt_path, _device(options.device))
     task = _task(fitted.data)
     prompt, asked = _question(task, prompt)
     answer = task.readable if task and asked else str

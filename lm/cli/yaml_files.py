@@ -22,13 +22,13 @@ class Refused(yaml.YAMLError):
 
 def use() -> None:
     """Let all parsers read YAML by `load`."""
-    jsonargparse.set_loader("yaml", load, (yaml.YAMLError,))
+    jsonargparse.set_loader("yaml", parse, (yaml.YAMLError,))
 
 
 _theirs = jsonargparse.get_loader("yaml")
 
 
-def load(text: str) -> Any:
+def parse(text: str) -> Any:
     """Return the values of a YAML text, a file's or an option's.
 
     Raises:
@@ -58,7 +58,7 @@ def check_file(path: Path) -> None:
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"--config {path}: a pipe or a device, which cannot be read twice: say a YAML file")
     try:
-        values = load(path.read_text())
+        values = parse(path.read_text())
         if pipe := next((text for text in _texts(values) if is_pipe(text)), None):
             raise UserError(f"{path}: {pipe}: a pipe or a device, which cannot be read twice: say a file")
     except Refused as error:

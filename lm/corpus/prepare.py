@@ -22,8 +22,8 @@ from tqdm import tqdm
 from lm import bounds, outputs, storage, tokenizers
 from lm.corpus import formats, shards
 from lm.corpus.formats import Settings
-from lm.corpus.shard_writer import FILES, Writer, save_tokenizer
-from lm.corpus.workers import Batch, Encode, Piece, ordered, split_of
+from lm.corpus.shard_writer import FILES, ShardWriter, save_tokenizer
+from lm.corpus.workers import DocumentBatch, Encode, Piece, ordered, split_of
 from lm.errors import UserError
 
 LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
@@ -125,11 +125,11 @@ class _Run:
         if progress is None:
             self._clear("progress.json", self.spool.name)
             return summary(shards.open_corpus(self.folder).manifest)
-        tokenizer = tokenizers.load(self.folder / "tokenizer.json")
+        tokenizer = tokenizers.load_tokenizer(self.folder / "tokenizer.json")
         dtype = tokenizer.dtype if self.job.dtype == "auto" else np.dtype(self.job.dtype)
         if np.iinfo(dtype).max < tokenizer.n_vocab - 1:
             raise UserError(f"--dtype {dtype}: too small for the tokenizer's {tokenizer.n_vocab} ids: say uint32")
-        writer = Writer(self.folder, tokenizer, self.job.shard_tokens, progress.get("committed"), dtype)
+        writer = ShardWriter(self.folder, tokenizer, self.job.shard_tokens, progress.get("committed"), dtype)
         writer.commit(progress)
         counts = self._encode_all(writer, progress)
         if not sum(writer.tokens.values()):
@@ -202,7 +202,7 @@ class _Run:
 
         return tokenizers.make(self.job.tokenizer, symbols, documents=not self.by_characters)
 
-    def _encode_all(self, writer: Writer, progress: dict[str, Any]) -> dict[str, int]:
+    def _encode_all(self, writer: ShardWriter, progress: dict[str, Any]) -> dict[str, int]:
         """Encode and write all that is left; return the counts."""
         counts, begun = progress["counts"], time.monotonic()
         committed_at = said_at = begun
@@ -232,16 +232,16 @@ class _Run:
         writer.commit(progress)
         return counts
 
-    def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[Batch]:
+    def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[DocumentBatch]:
         """Yield what is left of the source in batches, from a `Batch.place` on; older ones have three numbers."""
         batch: list[Piece] = []
         size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):
             settings, number = replace(self.job.reading), 0
 
-            def made(position: int) -> Batch:
+            def made(position: int) -> DocumentBatch:
                 place = (k, number, replaced, skipped)  # noqa: B023
-                return Batch(batch, place, position, replaced + settings.replaced, skipped + settings.skipped)  # noqa: B023
+                return DocumentBatch(batch, place, position, replaced + settings.replaced, skipped + settings.skipped)  # noqa: B023
 
             for number, (piece, position) in enumerate(self._pieces(self.files[k], settings), 1):
                 if k == first_file and number <= skip:
@@ -312,7 +312,7 @@ class _Run:
     def _is_tokenizer(self, path: Path) -> bool:
         """Return whether a file is a tokenizer that lm wrote, before it was stopped, and not another program's."""
         with suppress(UserError, OSError, LookupError, ValueError, TypeError, AttributeError):
-            return path.name == "tokenizer.json" and bool(tokenizers.load(path))
+            return path.name == "tokenizer.json" and bool(tokenizers.load_tokenizer(path))
         return False
 
     def _clear(self, *names: str) -> None:

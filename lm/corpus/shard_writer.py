@@ -18,7 +18,7 @@ PARTS = r"|\.[\w.]+\.part"
 """Besides, those of a process that was killed while it wrote one of them."""
 
 
-class Writer:
+class ShardWriter:
     """Writes the shards of a corpus so that it can be killed at any moment and go on from its last `commit`.
 
     A shard grows in NAME.part, its document starts in NAME.starts; it gets its name when it is full and committed.
@@ -158,7 +158,7 @@ class Writer:
             for block in iter(lambda: source.read(1 << 20), b""):
                 file.write(block)
         header = shards.Header(
-            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), verification.checksum(part)
+            self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), verification.shard_sum(part)
         )
         with part.open("r+b") as file:
             file.write(header.pack())
@@ -172,7 +172,7 @@ def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers
     """Write token ids that are in memory, a document a split, as a corpus of so many bytes of text."""
     folder.mkdir(parents=True)
     save_tokenizer(folder, tokenizer)
-    writer = Writer(folder, tokenizer, shards.SHARD_TOKENS)
+    writer = ShardWriter(folder, tokenizer, shards.SHARD_TOKENS)
     for split, values in ids.items():
         writer.append(split, values.astype(tokenizer.dtype).tobytes(), np.zeros(1, np.int64))
     writer.commit({})

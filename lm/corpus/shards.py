@@ -59,7 +59,7 @@ class Shard:
         return values
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a shard is."""
 
     path: Path
@@ -91,7 +91,7 @@ class Tokens:
         shards: In order.
     """
 
-    def __init__(self, shards: list[Place]) -> None:
+    def __init__(self, shards: list[Location]) -> None:
         self.shards = shards
         self.ends = np.cumsum([place.header.tokens for place in shards], dtype=np.int64)
         self.document_ends = np.cumsum([place.header.documents for place in shards], dtype=np.int64)
@@ -181,7 +181,7 @@ def open_corpus(folder: Path, origin: remote.Remote | None = None) -> Corpus:
         UserError: It is not whole, or a file of it is damaged or missing; the file is named.
     """
     manifest = read_manifest(folder)
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
     identity = tokenizers.identity(tokenizer.state())
     if manifest["tokenizer"] != identity:
         places = [] if origin else [folder / entry["name"] for split in SPLITS for entry in manifest["splits"][split]]
@@ -198,7 +198,7 @@ def open_corpus(folder: Path, origin: remote.Remote | None = None) -> Corpus:
                 raise UserError(f"shard {path}: made with another tokenizer than {folder / 'tokenizer.json'}")
             if describe(path, header) != entry:
                 raise UserError(f"shard {path}: not the one of {folder / 'manifest.json'}: prepare the corpus again")
-            shards.append(Place(path, header, origin))
+            shards.append(Location(path, header, origin))
         splits[split] = Tokens(shards)
     return Corpus(splits, tokenizer, manifest)
 

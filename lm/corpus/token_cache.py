@@ -13,7 +13,7 @@ from lm.errors import UserError
 FORMAT = 3
 
 
-def load(
+def load_tokens(
     corpus: str,
     tokenizer: str | tokenizers.Tokenizer | None,
     *,

@@ -92,7 +92,7 @@ def _alone(path: Path, header: Header) -> Iterator[Path | None]:
         yield note
 
 
-def checksum(path: Path) -> bytes:
+def shard_sum(path: Path) -> bytes:
     """Return the SHA-256 of what follows a shard's header."""
     with path.open("rb") as file:
         file.seek(HEADER)

@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     ends: bool
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     """Pieces that are encoded together."""
 
     pieces: list[Piece]
@@ -79,7 +79,7 @@ class Encode:
     val_fraction: float
     test_fraction: float
 
-    def __call__(self, batch: Batch) -> Encoded:
+    def __call__(self, batch: DocumentBatch) -> Encoded:
         """Return the tokens of a batch, each document's under its split."""
         tokenizer = _tokenizer(self.folder, self.identity)
         ids: dict[str, list[np.ndarray]] = {}
@@ -110,21 +110,21 @@ class Encode:
 @lru_cache(1)
 def _tokenizer(folder: str, identity: str) -> tokenizers.Tokenizer:
     # the hash is part of the key: one process may prepare a folder twice, with different tokenizers
-    return tokenizers.load(Path(folder) / "tokenizer.json")
+    return tokenizers.load_tokenizer(Path(folder) / "tokenizer.json")
 
 
 @contextmanager
 def ordered(
-    encode: Callable[[Batch], Encoded], batches: Iterable[Batch], workers: int
-) -> Iterator[Iterator[tuple[Batch, Encoded]]]:
+    encode: Callable[[DocumentBatch], Encoded], batches: Iterable[DocumentBatch], workers: int
+) -> Iterator[Iterator[tuple[DocumentBatch, Encoded]]]:
     """Yield an iterator of batches with what is made of them, in order, few of them ahead."""
     if workers == 1:
         yield ((batch, encode(batch)) for batch in batches)
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
 
-    def results() -> Iterator[tuple[Batch, Encoded]]:
-        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    def results() -> Iterator[tuple[DocumentBatch, Encoded]]:
+        waiting: deque[tuple[DocumentBatch, Future[Encoded]]] = deque()
         for batch in batches:
             waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > 2 * workers:

@@ -19,7 +19,7 @@ from lm.errors import UserError, take_stops
 from lm.tokenizers import Tokenizer
 
 
-class Place(TypedDict):
+class Rank(TypedDict):
     """This process among all."""
 
     rank: int
@@ -130,9 +130,9 @@ class TokenData(LightningDataModule, ABC):
         """Return the loader of the test split."""
         return self._loader(self.eval_dataset("test"))
 
-    def _place(self) -> Place:
+    def _place(self) -> Rank:
         trainer = self.trainer
-        return Place(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
+        return Rank(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
 
     def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
         # items are whole batches; the own generator keeps the loader's hands off the global one, which dropout uses

@@ -67,7 +67,7 @@ class TextData(TokenData):
     def prepare_data(self) -> None:
         """Tokenize the corpora that are text, once per machine; later calls find the files."""
         shares = {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}
-        self.corpora = [token_cache.load(corpus, self.tokenizer or None, **shares) for corpus in self.weights]
+        self.corpora = [token_cache.load_tokens(corpus, self.tokenizer or None, **shares) for corpus in self.weights]
 
     def setup(self, stage: str) -> None:
         """Open the token files and check that they can be served.

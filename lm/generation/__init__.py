@@ -1,6 +1,6 @@
 """What a fitted network is for: sampling and evaluation."""
 
-from lm.checkpoints.restore import load
+from lm.checkpoints.restore import load_network
 from lm.generation.sampling import Sampler, generate
 
-__all__ = ["Sampler", "generate", "load"]
+__all__ = ["Sampler", "generate", "load_network"]

@@ -20,7 +20,7 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
-class MLP(nn.Module):
+class BlockMLP(nn.Module):
     """Out to the hidden width, an activation, and back."""
 
     def __init__(self, *, n_embd: int, hidden_size: int, activation: nn.Module, dropout: float, bias: bool) -> None:
@@ -83,4 +83,4 @@ def make_feed_forward(
         return SwiGLU(n_embd=n_embd, hidden_size=hidden_size, dropout=dropout, bias=bias)
     activations = {"gelu": nn.GELU(approximate="tanh"), "relu": nn.ReLU(), "relu_squared": ReLUSquared()}
     hidden_size = hidden_size or 4 * n_embd
-    return MLP(n_embd=n_embd, hidden_size=hidden_size, activation=activations[kind], dropout=dropout, bias=bias)
+    return BlockMLP(n_embd=n_embd, hidden_size=hidden_size, activation=activations[kind], dropout=dropout, bias=bias)

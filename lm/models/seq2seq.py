@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.bounds import checked
-from lm.models.feed_forward import MLP
+from lm.models.feed_forward import BlockMLP
 from lm.models.layers import check_heads, check_length, initialise
 
 
@@ -49,10 +49,10 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> MLP:
+def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> BlockMLP:
     """Return GPT-2's feed-forward network, four times as wide inside."""
     gelu = nn.GELU(approximate="tanh")
-    return MLP(n_embd=n_embd, hidden_size=4 * n_embd, activation=gelu, dropout=dropout, bias=bias)
+    return BlockMLP(n_embd=n_embd, hidden_size=4 * n_embd, activation=gelu, dropout=dropout, bias=bias)
 
 
 class EncoderBlock(nn.Module):

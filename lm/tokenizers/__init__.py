@@ -233,7 +233,7 @@ def identity(state: dict[str, Any]) -> str:
     return hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
 
 
-def load(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that a prepared corpus holds as JSON.
 
     Raises:

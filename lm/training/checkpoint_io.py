@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import distributed
 
 from lm.checkpoints import owned
-from lm.checkpoints.background import Writer
+from lm.checkpoints.background import BackgroundWriter
 from lm.checkpoints.checkpoint import copy, load, write
 from lm.errors import UserError, described
 from lm.training import harmless
@@ -30,7 +30,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """
 
     def __init__(self, whole: Path | None = None) -> None:
-        self.writer, self.whole = Writer(), whole
+        self.writer, self.whole = BackgroundWriter(), whole
         self._checkpoint: dict[str, Any] | None = None  # what was saved last; not of a sharded one
         self._folders: set[Path] = set()  # in which something was written
         self.restoring: Path | None = None  # what is read, until a step has been made with it

@@ -150,7 +150,7 @@ LAYERS = {
     "gelu": (nn.GELU, (3, 60)),
     "gelu tanh": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
     "feed-forward of another activation": (
-        lambda: feed_forward.MLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
+        lambda: feed_forward.BlockMLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
         (3, 5, 6),
     ),
     "dropout": (lambda: nn.Dropout(0.3), (3, 60)),

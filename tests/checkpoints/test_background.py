@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm.checkpoints.background import Writer
+from lm.checkpoints.background import BackgroundWriter
 from lm.errors import UserError
 from lm.training.checkpoint_io import AtomicCheckpointIO
 
@@ -18,7 +18,7 @@ def contents() -> dict[str, Any]:
 
 
 def test_a_snapshot_does_not_change_with_the_state_and_shares_what_was_shared() -> None:
-    writer, state = Writer(), contents()
+    writer, state = BackgroundWriter(), contents()
     copy = writer.snapshot(state)
     state["tied"][0].zero_()
     assert copy["tied"][0] is copy["tied"][1] and torch.equal(copy["tied"][0], torch.arange(6.0).view(2, 3))
@@ -79,7 +79,7 @@ def test_which_checkpoints_are_kept(lm, workplace: Path) -> None:
 
 
 def test_after_a_job_that_fails_none_that_was_to_follow_is_done() -> None:
-    writer, done = Writer(), []
+    writer, done = BackgroundWriter(), []
 
     def fail() -> None:
         raise UserError("the disk refuses")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm.checkpoints import checkpoint
-from lm.checkpoints.restore import load
+from lm.checkpoints.restore import load_network
 from tests.training.test_resume import assert_equal
 
 LAST = Path("checkpoints/tiny/last.ckpt")
@@ -32,7 +32,7 @@ def test_weights_come_back_to_the_last_bit_and_tied_ones_tied(lm, exported: Path
     back = torch.load("back.ckpt", weights_only=True)
     assert_equal(back["state_dict"], saved["state_dict"])
     assert back["state_dict"]["net.lm_head.weight"].data_ptr() == back["state_dict"]["net.wte.weight"].data_ptr()
-    assert back["global_step"] == saved["global_step"] == load(Path("back.ckpt")).step
+    assert back["global_step"] == saved["global_step"] == load_network(Path("back.ckpt")).step
     for command in (("sample", "--max_new_tokens", 20), ("validate",)):
         a, b = (lm(*command, "--ckpt_path", path)[1] for path in (LAST, "back.ckpt"))
         assert a == b and a

@@ -155,7 +155,7 @@ def as_shards(last: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    sums = {file.name: sharded.checksum(file) for file in folder.iterdir() if file.name != sharded.SUMS}
+    sums = {file.name: sharded.crc32(file) for file in folder.iterdir() if file.name != sharded.SUMS}
     (folder / sharded.SUMS).write_text(json.dumps(sums))
 
 

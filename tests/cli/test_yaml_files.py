@@ -45,21 +45,21 @@ def test_holders_anchors_and_merges(lm, workplace: Path) -> None:
     text = f"x-sizes: &sizes {{n_layer: 1, n_head: 2}}\n.wide: &wide\n  <<: *sizes\n  n_embd: 16\n{recipe}"
     text = re.sub(r"n_embd: 16\n +n_head: 2\n +n_layer: 1", "<<: *wide", text)
     assert "<<: *wide" in text
-    assert yaml_files.load(text) == RECIPE
+    assert yaml_files.parse(text) == RECIPE
     (workplace / "held.yaml").write_text(text)
     code, _, err = lm("fit", "--config", "held.yaml", "--trainer.max_steps", 1)
     assert code == 0, err
 
 
 def test_holders_are_for_files_alone() -> None:
-    assert yaml_files.load("{.txt: 1, x-b.txt: 2}") == {".txt": 1, "x-b.txt": 2}
-    assert yaml_files.load("Q:") == "Q:"
+    assert yaml_files.parse("{.txt: 1, x-b.txt: 2}") == {".txt": 1, "x-b.txt": 2}
+    assert yaml_files.parse("Q:") == "Q:"
 
 
 @pytest.mark.parametrize("section", help.SECTIONS)
 def test_a_section_with_nothing_in_it_is_as_if_left_out(section: str) -> None:
     recipe = {key: value for key, value in RECIPE.items() if key != section}
-    assert yaml_files.load(f"{section}:\n" + yaml.safe_dump(recipe)) == recipe
+    assert yaml_files.parse(f"{section}:\n" + yaml.safe_dump(recipe)) == recipe
 
 
 def test_fit_with_empty_sections(lm, workplace: Path) -> None:
@@ -73,6 +73,6 @@ def test_fit_with_empty_sections(lm, workplace: Path) -> None:
 
 
 def test_a_section_alone_and_init_args_alone() -> None:
-    assert yaml_files.load("trainer:\n") == {}
-    assert yaml_files.load("data:\n  class_path: a.B\n  init_args:\n") == {"data": {"class_path": "a.B"}}
-    assert yaml_files.load("checkpoint:\n  keep_last:\n") == {"checkpoint": {"keep_last": None}}
+    assert yaml_files.parse("trainer:\n") == {}
+    assert yaml_files.parse("data:\n  class_path: a.B\n  init_args:\n") == {"data": {"class_path": "a.B"}}
+    assert yaml_files.parse("checkpoint:\n  keep_last:\n") == {"checkpoint": {"keep_last": None}}

@@ -26,7 +26,7 @@ from lm import storage, tokenizers
 from lm.corpus import formats, shards, verification
 from lm.corpus.formats import zstd
 from lm.corpus.prepare import Preparation, prepare
-from lm.corpus.shard_writer import Writer
+from lm.corpus.shard_writer import ShardWriter
 from lm.data.examples import Running
 from lm.errors import UserError
 from tests.conftest import start
@@ -236,17 +236,17 @@ def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, many: Pat
 def test_killed_while_finishing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(workplace / "docs")
     prepare(Preparation(["docs"], "byte", workplace / "whole", workers=1))
-    name = Writer._name
+    name = ShardWriter._name
 
-    def stop(writer: Writer, split: str, *more: int) -> None:
+    def stop(writer: ShardWriter, split: str, *more: int) -> None:
         name(writer, split, *more)
         if split == "val":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "_name", stop)
+    monkeypatch.setattr(ShardWriter, "_name", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
-    monkeypatch.setattr(Writer, "_name", name)
+    monkeypatch.setattr(ShardWriter, "_name", name)
     assert (workplace / "out" / "val-00000.tokens").exists()
     prepare(Preparation(["docs"], "byte", workplace / "out", workers=1))
     assert contents(workplace / "out") == contents(workplace / "whole")
@@ -462,7 +462,7 @@ def resident() -> int:
 def test_ten_billion_tokens_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "check", lambda path, header: None)  # 20 GB of holes take a minute to read
     tokenizer = tokenizers.ByteTokenizer()
-    writer = Writer(tmp_path, tokenizer, 10**9)
+    writer = ShardWriter(tmp_path, tokenizer, 10**9)
     tokenizer_file = json.dumps(tokenizer.state())
     (tmp_path / "tokenizer.json").write_text(tokenizer_file)
     identity = bytes.fromhex(tokenizers.identity(tokenizer.state()))

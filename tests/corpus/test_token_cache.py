@@ -29,7 +29,7 @@ def test_reference_counts(
     vocabulary: int,
 ) -> None:
     monkeypatch.setattr(storage, "tokens_home", lambda: tmp_path)
-    tokens = token_cache.load(corpus, tokenizer, **SPLIT)
+    tokens = token_cache.load_tokens(corpus, tokenizer, **SPLIT)
     assert (len(tokens.splits["train"]), len(tokens.splits["val"]), tokens.tokenizer.n_vocab) == (
         train,
         val,
@@ -43,33 +43,33 @@ def test_reference_counts(
 
 
 def test_a_second_start_only_opens(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = token_cache.load("text.txt", "char", **SPLIT)
+    first = token_cache.load_tokens("text.txt", "char", **SPLIT)
     monkeypatch.setattr(token_cache, "_write", lambda *a: pytest.fail("tokenized again"))
     monkeypatch.setattr(formats, "documents", lambda *a: pytest.fail("read again"))
-    second = token_cache.load("text.txt", "char", **SPLIT)
+    second = token_cache.load_tokens("text.txt", "char", **SPLIT)
     assert all(np.array_equal(first.splits[name][:], second.splits[name][:]) for name in shards.SPLITS)
     assert second.splits["train"].dtype == np.uint16
 
 
 def test_changed_text_tokenizer_or_split_is_prepared_anew(workplace: Path) -> None:
     sizes = {
-        len(token_cache.load("text.txt", "char", val_fraction=share, test_fraction=0.1).splits["train"])
+        len(token_cache.load_tokens("text.txt", "char", val_fraction=share, test_fraction=0.1).splits["train"])
         for share in (0.1, 0.2)
     }
     (workplace / "text.txt").write_text("another text " * 99)
-    sizes.add(len(token_cache.load("text.txt", "char", val_fraction=0.1, test_fraction=0.1).splits["train"]))
+    sizes.add(len(token_cache.load_tokens("text.txt", "char", val_fraction=0.1, test_fraction=0.1).splits["train"]))
     assert len(sizes) == 3
 
 
 def test_torn_token_files_are_made_again(workplace: Path) -> None:
-    whole = token_cache.load("text.txt", "char", **SPLIT).splits["train"][:]
+    whole = token_cache.load_tokens("text.txt", "char", **SPLIT).splits["train"][:]
     (file,) = (workplace / "data" / "tokens").glob("*/train-00000.tokens")
     file.write_bytes(file.read_bytes()[:-7])
-    assert np.array_equal(token_cache.load("text.txt", "char", **SPLIT).splits["train"][:], whole)
+    assert np.array_equal(token_cache.load_tokens("text.txt", "char", **SPLIT).splits["train"][:], whole)
 
 
 def _load(_: int) -> int:
-    return int(token_cache.load("text.txt", "char", **SPLIT).splits["train"][:].sum())
+    return int(token_cache.load_tokens("text.txt", "char", **SPLIT).splits["train"][:].sum())
 
 
 def test_processes_that_prepare_at_once_agree(workplace: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_read_only_data_folder_is_left_alone(workplace: Path, monkeypatch: pyt
     home = workplace / "data"
     home.mkdir(mode=0o555)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    token_cache.load("text.txt", "char", **SPLIT)
+    token_cache.load_tokens("text.txt", "char", **SPLIT)
     assert not list(home.iterdir())
     assert list((workplace / "home/.cache/lm/tokens").iterdir())
 
@@ -150,7 +150,7 @@ def test_the_same_bytes_under_another_suffix_are_another_text(workplace: Path) -
     for name in ("same.txt", "same.jsonl"):
         (workplace / name).write_text('{"text": "abab\u2028cdcd"}\n' * 50)
     as_text, as_lines = (
-        token_cache.load(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl")
+        token_cache.load_tokens(name, "char", **SPLIT).tokenizer.n_vocab for name in ("same.txt", "same.jsonl")
     )
     assert as_lines == 6  # abcd, the line separator inside the string, and the newline between texts
     assert as_text > as_lines

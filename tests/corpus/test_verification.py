@@ -11,7 +11,7 @@ import pytest
 from lm.corpus import remote, shards, token_cache, verification
 from lm.corpus.prepare import Preparation, prepare
 from lm.corpus.shard_header import HEADER
-from lm.corpus.shard_writer import Writer, save_tokenizer
+from lm.corpus.shard_writer import ShardWriter, save_tokenizer
 from lm.data import TextData
 from lm.errors import UserError
 from lm.tokenizers import ByteTokenizer
@@ -56,7 +56,7 @@ def test_so_it_does_where_a_worker_reads_it(corpus: Path, lm: Run, monkeypatch: 
 def test_ids_beyond_the_vocabulary_are_refused_though_their_checksum_is_right(workplace: Path, lm: Run) -> None:
     Path("corpus").mkdir()
     save_tokenizer(Path("corpus"), ByteTokenizer())
-    writer = Writer(Path("corpus"), ByteTokenizer(), 10_000)
+    writer = ShardWriter(Path("corpus"), ByteTokenizer(), 10_000)
     for split, last in {"train": 257, "val": 256}.items():
         writer.append(split, np.append(np.zeros(999), last).astype("<u2").tobytes(), np.zeros(1, np.int64))
     writer.commit({})
@@ -71,7 +71,7 @@ def test_documents_that_start_outside_are_refused(workplace: Path) -> None:
     Path("corpus").mkdir()
     save_tokenizer(Path("corpus"), ByteTokenizer())
     for starts in ([0, 2000], [5, 3], [-1, 4]):
-        writer = Writer(Path("corpus"), ByteTokenizer(), 10_000)
+        writer = ShardWriter(Path("corpus"), ByteTokenizer(), 10_000)
         writer.tokens["train"], writer.documents["train"] = 0, 0
         writer._add(writer._part("train", 0), np.zeros(1000).astype("<u2").tobytes(), start=True)
         writer._add(writer._starts("train", 0), np.array(starts, "<i8").tobytes())
@@ -106,10 +106,10 @@ def test_a_shard_is_read_through_once_and_when_it_is_first_opened(
 
 def test_a_damaged_cache_of_a_text_is_made_anew(workplace: Path) -> None:
     fractions = {"val_fraction": 0.1, "test_fraction": 0.0}
-    whole = token_cache.load("text.txt", "char", **fractions).splits["train"][:].tolist()
+    whole = token_cache.load_tokens("text.txt", "char", **fractions).splits["train"][:].tolist()
     (path,) = (workplace / "data" / "tokens").glob("*/train-00000.tokens")
     flip(path)
-    assert token_cache.load("text.txt", "char", **fractions).splits["train"][:].tolist() == whole
+    assert token_cache.load_tokens("text.txt", "char", **fractions).splits["train"][:].tolist() == whole
 
 
 def test_a_damaged_copy_of_a_remote_shard_is_copied_anew(corpus: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lm.corpus.shard_writer import Writer, save_tokenizer
+from lm.corpus.shard_writer import ShardWriter, save_tokenizer
 from lm.data import ArithmeticData, LinesData, ReverseData, TextData, evaluation_sets
 from lm.data.chunks import IGNORED
 from lm.data.module import TokenData
@@ -31,7 +31,7 @@ def of_text(workplace: Path, count: int) -> TextData:
 def prepared(folder: Path, count: int) -> None:
     folder.mkdir()
     save_tokenizer(folder, ByteTokenizer())
-    writer = Writer(folder, ByteTokenizer(), 10_000)
+    writer = ShardWriter(folder, ByteTokenizer(), 10_000)
     for split, documents in {"train": 9, "val": count}.items():
         ids = np.concatenate([np.array([i, 100 + i, 256]) for i in range(documents)] or [[]])
         writer.append(split, ids.astype("<u2").tobytes(), 3 * np.arange(documents))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lm.checkpoints.restore import load
+from lm.checkpoints.restore import load_network
 from lm.data import ArithmeticData, ReverseData
 from lm.data.module import IGNORED
 from lm.errors import UserError
@@ -184,7 +184,7 @@ def test_sample_writes_and_reads_the_form_of_the_problems(lm, workplace: Path) -
     }
     Path("sums.yaml").write_text(yaml.safe_dump(recipe))
     assert lm("fit", "--config", "sums.yaml")[0] == 0
-    fitted = load(Path("checkpoints/sums/last.ckpt"))
+    fitted = load_network(Path("checkpoints/sums/last.ckpt"))
     data, answers = made(**settings), set()
     for prompt, shown, asked in (("12+34=", "12+34=", ".012+034="), ("999+ 007", "999+7=", ".999+007=")):
         tokens = torch.tensor([data.text_tokenizer.encode(asked).tolist()])

@@ -130,4 +130,4 @@ def test_lone_surrogates_are_replaced_or_named() -> None:
 def test_a_file_that_is_no_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="not a tokenizer"):
-        tokenizers.load(tmp_path / "tokenizer.json")
+        tokenizers.load_tokenizer(tmp_path / "tokenizer.json")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lm.cli.fit import Fit
 from lm.data import TextData
 from lm.errors import UserError
-from lm.generation import load
+from lm.generation import load_network
 from lm.models import Bigram
 from lm.training import LanguageModel
 from lm.training.loggers.log_files import read_csv
@@ -109,7 +109,7 @@ def test_what_is_not_finite_stops_before_the_weights_are_touched(lm, workplace: 
 
 def test_evaluation_is_the_sum_over_all_tokens(lm, workplace: Path) -> None:
     lm("fit", "--config", "tiny.yaml", *EXACT)
-    fitted = load(Path("checkpoints/tiny/last.ckpt"))
+    fitted = load_network(Path("checkpoints/tiny/last.ckpt"))
     data = TextData(corpus="text.txt", block_size=16, batch_size=4)
     data.setup("fit")
     nats = tokens = size = 0.0

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lm.backprop.rules import _rules
-from lm.generation import load
+from lm.generation import load_network
 from tests.conftest import start
 from tests.test_networks import NETWORKS, recipe
 from tests.training.test_resume import assert_equal, state, stop_with, table
@@ -72,7 +72,7 @@ def test_checkpoints_go_both_ways(lm, workplace: Path, first: str) -> None:
     code, _, err = lm(*words, *ways[second], "--name", "parts", "--ckpt_path", "last")
     assert code == 0, err
     assert losses("parts") == pytest.approx(losses("whole"), rel=1e-9)
-    whole, parts = (load(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("whole", "parts"))
+    whole, parts = (load_network(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("whole", "parts"))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -97,7 +97,7 @@ def test_several_steps_in_a_call_change_nothing(lm, workplace: Path) -> None:
     words = ["fit", "--config", "net.yaml", *MANUAL]
     assert lm(*words, "--name", "one")[0] == 0
     assert lm(*words, "--name", "four", "--model.init_args.steps_per_call", 4)[0] == 0
-    a, b = (load(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("one", "four"))
+    a, b = (load_network(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("one", "four"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -118,7 +118,7 @@ def test_bfloat16_products_float32_gradients(lm, workplace: Path) -> None:
     code, _, err = lm(*words, "--name", "hand", *MANUAL)
     assert code == 0, err
     assert losses("hand") == pytest.approx(losses("graph"), rel=2e-2)
-    kinds = {value.dtype for value in load(Path("checkpoints/hand/last.ckpt")).net.parameters()}
+    kinds = {value.dtype for value in load_network(Path("checkpoints/hand/last.ckpt")).net.parameters()}
     assert kinds == {torch.float32}
 
 
@@ -197,7 +197,7 @@ def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
     assert lm(*words, "--name", "one")[0] == 0
     ranks(*words, "--name", "two", "--trainer.accumulate_grad_batches", accumulate, cwd=workplace)
     assert losses("two") == pytest.approx(losses("one"), rel=1e-10)
-    one, two = (load(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("one", "two"))
+    one, two = (load_network(Path(f"checkpoints/{name}/last.ckpt")).net for name in ("one", "two"))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lm.bounds import checked
 from lm.checkpoints import checkpoint as files
 from lm.checkpoints import owned
-from lm.checkpoints.background import Writer
+from lm.checkpoints.background import BackgroundWriter
 from lm.errors import UserError
 from lm.training import harmless, lightning_internals
 from lm.training.checkpoint_io import AtomicCheckpointIO
@@ -184,5 +184,5 @@ def _io(trainer: Trainer) -> AtomicCheckpointIO:
     return io
 
 
-def _writer(trainer: Trainer) -> Writer:
+def _writer(trainer: Trainer) -> BackgroundWriter:
     return _io(trainer).writer

@@ -22,7 +22,7 @@ def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list
     whole = {n: p for n, p in net.named_parameters() if not isinstance(p, distributed.tensor.DTensor)}
     if not whole:
         return
-    sums = torch.stack([checksum(parameter.detach()) for parameter in whole.values()])  # (parameters,)
+    sums = torch.stack([weight_sum(parameter.detach()) for parameter in whole.values()])  # (parameters,)
     rows = torch.stack((gather or _gather)(sums))  # (ranks, parameters)
     usual = rows.mode(dim=0).values  # (parameters,)
     if (rows == usual).all():
@@ -35,7 +35,7 @@ def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list
     )
 
 
-def checksum(values: Tensor) -> Tensor:
+def weight_sum(values: Tensor) -> Tensor:
     """Return a number, int64 (), that changes with any bit of values and with their order."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = values.contiguous().flatten().view(kinds[values.element_size()]).long()  # (n,)

@@ -12,7 +12,7 @@ import torch
 
 from lm.checkpoints import checkpoint
 from lm.errors import CheckError
-from lm.training.distributed.drift import check_drift, checksum
+from lm.training.distributed.drift import check_drift, weight_sum
 from tests.conftest import start
 from tests.training.distributed.test_ranks import children, finish, run, write_recipe
 from tests.training.test_guard import SCHEDULE
@@ -154,11 +154,11 @@ def test_the_rank_that_differs_from_most_is_named() -> None:
 def test_a_checksum_changes_with_every_bit_and_with_the_order(dtype: torch.dtype) -> None:
     values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    seen = {int(checksum(values)), int(checksum(values.flip(0)))}
+    seen = {int(weight_sum(values)), int(weight_sum(values.flip(0)))}
     for bit in range(8 * dtype.itemsize):
         other = values.clone()
         other.view(kind)[2, 3] ^= torch.tensor(1, dtype=kind) << bit
-        seen.add(int(checksum(other)))
+        seen.add(int(weight_sum(other)))
     assert len(seen) == 2 + 8 * dtype.itemsize
 
 

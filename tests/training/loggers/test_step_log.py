@@ -98,10 +98,10 @@ def test_tokens_weigh_the_same_in_the_mean_however_a_step_is_divided(lm, workpla
     from torch.nn import functional as F
 
     from lm.data import ReverseData
-    from lm.generation import load
+    from lm.generation import load_network
 
     path = Path("checkpoints/1x1/last.ckpt")
-    net = load(path).net.double()
+    net = load_network(path).net.double()
     net.load_state_dict(
         {k.removeprefix("net."): v for k, v in checkpoint.load(path)["state_dict"].items()}
     )  # all digits
