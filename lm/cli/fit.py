@@ -139,7 +139,7 @@ class Fit(parsing.Recipes):
         self.config_init.watch.attach(trainer)
         # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
         with parsing.trainer_errors(None):
-            trainer._accelerator_connector.cluster_environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+            lightning_internals.check_environment(trainer)
         if trainer.strategy.root_device.type == "cpu" and str(settings["precision"]) in ("16-mixed", "16", "16-true"):
             raise UserError(  # Lightning would take bf16-mixed instead, without a word
                 f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"

@@ -13,7 +13,6 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lm.backprop.rules import precise
 from lm.errors import UserError
+from lm.training import lightning_internals
 from lm.training.compute import blocks, recompute_blocks
 from lm.training.distributed.sharding import shard
 from lm.training.optimizers import parameter_groups
@@ -126,7 +126,7 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """Return the network in the precision of its weights."""
-        with _DtypeContextManager(DTYPES.get(self.precision, torch.float32)):
+        with lightning_internals.default_dtype(DTYPES.get(self.precision, torch.float32)):
             return self.make_net()
 
     def forward_backward(

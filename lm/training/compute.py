@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lm.errors import UserError
 from lm.models.layers import BatchNorm
+from lm.training import lightning_internals
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -84,7 +85,7 @@ def leave_constants(module: nn.Module) -> None:
     """Let DDP leave alone what is no part of the state, the same on each rank; it would send it at every step."""
     kept = module.state_dict()
     constants = [name for name, _ in module.named_buffers() if name not in kept]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+    lightning_internals.leave_to_each_rank(module, constants)
 
 
 def tune(strategy: DDPStrategy) -> None:
@@ -93,6 +94,12 @@ def tune(strategy: DDPStrategy) -> None:
     On CPUs, gradients of less than 25 MB are reduced at once, after the backward pass: what overlaps it there takes
     its cores. Elsewhere, DDP begins with the first mebibyte.
     """
-    strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+    lightning_internals.add_ddp_settings(strategy, gradient_as_bucket_view=True)
     if strategy.root_device.type == "cpu":
-        strategy._ddp_kwargs.setdefault("bucket_cap_mb", 25)
+        lightning_internals.add_ddp_settings(strategy, bucket_cap_mb=25)
+
+
+def trains_in_memory(trainer: Trainer) -> bool:
+    """Return whether this machine's own memory must hold all that training needs: on a CPU, and not sharded."""
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    return trainer.state.fn == "fit" and trainer.strategy.root_device.type == "cpu" and not sharded

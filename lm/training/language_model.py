@@ -21,7 +21,7 @@ from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.tokenizers import Tokenizer
-from lm.training import compatibility, lightning_internals, recipes
+from lm.training import compatibility, compute, lightning_internals, recipes
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.distributed.sharding import is_sharded, shard
 from lm.training.division import Division
@@ -118,7 +118,7 @@ class LanguageModel(Evaluated):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         # drawing GPT-2 small's weights takes a CPU a second and a half
         with without_initialisation() if self.resumes else nullcontext():
-            trained = self.make_optimizer if lightning_internals.trains_in_memory(self.trainer) else None
+            trained = self.make_optimizer if compute.trains_in_memory(self.trainer) else None
             self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer
         compatibility.check_data(self.net, data)

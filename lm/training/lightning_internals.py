@@ -1,20 +1,27 @@
-"""Where training stands, and evaluation on demand: the only place that touches the Trainer's loops.
+"""What of Lightning is not public and needed all the same: in this file, and nowhere else.
 
-Lightning 2.6 saves its loops' counters and, on resume, guesses from them whether a validation was under way or is
-still due; after a stop inside one it repeats, skips or halves it (Lightning issues 20277, 19549, 19367). Here one
-number, the count of finished optimizer steps, says it all: batches are a pure function of it, and so is what is due.
+Where training stands is part of it. Lightning 2.6 saves its loops' counters and, on resume, guesses from them whether a
+validation was under way or is still due; after a stop inside one it repeats, skips or halves it (Lightning issues
+20277, 19549, 19367). Here one number, the count of finished optimizer steps, says it all: batches are a pure function
+of it, and so is what is due.
 """
 
-import time
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.distributed_c10d import _get_default_store
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as SubprocessLauncher
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = 5.0  # seconds of a rank that has failed for the others to fail, too
+__all__ = ["SubprocessLauncher"]
 
 
 class WholeFit(_FitLoop):
@@ -31,31 +38,6 @@ def begin_and_end_always(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
     trainer.fit_loop.epoch_loop = loop.epoch_loop
-
-
-def trains_in_memory(trainer: Trainer) -> bool:
-    """Return whether this machine's own memory must hold all that training needs: on a CPU, and not sharded."""
-    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-    return trainer.state.fn == "fit" and trainer.strategy.root_device.type == "cpu" and not sharded
-
-
-def all_have_failed(trainer: Trainer) -> bool:
-    """Return whether all ranks have failed at this step, as all call the same callbacks; waits some seconds for them.
-
-    Ranks that go on know nothing of it, so no collective operation can tell: the store does where they have met.
-    """
-    if trainer.world_size == 1:
-        return True
-    key = f"lm/failed/{trainer.global_step}"
-    with suppress(Exception):  # the first rank, who has the store, is gone
-        store = _get_default_store()
-        failed = store.add(key, 1)
-        end = time.monotonic() + PATIENCE
-        while failed < trainer.world_size and time.monotonic() < end:
-            time.sleep(0.05)
-            failed = store.add(key, 0)
-        return failed == trainer.world_size or store.add(key, -1) + 1 == trainer.world_size  # who comes now is too late
-    return False
 
 
 def steps_per_call(trainer: Trainer) -> int:
@@ -114,3 +96,102 @@ def nothing_left(trainer: Trainer) -> bool:
 def validates(trainer: Trainer) -> bool:
     """Return whether there is anything to evaluate."""
     return bool(trainer.limit_val_batches)
+
+
+class StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over batches, that numbers what is logged by steps.
+
+    Lightning counts from 0, by batches of which one may be many steps, and from 0 again after a resume.
+    """
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
+        batches = self.batch_progress.total.ready
+        steps = -(-batches // self.trainer.accumulate_grad_batches) * steps_per_call(self.trainer)
+        return min(steps, self.max_steps) if self.max_steps > 0 else steps
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, value: int) -> None:
+        """Do nothing: it follows from the batches."""
+
+
+class StepConnector(_LoggerConnector):
+    """Lets callbacks log at the steps that this program logs."""
+
+    @property
+    def should_update_logs(self) -> bool:
+        """Whether the step under way, or one of the call's, is logged."""
+        trainer = self.trainer
+        if trainer._active_loop is not trainer.fit_loop:
+            return super().should_update_logs
+        last = step_under_way(trainer)
+        before = last - steps_per_call(trainer)
+        every = trainer.log_every_n_steps or trainer.max_steps  # type: ignore[attr-defined]
+        first_or_last = before < 1 or before < trainer.max_steps <= last
+        return first_or_last or last // every > before // every or trainer.should_stop
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log under the number of the step, without Lightning's count of epochs."""
+        if step is None and "step" not in metrics:
+            step = step_under_way(self.trainer)
+        super().log_metrics(metrics, step)
+
+
+def number_by_steps(trainer: Trainer) -> None:
+    """Let Lightning's loop and loggers number what is logged by steps."""
+    trainer.fit_loop.epoch_loop.__class__ = StepLoop
+    trainer._logger_connector.__class__ = StepConnector
+
+
+def step_under_way(trainer: Trainer) -> int:
+    """Return the number of the step that is under way, or else of the last, as Lightning's loggers are told."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def take_no_signals(trainer: Trainer) -> None:
+    """Keep Lightning from the signals: its handlers talk to other ranks inside the handler, save there, and exit 0."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def launch_by(trainer: Trainer, launcher: SubprocessLauncher) -> None:
+    """Let another launcher start this machine's ranks."""
+    trainer.strategy._launcher = launcher
+
+
+def check_environment(trainer: Trainer) -> None:
+    """Hold a cluster's own variables against the Trainer's; Lightning does where it is to start processes alone."""
+    environment = trainer._accelerator_connector.cluster_environment
+    environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+
+
+def backend(strategy: Strategy) -> str:
+    """Return how a strategy's processes talk: nccl, gloo."""
+    processes: Any = strategy
+    return processes._get_process_group_backend()
+
+
+def add_ddp_settings(strategy: DDPStrategy, **settings: Any) -> None:
+    """Give DistributedDataParallel settings that the recipe has not."""
+    for name, value in settings.items():
+        strategy._ddp_kwargs.setdefault(name, value)
+
+
+def leave_to_each_rank(module: torch.nn.Module, names: list[str]) -> None:
+    """Let DDP leave parameters and buffers alone; torch documents no other way."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def inner(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that Lightning has wrapped, or itself."""
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def duration(timer: Timer) -> float | None:
+    """Return the seconds after which a Timer ends a run."""
+    return timer._duration
+
+
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Let tensors be made in a dtype."""
+    return _DtypeContextManager(dtype)

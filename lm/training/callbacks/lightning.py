@@ -13,13 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as parts
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lm.errors import CommandError, UserError
 from lm.training import lightning_internals, schedules
+from lm.training.distributed import failing
 
 NO_EPOCHS = "training has no epochs"
 SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -104,8 +103,8 @@ def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
             found = getattr(callback, f"_{setting}", getattr(callback, setting, None))
             if isinstance(callback, kind) and found == value:
                 raise UserError(f"{name}: {setting} is {value}: {NO_EPOCHS}: leave it out")
-        if isinstance(callback, parts.Timer) and callback._duration is not None and callback._duration <= 0:
-            raise UserError(f"{name}: duration is {callback._duration:g} s: it must be above 0")
+        if isinstance(callback, parts.Timer) and (lightning_internals.duration(callback) or 1) <= 0:
+            raise UserError(f"{name}: duration is {lightning_internals.duration(callback):g} s: it must be above 0")
         folder = getattr(callback, "dirpath", None)
         if isinstance(callback, parts.ModelCheckpoint) and folder and Path(folder).resolve() == run.resolve():
             raise UserError(f"{name}: dirpath {run} is where lm keeps its own: say another folder")
@@ -140,8 +139,7 @@ def mend(trainer: Trainer, say: Callable[[str], None]) -> None:
         logger = logging.getLogger(f"lightning.pytorch.{name}")
         logger.handlers, logger.propagate = [Said(say)], False
         logger.setLevel(logging.INFO)  # Lightning's others are kept quiet
-    trainer.fit_loop.epoch_loop.__class__ = Loop
-    trainer._logger_connector.__class__ = Connector
+    lightning_internals.number_by_steps(trainer)
     mixins: dict[type[Callback], type[Callback]] = {
         parts.ProgressBar: StepBar,
         parts.LearningRateMonitor: AfterTheStep,
@@ -167,46 +165,6 @@ class Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print."""
         self.say(record.getMessage())
-
-
-class Loop(_TrainingEpochLoop):
-    """Lightning's loop over batches, that numbers what is logged by steps.
-
-    Lightning counts from 0, by batches of which one may be many steps, and from 0 again after a resume.
-    """
-
-    @property
-    def _batches_that_stepped(self) -> int:
-        """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
-        batches = self.batch_progress.total.ready
-        steps = -(-batches // self.trainer.accumulate_grad_batches) * lightning_internals.steps_per_call(self.trainer)
-        return min(steps, self.max_steps) if self.max_steps > 0 else steps
-
-    @_batches_that_stepped.setter
-    def _batches_that_stepped(self, value: int) -> None:
-        """Do nothing: it follows from the batches."""
-
-
-class Connector(_LoggerConnector):
-    """Lets callbacks log at the steps that this program logs."""
-
-    @property
-    def should_update_logs(self) -> bool:
-        """Whether the step under way, or one of the call's, is logged."""
-        trainer = self.trainer
-        if trainer._active_loop is not trainer.fit_loop:
-            return super().should_update_logs
-        last = trainer.fit_loop.epoch_loop._batches_that_stepped
-        before = last - lightning_internals.steps_per_call(trainer)
-        every = trainer.log_every_n_steps or trainer.max_steps  # type: ignore[attr-defined]
-        first_or_last = before < 1 or before < trainer.max_steps <= last
-        return first_or_last or last // every > before // every or trainer.should_stop
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log under the number of the step, without Lightning's count of epochs."""
-        if step is None and "step" not in metrics:
-            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        super().log_metrics(metrics, step)
 
 
 class StepBar(parts.ProgressBar):
@@ -320,9 +278,9 @@ class Endings(Callback):
 
         Several ranks save together, so all must have failed at this step; a GPU that failed has nothing to save.
         """
-        finished = self._begun and trainer.global_step == trainer.fit_loop.epoch_loop._batches_that_stepped
+        finished = self._begun and trainer.global_step == lightning_internals.step_under_way(trainer)
         unknown = isinstance(exception, Exception) and not isinstance(exception, CommandError | torch.AcceleratorError)
-        if finished and unknown and lightning_internals.all_have_failed(trainer):
+        if finished and unknown and failing.all_have_failed(trainer):
             exception.at_boundary = True  # type: ignore[attr-defined]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,7 +304,7 @@ def _reason(callback: Callback) -> str | None:
         return f"{name}: {callback.stopping_reason_message.removesuffix(' Signaling Trainer to stop.')}"
     if isinstance(callback, parts.Timer) and (left := callback.time_remaining()) is not None and left <= 0:
         what = "trainer.max_time" if isinstance(callback, MaxTime) else f"{name}: duration"
-        return f"{what} {timedelta(seconds=callback._duration or 0)} is over"
+        return f"{what} {timedelta(seconds=lightning_internals.duration(callback) or 0)} is over"
     return None
 
 

@@ -13,18 +13,19 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from lm import log
 from lm.errors import CheckError, UserError
+from lm.training import lightning_internals
+from lm.training.lightning_internals import SubprocessLauncher
 
 STARTER = "LM_STARTED_BY"
 """Of the environment: the process that started this rank."""
 
 
-class Launcher(_SubprocessScriptLauncher):
+class Launcher(SubprocessLauncher):
     """Starts the other ranks of this machine, lets all meet, and leaves watching them to `Watch`.
 
     Lightning's own observer kills this process, without a word and within five seconds, when another rank ends: also
@@ -199,7 +200,7 @@ def meet_again(trainer: Trainer, timeout: float) -> None:
     rank, world_size = trainer.global_rank, trainer.world_size
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))
     distributed.init_process_group(
-        strategy._get_process_group_backend(),
+        lightning_internals.backend(strategy),
         store=distributed.PrefixStore(f"attempt {attempt}", store),
         rank=rank,
         world_size=world_size,

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -30,7 +28,9 @@ from lm.checkpoints import checkpoint as files
 from lm.checkpoints import sharded
 from lm.errors import UserError
 from lm.models.layers import BatchNorm
+from lm.training import lightning_internals
 from lm.training.compute import blocks
+from lm.training.lightning_internals import SubprocessLauncher
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
@@ -65,7 +65,7 @@ class Sharded(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         # as DDP's: in every process, so that each comes to the meeting; Lightning's is the first process' alone
         assert self.cluster_environment is not None
-        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher = SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Shard over all ranks, on one node or several."""
@@ -74,7 +74,7 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the optimizer's state by parameter name: this rank's shares."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        inner = lightning_internals.inner(optimizer)
         assert self.model is not None
         return dict(get_optimizer_state_dict(self.model, inner))
 

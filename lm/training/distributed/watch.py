@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -21,6 +20,7 @@ from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.training import lightning_internals
 from lm.training.distributed.drift import check_drift
 from lm.training.distributed.meeting import Launcher, Meeting, end, end_starter, lost_child
+from lm.training.lightning_internals import SubprocessLauncher
 
 
 class Watch(Callback):
@@ -56,15 +56,13 @@ class Watch(Callback):
         self._meeting: Meeting | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Start this machine's ranks by a launcher that leaves them to this watch; keep Lightning from the signals.
-
-        Its own handlers talk to other ranks inside the handler, save there, and exit 0: the command line has ours.
-        """
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        """Start this machine's ranks by a launcher that leaves them to this watch; keep Lightning from the signals."""
+        lightning_internals.take_no_signals(trainer)
+        if isinstance(trainer.strategy.launcher, SubprocessLauncher):
             environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
             launcher = Launcher(environment, trainer.num_devices, trainer.num_nodes, self.meet_timeout)
-            trainer.strategy._launcher, self._meeting, self.children = launcher, launcher.meeting, launcher.children
+            lightning_internals.launch_by(trainer, launcher)
+            self._meeting, self.children = launcher.meeting, launcher.children
 
     def over(self, trainer: Trainer, work: Callable[[], object]) -> None:
         """Let a Trainer work, and end what it has started.

@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lm import log, storage
@@ -57,7 +58,7 @@ class Events(TensorBoardLogger):
     def experiment(self) -> Any:
         """The SummaryWriter: a new one where its file was removed, as it would go on writing to none."""
         if not self.opened:
-            return _DummyExperiment()
+            return DummyLogger().experiment
         if self._experiment is not None and self._file and _head(self._file[0]) != self._file[1]:
             self._removed(self._file[0])
             writers: Any = self._experiment.all_writers  # what is there now is another's
