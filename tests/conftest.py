@@ -42,6 +42,9 @@ RECIPE = {
     "samples": {"max_new_tokens": 8},
 }
 
+MISSING = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if not (REFERENCE / n).is_file()]
+"""What this machine lacks of the reference data."""
+
 TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n" for i in range(300))
 
 
@@ -59,9 +62,8 @@ def _quick_collector(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the reference data, as LM_DATA_HOME; skips where it is missing."""
-    missing = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if not (REFERENCE / n).is_file()]
-    if missing:
-        pytest.skip(f"LM_DATA_HOME lacks {', '.join(missing)}")
+    if MISSING:
+        pytest.skip(f"LM_DATA_HOME lacks {', '.join(MISSING)}")
     monkeypatch.setenv("LM_DATA_HOME", str(REFERENCE))
     return REFERENCE
 
@@ -74,6 +76,25 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     return tmp_path
+
+
+@pytest.fixture
+def data_for(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[object]]:
+    """Returns the options by which a recipe finds data: none, or stand-ins where the reference data is missing."""
+
+    def options(recipe: dict[str, Any]) -> list[object]:
+        data = recipe["data"]["init_args"]
+        if not MISSING:
+            monkeypatch.setenv("LM_DATA_HOME", str(REFERENCE))
+        elif data.get("corpus") == "names":
+            (workplace / "words.txt").write_text("\n".join(chr(97 + i % 26) * (1 + i % 7) for i in range(200)))
+            return ["--data.init_args.corpus", "words.txt"]
+        elif data.get("corpus") == "shakespeare":
+            tokenizer = ["--data.init_args.tokenizer", "byte"] if "tokenizer" in data else []
+            return ["--data.init_args.corpus", "python-docs", *tokenizer]
+        return []
+
+    return options
 
 
 @pytest.fixture

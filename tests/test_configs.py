@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import MISSING, REFERENCE, ROOT
 
 PREPARE = sorted((ROOT / "configs/prepare").glob("*.yaml"))
 CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
@@ -32,14 +32,21 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
+def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
     sizes = recipe["data"]["init_args"]
     text = recipe["data"]["class_path"] == "lm.data.TextData"
-    if sizes.get("corpus") in ("shakespeare", "names"):
-        request.getfixturevalue("reference")
-    words = ["fit", "--config", config, "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"]
-    words += ["--trainer.precision", "32-true", "--data.init_args.block_size", 8 if text else sizes["block_size"]]
+    words = ["fit", "--config", config, *data_for(recipe), "--trainer.max_steps", 2, "--trainer.accelerator", "cpu"]
+    if "tokenizer" in sizes:  # logits of GPT-2's vocabulary, of a whole tenth of the text, would take minutes
+        words += ["--data.init_args.val_fraction", 0.002]
+    words += [
+        "--trainer.precision",
+        "32-true",
+        "--samples.max_new_tokens",
+        8,
+        "--data.init_args.block_size",
+        8 if text else sizes["block_size"],
+    ]
     words += ["--data.init_args.batch_size", 2 * recipe["trainer"].get("accumulate_grad_batches", 1)]
     arguments = recipe["model"]["init_args"]["net"].get("init_args", {})
     words += [word for name in SMALL.keys() & arguments.keys() for word in (f"{NET}.{name}", SMALL[name])]
@@ -61,10 +68,13 @@ COLUMNS = {  # of the real data sets, with the types that they have
 
 
 @pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
-def test_preparation(lm, workplace: Path, config: Path, reference: Path) -> None:
+def test_preparation(lm, workplace: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    if not MISSING:
+        monkeypatch.setenv("LM_DATA_HOME", str(REFERENCE))
+    tokenizer = "byte" if MISSING else "gpt2"
     for folder, columns in COLUMNS.items():
         (workplace / folder).mkdir(parents=True)
         for part in range(2):
@@ -77,10 +87,11 @@ def test_preparation(lm, workplace: Path, config: Path, reference: Path) -> None
         (workplace / name).mkdir(parents=True)
         for i in range(200):
             (workplace / name / f"{i}.{'txt' if 'texts' in name else 'py'}").write_text(f"print({i})\n" * (i % 9 + 9))
-    code, out, err = lm("prepare", "--config", config, "--json")
+    code, out, err = lm("prepare", "--config", config, "--tokenizer", tokenizer, "--json")
     assert code == 0, err
     said, output = json.loads(out.splitlines()[-1]), yaml.safe_load(config.read_text())["output"]
     assert said["documents"] == (4000 if "web" in config.stem else 200)
-    fit = ("--data.init_args.corpus", output, "--data.init_args.tokenizer", "gpt2", "--name", "run")
-    code, _, err = lm("fit", "--config", "tiny.yaml", "--data.init_args.block_size", 8, *fit)
+    fit = ("--data.init_args.corpus", output, "--data.init_args.tokenizer", tokenizer, "--name", "run")
+    short = ("--data.init_args.block_size", 8, "--trainer.max_steps", 2)
+    code, _, err = lm("fit", "--config", "tiny.yaml", *short, *fit)
     assert code == 0, err

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lm.backprop.rules import precise
 from lm.errors import UserError
@@ -182,6 +183,15 @@ def flops_per_token(recipe: Recipe) -> float:
     return counter.get_total_flops() / tokens.numel()
 
 
+class Tracker(MemTracker):
+    """Torch's, without the peak of each module, which it would look after at every operation."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
+
+
 def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
     """Return the memory of a step of one process, the second one, when the optimizer has its state."""
     return _worst(moments(recipe, recompute=recompute))
@@ -209,18 +219,19 @@ def moments(recipe: Recipe, *, recompute: bool = False) -> Moments:
             recompute_blocks(net)
         optimizer = recipe.make_optimizer(parameter_groups(net))
         tokens, targets = (torch.zeros(shape, dtype=torch.long) for shape in (recipe.tokens, recipe.targets))
-        tracker = MemTracker()
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # the first step: after it, the optimizer has its state
+        if recipe.accumulate == 1:  # else the gradients of earlier micro-batches are there
+            optimizer.zero_grad()
+        tracker = Tracker()
         tracker.track_external(net, optimizer)
         with tracker:
-            for _ in range(2):
-                for _ in range(min(2, recipe.accumulate)):  # the gradients of the first are there during the second
-                    tracker.reset_mod_stats()
-                    recipe.forward_backward(net, tokens, targets, between=lambda: look("current"))
-                look("current")
-                optimizer.step()
-                optimizer.zero_grad()
+            recipe.forward_backward(net, tokens, targets, between=lambda: look("current"))
+            look("current")
+            optimizer.step()
         look("peak")
-    begin, end, worst = seen[-3:]
+    begin, end, worst = seen
     return begin, end, worst
 
 
@@ -230,14 +241,20 @@ def copied(alone: Memory, processes: int) -> Memory:
     return Memory(alone.weights, gradients, alone.optimizer, alone.activations)
 
 
-def sharded(recipe: Recipe, alone: Memory, processes: int) -> Memory:
-    """Return a process's memory under FSDP2.
+def shares(recipe: Recipe, processes: int) -> tuple[float, float]:
+    """Return which part of the parameters a rank keeps under FSDP2, and which it has gathered, as `at_once` counts.
 
-    It has its share of weights, gradients and optimizer state; and, gathered, what `at_once` counts.
+    Raises:
+        UserError: The network is not sharded: it has BatchNorm.
     """
     size = parameters(recipe)
-    part, gathered = largest_share(recipe, processes) / size, at_once(recipe) / size * alone.weights
-    return Memory(alone.weights * part, alone.weights * part, alone.optimizer * part, alone.activations + gathered)
+    return largest_share(recipe, processes) / size, at_once(recipe) / size
+
+
+def sharded(alone: Memory, part: float, gathered: float) -> Memory:
+    """Return a process's memory under FSDP2 with these `shares`: its part of all, and beside it what is gathered."""
+    own = alone.weights * part
+    return Memory(own, own, alone.optimizer * part, alone.activations + alone.weights * gathered)
 
 
 def at_once(recipe: Recipe) -> int:
@@ -255,16 +272,18 @@ def _worst(moments: Iterable[Memory]) -> Memory:
 def strategies(recipe: Recipe, processes: int) -> dict[str, Memory]:
     """Return a process's memory by strategy, of those that the network allows."""
     table = {}
+    try:
+        parts = shares(recipe, processes)
+    except UserError:  # it has BatchNorm
+        parts = None
     for suffix, again in {"": False, " + activation_checkpointing": True}.items():
         try:
             alone = moments(recipe, recompute=again)
         except UserError:  # this network has no blocks that can be computed twice
             continue
         table["ddp" + suffix] = _worst(copied(one, processes) for one in alone)
-        try:
-            table["fsdp2" + suffix] = _worst(sharded(recipe, one, processes) for one in alone)
-        except UserError:  # it has BatchNorm
-            continue
+        if parts:
+            table["fsdp2" + suffix] = _worst(sharded(one, *parts) for one in alone)
     return table
 
 

@@ -15,15 +15,12 @@ from tests.test_networks import recipe
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_recipe(lm, config: Path, request: pytest.FixtureRequest) -> None:
-    text = yaml.safe_load(config.read_text())
-    sizes = text["data"]["init_args"]
-    if sizes.get("corpus") in ("shakespeare", "names"):
-        request.getfixturevalue("reference")
-    words = ["gradients", "--config", config, "--json"]
+def test_recipe(lm, data_for, config: Path) -> None:
+    recipe = yaml.safe_load(config.read_text())
+    words = ["gradients", "--config", config, *data_for(recipe), "--json"]
     if config.stem in ("gpt2-124m", "shakespeare") or config.parent.name == "gpt3":  # at their size: minutes each
         words += [word for name, value in SMALL.items() for word in (f"{NET}.{name}", value)]
-        words += ["--data.init_args.block_size", 16]
+        words += ["--data.init_args.block_size", 16, "--data.init_args.batch_size", 2]
     code, out, err = lm(*words)
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])

@@ -38,7 +38,7 @@ if CASES[sys.argv[1]][1]:
     recompute_blocks(net)
 optimizer = recipe.make_optimizer(net.parameters())
 tokens = torch.zeros(recipe.tokens, dtype=torch.long)
-for _ in range(3):
+for _ in range(2):
     recipe.forward_backward(net, tokens, tokens)
     optimizer.step()
     optimizer.zero_grad()
@@ -53,13 +53,13 @@ def recipe_of(vocab: int, size: dict, batch: int, precision: str = "32-true") ->
     )
 
 
-BIG = {"n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
-LLAMA = {"n_layer": 4, "n_head": 4, "n_embd": 512, "n_kv_head": 2, "norm": "rms", "positions": "rotary"}
+BIG = {"n_layer": 4, "n_head": 6, "n_embd": 384, "bias": False}
+LLAMA = {"n_layer": 3, "n_head": 4, "n_embd": 384, "n_kv_head": 2, "norm": "rms", "positions": "rotary"}
 LLAMA |= {"feed_forward": "swiglu", "tie_weights": False}
 CASES = {
-    "gpt": ((5000, BIG, 8), False),
-    "recomputed": ((5000, BIG, 8), True),
-    "llama": ((8000, LLAMA, 6), False),
+    "gpt": ((5000, BIG, 4), False),
+    "recomputed": ((5000, BIG, 4), True),
+    "llama": ((8000, LLAMA, 4), False),
 }
 
 
@@ -102,7 +102,7 @@ def test_memory_of_strategies_adds_up() -> None:
     assert alone.optimizer == pytest.approx(2 * alone.weights, 1e-3)
     assert planning.copied(alone, 1) == alone
     assert planning.copied(alone, 64).gradients == alone.weights
-    assert planning.sharded(recipe, alone, 64).peak < alone.peak < planning.copied(alone, 64).peak
+    assert planning.sharded(alone, *planning.shares(recipe, 64)).peak < alone.peak < planning.copied(alone, 64).peak
     begin, end, worst = planning.moments(recipe)
     assert worst == alone and begin.activations > end.activations and begin.gradients == 0 < end.gradients
     assert planning.memory(recipe, recompute=True).activations < alone.activations
@@ -148,8 +148,8 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
     kind, size, precision, batch = DEEP[name]
-    shape, make_net = (batch, 16), partial(kind, 50, 16, n_layer=8, **size)
-    deep = planning.Recipe(make_net, lambda groups: AdamW(groups, fused=True), shape, shape, precision, 1, 8)
+    shape, make_net = (batch, 16), partial(kind, 50, 16, n_layer=7, **size)
+    deep = planning.Recipe(make_net, lambda groups: AdamW(groups, fused=True), shape, shape, precision, 1, 7)
     whole = replace(deep, layers=None)
     assert deep.deep and not whole.deep
     assert planning.parameters(deep) == planning.parameters(whole) == sum(p.numel() for p in make_net().parameters())
@@ -161,7 +161,7 @@ def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
         for a, b in zip(exact[:2], found[:2], strict=True):
             assert (b.weights, b.gradients, b.optimizer) == (a.weights, a.gradients, a.optimizer)
             assert b.activations == pytest.approx(a.activations, rel=1e-3, abs=1000)
-        assert planning.memory(deep, recompute=again).peak == pytest.approx(max(m.peak for m in exact), rel=0.03)
+        assert max(m.peak for m in found) == pytest.approx(max(m.peak for m in exact), rel=0.03)
 
 
 def test_layers_that_differ_are_counted_one_by_one() -> None:
@@ -171,8 +171,9 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_recipe_is_planned(lm, reference: Path, config: Path) -> None:
-    code, out, err = lm("plan", "--config", config, "--num_nodes", 64 if config.stem == "175b" else 1, "--json")
+def test_every_recipe_is_planned(lm, data_for, config: Path) -> None:
+    data = data_for(yaml.safe_load(config.read_text()))
+    code, out, err = lm("plan", "--config", config, *data, "--num_nodes", 64 if config.stem == "175b" else 1, "--json")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
     assert {"parameters", "memory_gb_per_device", "tokens_per_step", "hours", "strategy"} <= found.keys()
@@ -194,7 +195,7 @@ GPT3 = {  # Brown et al. 2020, table 2.1: millions of parameters; layers, width,
 
 
 @pytest.mark.parametrize("name", GPT3)
-def test_gpt3s_sizes_are_the_papers(lm, reference: Path, name: str) -> None:
+def test_gpt3s_sizes_are_the_papers(name: str) -> None:
     """One head of 13B makes its width 5120; the paper rounds counts and batches."""
     millions, layers, width, thousands, rate = GPT3[name]
     text = yaml.safe_load((ROOT / f"configs/gpt3/{name}.yaml").read_text())
@@ -209,8 +210,9 @@ def test_gpt3s_sizes_are_the_papers(lm, reference: Path, name: str) -> None:
     assert text["trainer"]["max_steps"] * data["batch_size"] * 2048 == pytest.approx(300e9, rel=0.001)
 
 
-def test_one_that_fits_nowhere_is_told_what_would_do(lm, reference: Path) -> None:
-    words = ("plan", "--config", ROOT / "configs/gpt3/175b.yaml")
+def test_one_that_fits_nowhere_is_told_what_would_do(lm, data_for) -> None:
+    config = ROOT / "configs/gpt3/175b.yaml"
+    words = ("plan", "--config", config, *data_for(yaml.safe_load(config.read_text())))
     code, out, err = lm(*words)
     assert code == 0, err
     assert "none fits: 32 devices would do, with trainer.strategy fsdp2, model.activation_checkpointing true" in out

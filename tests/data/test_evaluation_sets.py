@@ -136,7 +136,7 @@ def test_a_text_has_every_target_once(length: int, world_size: int) -> None:
     assert sorted(targets) == list(range(1, length))
 
 
-def test_two_ranks_end_their_evaluation_together(workplace: Path) -> None:
+def test_two_ranks_end_their_evaluation_together(lm, workplace: Path) -> None:
     """15 batches over two ranks once hung: one waited for the sums, the other for the signals."""
     prepared(workplace / "corpus", 15)
     trainer = {**RECIPE["trainer"], "max_steps": 4, "val_check_interval": 2, "devices": 2}
@@ -149,7 +149,5 @@ def test_two_ranks_end_their_evaluation_together(workplace: Path) -> None:
         fit.terminate()
     assert fit.returncode == 0, error
     loss = json.loads(out.splitlines()[-1])["val_loss"]
-    validate = start("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--json", cwd=workplace)
-    out, error = validate.communicate(timeout=100)
-    alone = json.loads(out.splitlines()[-1])
+    alone = json.loads(lm("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", "--json")[1].splitlines()[-1])
     assert alone["loss"] == pytest.approx(loss, rel=1e-5) and alone["tokens"] == 2 * 15

@@ -253,6 +253,7 @@ def test_a_stream_longer_than_block_size_is_refused() -> None:
         net(torch.zeros(1, BLOCK + 1, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_it_learns_to_reverse_strings() -> None:
     letters = "abcdefgh_>."  # the pad, the start and the end token are the last three
     chance = random.Random(0)

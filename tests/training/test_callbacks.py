@@ -33,7 +33,7 @@ def test_kept_memory_is_not_asked_for_again() -> None:
         words = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
-    assert all(faults("keep") < 100 for _ in range(3))
+    assert faults("keep") < 100
     # where a small block happens to lie above the large ones, glibc cannot give them back
     assert any(faults("give") > 1000 for _ in range(8))
 
