@@ -2,8 +2,8 @@
 
     python benchmarks/figures.py house
 
-An arrow that others imply is left out: where a imports b and b imports c, a may import c. Modules that are no package are
-on the ground and used by all; their arrows are left out as well.
+An arrow that others imply is left out: where a imports b and b imports c, a may import c. Modules that are not packages
+are on the ground and used by all; their arrows are left out as well.
 """
 
 from itertools import product
