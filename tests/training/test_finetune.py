@@ -99,7 +99,9 @@ SETTINGS: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS)
-def test_a_setting_that_shapes_do_not_show_is_refused_by_name(lm, pretrained: Path, name: str, value: object) -> None:
+def test_a_setting_that_shapes_do_not_show_is_refused_by_name(
+    lm, request: pytest.FixtureRequest, name: str, value: object
+) -> None:
     net: dict[str, Any] = {"class_path": "lm.models.GPT", "init_args": {"n_layer": 1, "n_head": 2, "n_embd": 16}}
     there = {"model": {"init_args": {"net": net}}}
     here = {"model": {"init_args": {"net": {**net, "init_args": {**net["init_args"], name: value}}}}}
@@ -107,6 +109,7 @@ def test_a_setting_that_shapes_do_not_show_is_refused_by_name(lm, pretrained: Pa
         compatibility.check_network("x.ckpt", there, here)
     compatibility.check_network("x.ckpt", there, there)
     if name in ("residual", "n_head", "feed_forward"):  # the whole way once or twice
+        request.getfixturevalue("pretrained")
         code, _, err = lm(*RECIPE, "--name", "tuned", "--init_from", LAST, f"{NET}.{name}", value)
         assert code == 2 and f"error: --init_from {LAST} is of another architecture: {name} is " in err, err
         assert err.count("\n") == 1 and not Path("checkpoints/tuned/last.ckpt").exists()
