@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-long test-container lint lock audit tensorboard clean help
+.PHONY: docs docs-serve train test test-slow test-long test-container lint lock audit tensorboard clean help
 
 help:
 	@echo "make train        install, train configs/quickstart.yaml (continues if it was interrupted), print a sample"
@@ -13,6 +13,8 @@ help:
 	@echo "make lint         linters, formatter, type checker, import contracts"
 	@echo "make lock         write requirements*.lock anew from constraints.txt"
 	@echo "make audit        ask whether a locked package has a known vulnerability"
+	@echo "make docs         build docs/ into site/"
+	@echo "make docs-serve   show the documents at http://127.0.0.1:8000, with search"
 	@echo "make tensorboard  show logs/ at http://127.0.0.1:6006"
 	@echo "make clean        remove .venv"
 
@@ -54,6 +56,13 @@ lock: .venv/installed-dev
 audit: .venv/installed-dev
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements.lock
 
+docs: .venv/installed-docs
+	$(BIN)/zensical build --strict --clean
+	@echo "== built site/; make docs-serve shows it, with search"
+
+docs-serve: .venv/installed-docs
+	$(BIN)/zensical serve --dev-addr 127.0.0.1:8000
+
 tensorboard: .venv/installed
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
 
@@ -66,6 +75,11 @@ tensorboard: .venv/installed
 .venv/installed-test: .venv/installed
 	@echo "== installing the test extra into .venv"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "== installing the docs extra into .venv"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed-test

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from lm.backprop import Gradients, loss_and_gradients
 from lm.models import GPT, MLP, WaveNet
-from lm.training.callbacks.process import keep_memory
-from lm.training.manual import _functional
+from lm.training.by_hand import compile_pass
+from lm.training.callbacks import keep_memory
 
 
 def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def autograd(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets:
 
 def by_hand(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool) -> Any:
     grads = Gradients()
-    run = torch.compile(_functional, dynamic=False, fullgraph=True)
+    run = compile_pass()
 
     @torch.no_grad()
     def step() -> None:
@@ -98,7 +98,7 @@ def timed(step: Callable[[], None], count: int) -> float:
 
 
 def compare(name: str, compiled: bool, rounds: int) -> None:
-    """Print a line: milliseconds a step, and the ratio."""
+    """Print a row: the ratio of a step's times, and its spread; the times themselves go to standard error."""
     both, count = steps(name, compiled), CASES[name][1]
     for step in both.values():
         timed(step, count)
@@ -108,9 +108,10 @@ def compare(name: str, compiled: bool, rounds: int) -> None:
             found[kind].append(timed(both[kind], count))
     ratios = [b / a for a, b in zip(found["autograd"], found["by hand"], strict=True)]
     a, b = (statistics.median(values) for values in found.values())
-    how = "compiled" if compiled else "eager"
-    spread = f"rounds {min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"{name:<32} {how:<9} {a:9.3f} ms {b:9.3f} ms   {statistics.median(ratios):.3f} ({spread})", flush=True)
+    how = "both compiled" if compiled else "eager"
+    print(f"{name}, {how}: {a:.3f} ms by autograd, {b:.3f} ms by hand", file=sys.stderr)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"| {name}, {how} | {statistics.median(ratios):.3f} | {spread} |", flush=True)
 
 
 def peak(name: str, kind: str) -> None:
@@ -140,7 +141,7 @@ def main() -> None:
         peak(*options.peak)
         return
     keep_memory()  # as in lm fit, for both
-    print(f"{'':<42} {'autograd':>12} {'by hand':>12}   by hand / autograd")
+    print("| by hand / autograd | here | rounds |\n| --- | --- | --- |", flush=True)
     for compiled in (False, True):
         if options.only in (None, "compiled" if compiled else "eager"):
             for name in CASES:
@@ -153,7 +154,8 @@ def main() -> None:
                 exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and shows
                 text = subprocess.run(words, stdout=subprocess.PIPE, env=exact, text=True, check=True).stdout
                 found.append(float(text))
-            print(f"{name:<32} {'memory':<9} {found[0]:8.1f} MiB {found[1]:7.1f} MiB   {found[1] / found[0]:.3f}")
+            print(f"{name}: {found[0]:.1f} MiB by autograd, {found[1]:.1f} MiB by hand", file=sys.stderr)
+            print(f"| {name}, peak memory | {found[1] / found[0]:.3f} | – |")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Resident(Callback):
-    """Prints the resident memory in MiB, from Linux's /proc."""
+    """Notes the resident memory in MiB, from Linux's /proc, by step."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print every 1,000 steps."""
+        """Note every 1,000 steps."""
         if trainer.global_step % 1000 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            print(f"step {trainer.global_step:>6}  {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:8.1f} MiB", flush=True)
+            self.found[trainer.global_step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
@@ -42,8 +45,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         cli = Fit(["--config", str(config), "--json", "--trainer.max_steps", str(options.steps)], "")
-        cli.trainer.callbacks.insert(0, Resident())
+        resident = Resident()
+        cli.trainer.callbacks.insert(0, resident)
         cli.run()
+    print("\n| resident memory | here |\n| --- | --- |")
+    for step, mebibytes in resident.found.items():
+        print(f"| at step {step:,} | {mebibytes:.0f} MiB |")
 
 
 if __name__ == "__main__":

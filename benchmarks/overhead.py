@@ -148,8 +148,12 @@ def main() -> None:
     for kind, found in times.items():
         median = statistics.median(found)
         print(f"{kind:<8} {median:7.2f} s  {1000 * median / options.steps:7.3f} ms/step")
-    print(f"trainer / bare {statistics.median(ratios):.3f}  (rounds: {', '.join(f'{r:.3f}' for r in ratios)})")
-    print(f"validation losses {'equal to the last bit' if len(losses) == 1 else f'differ: {sorted(losses)}'}")
+    print(f"validation losses {'equal to the last bit' if len(losses) == 1 else f'differ: {sorted(losses)}'}\n")
+    name = f"{options.config.with_suffix('').as_posix().removeprefix('configs/')}, {options.steps:,} steps"
+    if any("Manual" in word for word in more):
+        name += f", by hand{', compiled' * ('--model.init_args.compile' in more)}, against autograd in the loop"
+    print("| Trainer / bare loop | here | rounds |\n| --- | --- | --- |")
+    print(f"| {name} | {statistics.median(ratios):.3f} | {', '.join(f'{ratio:.3f}' for ratio in ratios)} |")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def prepare_command(corpus: Path, output: Path) -> list[str]:
     return lm("prepare", "--source", corpus, "--tokenizer", "gpt2", "--output", output, "--workers", 2, "--json")
 
 
+def print_row(what: str, figure: str, rounds: str = "–") -> None:
+    """Print a row of the table."""
+    print(f"| {what} | {figure} | {rounds} |", flush=True)
+
+
 def bench_prepare(folder: Path, corpus: Path, rounds: int) -> None:
     """Print the throughput of lm prepare, as a share of tiktoken's."""
     size, ratios = corpus.stat().st_size / 1e6, []
@@ -124,8 +129,10 @@ def bench_prepare(folder: Path, corpus: Path, rounds: int) -> None:
             lambda c=command: subprocess.run(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
         )
         ratios.append(theirs / ours)
-        print(f"round {k}: tiktoken {size / theirs:.1f} MB/s, lm prepare {size / ours:.1f} MB/s: {ratios[-1]:.3f}")
-    print(f"throughput of lm prepare / tiktoken's: {statistics.median(ratios):.3f}")
+        speeds = f"tiktoken {size / theirs:.1f} MB/s, lm prepare {size / ours:.1f} MB/s"
+        print(f"round {k}: {speeds}: {ratios[-1]:.3f}", file=sys.stderr)
+    rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print_row(f"`lm prepare` / tiktoken, throughput on {size:.0f} MB", f"{statistics.median(ratios):.2f}", rounds)
 
 
 def bench_memory(folder: Path, megabytes: int) -> None:
@@ -136,7 +143,8 @@ def bench_memory(folder: Path, megabytes: int) -> None:
             make_corpus(corpus, size)
         began = time.monotonic()
         peak = peak_memory(subprocess.Popen(prepare_command(corpus, folder / f"memory{size}"), **QUIET))
-        print(f"peak memory at {size} MB: {peak:.0f} MB ({time.monotonic() - began:.0f} s)")
+        print(f"peak memory at {size} MB: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print_row(f"peak memory of `lm prepare`, all processes, {size:,} MB", f"{peak:.0f} MB")
 
 
 def bench_serve(folder: Path) -> None:
@@ -148,16 +156,20 @@ def bench_serve(folder: Path) -> None:
     from lm.data import TextData
     from lm.models import GPT
 
+    found = []
     for order in ("random", "permutation"):
         for across in (True, False):
             data = TextData(
                 corpus=str(folder / "out0"), block_size=1024, batch_size=64, order=order, across_documents=across
             )
-            seconds = serving(data)
+            found.append(seconds := serving(data))
             print(
                 f"64 x 1,024 tokens, {order}, across documents {across}: {seconds * 1e3:.2f} ms, a step of GPT-2 on an "
-                f"H100 (derived, {H100_STEP * 1e3:.0f} ms) / that: {H100_STEP / seconds:.0f}"
+                f"H100 (derived, {H100_STEP * 1e3:.0f} ms) / that: {H100_STEP / seconds:.0f}",
+                file=sys.stderr,
             )
+    least, most = (f"{seconds * 1e3:.1f}" for seconds in (min(found), max(found)))
+    print_row("serving 64 × 1,024 tokens of a prepared corpus", f"{least} to {most} ms")
     recipe = yaml.safe_load(Path("configs/shakespeare-cpu.yaml").read_text())
     size = recipe["data"]["init_args"]
     shards.HELD = 0  # from the disk, as a large corpus is
@@ -170,7 +182,7 @@ def bench_serve(folder: Path) -> None:
         torch.nn.functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
 
     took = statistics.median(timed(step) for _ in range(20))
-    print(f"shakespeare-cpu: serving / forward and backward pass: {seconds / took:.4f}")
+    print_row("serving a batch / forward and backward pass, shakespeare-cpu", f"{seconds / took:.2%}")
 
 
 def serving(data) -> float:
@@ -191,13 +203,14 @@ def bench_tokenizer(folder: Path, corpus: Path) -> None:
     command = lm("tokenizer", "--source", corpus, "--vocab_size", 8192, "--output", folder / "a.tiktoken", "--json")
     peak = peak_memory(subprocess.Popen(command, **QUIET))
     size = corpus.stat().st_size / 1e6
-    print(f"lm tokenizer on {size:.0f} MB: {time.monotonic() - began:.1f} s, {peak:.0f} MB")
+    print_row(f"`lm tokenizer`, 8,192 tokens on {size:.0f} MB", f"{time.monotonic() - began:.0f} s, {peak:.0f} MB")
     files = Path(os.environ["LM_DATA_HOME"]) / "tinyshakespeare.txt"
     command = lm("tokenizer", "--source", files, "--vocab_size", 8192, "--output", folder / "b.tiktoken", "--json")
     ours = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["bytes_per_token"]
     text = sources.find("shakespeare").read()
     theirs = len(text.encode()) / len(tokenizers.make("gpt2", str).encode(text))
-    print(f"bytes per token on tiny Shakespeare: 8,192 trained on it {ours:.3f}, GPT-2's 50,257 {theirs:.3f}")
+    what = "bytes a token on tiny Shakespeare: 8,192 tokens trained on it, GPT-2's 50,257"
+    print_row(what, f"{ours:.3f}, {theirs:.3f}")
 
 
 def main() -> None:
@@ -214,6 +227,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        print("| what | here | rounds |\n| --- | --- | --- |", flush=True)
         corpus = folder / f"{options.megabytes}.jsonl"
         make_corpus(corpus, options.megabytes)
         if "prepare" in options.only or "serve" in options.only:

@@ -6,7 +6,7 @@
     python benchmarks/scaling.py --loader    the share of the time that training waits for data
 
 Both sides of a ratio are measured in turn, in one run; medians over rounds. Needs tiny Shakespeare, and for --saving
-GPT-2's ranks, in LM_DATA_HOME.
+GPT-2's merge table, in LM_DATA_HOME.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,18 @@ def throughput(module: str, ranks: int, threads: int) -> float:
         return statistics.median(rows[2:])
 
 
+def print_row(what: str, figure: str, rounds: Iterable[str] = ("–",)) -> None:
+    print(f"| {what} | {figure} | {', '.join(rounds)} |", flush=True)
+
+
 def scaling(rounds: int) -> None:
-    for module in ("lm.training.LanguageModel", "lm.training.ManualLanguageModel"):
+    what = "two ranks × one thread / one rank × two threads, same global batch, tokens per second"
+    for name, module in (
+        (what, "lm.training.LanguageModel"),
+        ("the same with gradients by hand", "lm.training.ManualLanguageModel"),
+    ):
         ratios = [throughput(module, 2, 1) / throughput(module, 1, 2) for _ in range(rounds)]
-        print(f"{module}: 2 ranks x 1 thread / 1 rank x 2 threads: {statistics.median(ratios):.3f}", end=" ")
-        print(f"(rounds {', '.join(f'{ratio:.3f}' for ratio in ratios)})", flush=True)
+        print_row(name, f"{statistics.median(ratios):.2f}", (f"{ratio:.3f}" for ratio in ratios))
 
 
 def saving() -> None:
@@ -90,12 +98,14 @@ def saving() -> None:
         _, *ends = [float(one) for one in (Path(folder) / "steps.txt").read_text().split()]
         took = [after - before for before, after in itertools.pairwise(ends)]  # took[k]: step k + 2
         median, longest = statistics.median(took), max(took[8:])  # the first save takes its memory, too
-        print(f"median step {median:.2f} s, longest after step 9 {longest:.2f} s: {longest / median:.2f}", end="; ")
-        print("steps " + " ".join(f"{one:.2f}" for one in took))
+        print("seconds of steps: " + " ".join(f"{one:.2f}" for one in took), file=sys.stderr)
+        what = "GPT-2 small, a save every 8 steps: longest step after the first save / median step"
+        print_row(what, f"{longest / median:.2f}")
         began = time.time()
         fit(folder, "gpt2-124m.yaml", 2, *words, "--trainer.max_steps", 27, "--ckpt_path", "last")
         begin, end = [float(one) - began for one in (Path(folder) / "steps.txt").read_text().split()[:2]]
-        print(f"resumed: first step began {begin:.1f} s after the start of the process, ended {end:.1f} s", flush=True)
+        what = "GPT-2 small, resumed: seconds from the start of the process to the beginning and end of its first step"
+        print_row(what, f"{begin:.1f}, {end:.1f}")
 
 
 def loader(rounds: int) -> None:
@@ -106,8 +116,8 @@ def loader(rounds: int) -> None:
                 steps = ("--trainer.max_steps", 1000, "--name", "run", "--checkpoint.every_n_steps", 1000)
                 fit(folder, config, 2, *steps, "--trainer.profiler", "benchmarks.scaling.LoaderShare")
                 shares.append(float((Path(folder) / "share.txt").read_text()))
-        print(f"{config}: waits for data {statistics.median(shares):.2%} of the time", end=" ")
-        print(f"(rounds {', '.join(f'{share:.2%}' for share in shares)})", flush=True)
+        what = f"share of the time that training waits for data, {config.removesuffix('.yaml')}"
+        print_row(what, f"{statistics.median(shares):.2%}", (f"{share:.2%}" for share in shares))
 
 
 def main() -> None:
@@ -118,6 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     if home := os.environ.get("LM_DATA_HOME"):
         os.environ["LM_DATA_HOME"] = str(Path(home).resolve())
+    print("| what | here | rounds |\n| --- | --- | --- |", flush=True)
     if options.saving:
         saving()
     elif options.loader:

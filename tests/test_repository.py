@@ -34,10 +34,11 @@ def test_a_commit_is_checked_by_the_same_bound_and_the_tested_ruff() -> None:
 
 
 def test_what_commands_leave_behind_is_ignored() -> None:
-    """Of the commands in README, say."""
-    outputs = re.findall(r"^lm .*--output (\S+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    """Of the commands in README and docs."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    outputs = re.findall(r"^lm .*--output (\S+)", "\n".join(texts), flags=re.MULTILINE)
     assert len(outputs) >= 4
-    left = ["checkpoints/tiny/last.ckpt", "logs/tiny/metrics.csv", "some-1.0-py3-none-any.whl"]
+    left = ["site/index.html", "checkpoints/tiny/last.ckpt", "logs/tiny/metrics.csv", "some-1.0-py3-none-any.whl"]
     left += [name if "." in name else f"{name}/file" for name in outputs]
     done = subprocess.run(["git", "check-ignore", *left], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == left
