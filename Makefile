@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make train        install, train configs/quickstart.yaml (continues if it was interrupted), print a sample"
-	@echo "make test         install with the test extra, run the tests"
+	@echo "make test         install with the test extra, run the tests; AREA=data: those of lm/data alone"
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make test-long    fuzz all options, and let calls to the disk fail: a quarter of an hour"
 	@echo "make test-container  build the image and run it, without an engine: needs root, buildah and debootstrap"
@@ -25,8 +25,8 @@ train: .venv/installed
 	$(BIN)/lm sample --ckpt_path checkpoints/quickstart/best.ckpt --max_new_tokens 400 --temperature 0.8
 
 test: .venv/installed-test
-	@echo "== running the tests (make test-slow runs the slow ones)"
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not long and not container"
+	@echo "== running the tests (make test AREA=data runs those of lm/data; make test-slow the slow ones)"
+	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not long and not container" $(AREA:%=tests/%)
 
 test-long: .venv/installed-test
 	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m long

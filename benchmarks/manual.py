@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from lm.backprop import Gradients, loss_and_gradients
 from lm.models import GPT, MLP, WaveNet
 from lm.training.by_hand import compile_pass
-from lm.training.callbacks import keep_memory
+from lm.training.callbacks.process import keep_memory
 
 
 def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> tuple[nn.Module, Tensor, Tensor]:

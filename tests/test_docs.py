@@ -140,8 +140,7 @@ def bash(line: str, more: list[object]) -> tuple[int, str, str]:
 def test_what_is_named_is_there(page: Path) -> None:
     """Recipes, benchmarks and their options, scripts of clusters: in blocks that do not run, too, and in prose."""
     text = page.read_text()
-    folders = "configs|cluster|benchmarks" + "|lm|tests" * (ROOT / "lm/storage.py").exists()  # once they have moved
-    named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w)", text)
+    named = re.findall(r"(?<![\w/.-])((?:configs|cluster|benchmarks|lm|tests)/[\w/.-]*\w)", text)
     there = [name for name in named if (ROOT / name).exists() or list(ROOT.glob(f"{name}.*")) or "NAME" in name]
     assert sorted({*named} - {*there}) == []
     for script, options in re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", text):
