@@ -66,6 +66,11 @@ def remove(path: Path) -> None:
         UserError: It, or one of the folder's files, was not written by lm.
     """
     if path.is_dir() and not path.is_symlink():
+        if not path.name.endswith(".part") and storage.holds_only(path, SHARDED):
+            part = path.with_name(f".{path.name}.old.part")  # where the disk refuses half-way, its name is free
+            if os.path.lexists(part):
+                remove(part)
+            path = path.rename(part)
         storage.remove_folder(path, SHARDED)
     else:
         check(path)

@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm.checkpoints import checkpoint, disk, runs
+from lm.checkpoints import checkpoint, disk, owned, runs
 from lm.errors import UserError
 from lm.training.checkpoint_io import AtomicCheckpointIO
 
@@ -199,3 +200,24 @@ def test_what_lm_did_not_write_is_not_cleared_whatever_its_name(tmp_path: Path, 
     (tmp_path / name).write_text("years of work, nothing else\n" * 9)
     runs.clear(tmp_path)
     assert (tmp_path / name).read_text() == "years of work, nothing else\n" * 9
+
+
+@pytest.mark.parametrize("call", ["rmdir", "unlink"])
+def test_a_sharded_checkpoint_that_is_half_removed_has_not_its_name(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "step=0000002.ckpt"
+    folder.mkdir()
+    for name in ("lm.pt", "checksums.json", "__0_0.distcp", ".metadata"):
+        (folder / name).write_bytes(b"x")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(OSError, match="No space"):
+        owned.remove(folder)
+    assert not folder.exists()
+    monkeypatch.undo()
+    runs.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -174,16 +174,21 @@ class MetricsCSV(_File):
         if not {name for row in self._rows for name in row} <= set(self._columns):
             self._add_columns()
         text = [_line(row, self._columns) for row in self._rows]
+        if text == [self._tail]:
+            return
+        opened = False
         try:
             with self.path.open("r+b") as file:
+                opened = True
                 file.seek(self._offset)
                 file.truncate()
                 self._tail = b""
                 file.write(b"".join(text))
             self._tail = text[-1]
-        except OSError:  # half a row would spoil the next
-            with suppress(OSError):
-                os.truncate(self.path, self._offset)
+        except OSError:
+            if opened:  # half a row would spoil the next
+                with suppress(OSError):
+                    os.truncate(self.path, self._offset)
             raise
         finally:
             with suppress(OSError):

@@ -177,3 +177,22 @@ def test_a_table_that_an_editor_saved_as_it_was_is_gone_on_with(tmp_path: Path) 
     table.log_metrics({"loss": 6.0}, 6)
     assert (tmp_path / "away").read_bytes() == b"mine"
     assert [row["step"] for row in log_files.read_csv(path)[1]] == ["3", "4", "5", "6"]
+
+
+def test_a_refusal_after_the_last_row_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = MetricsCSV(tmp_path)
+    for step in (1, 2):
+        logger.log_metrics({"loss": float(step)}, step=step)
+    written = logger.path.read_bytes()
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if mode == "r+b":
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    logger.save()  # has nothing to write
+    with pytest.raises(OSError, match="Read-only"):
+        logger.log_metrics({"loss": 3.0}, step=2)
+    assert logger.path.read_bytes() == written
