@@ -70,7 +70,7 @@ LINES = {
     "no GPU": ((*FIT, "--trainer.accelerator", "gpu"), "trainer.accelerator gpu: torch finds no GPU here: see lm doc"),
     "no such accelerator": ((*FIT, "--trainer.accelerator", "nope"), "trainer.accelerator nope: say auto, cpu"),
     "no such strategy": ((*FIT, "--trainer.strategy", "nope"), "trainer.strategy nope: say auto, ddp or fsdp2"),
-    "no devices": ((*FIT, "--trainer.devices", "-3"), "trainer.devices: say how many processes"),
+    "no devices": ((*FIT, "--trainer.devices", "-3"), "trainer.devices: found '-3': say how many processes"),
     "no nodes": ((*FIT, "--trainer.num_nodes", "0"), "trainer.num_nodes"),
     "no such profiler": ((*FIT, "--trainer.profiler", "nope"), "trainer.profiler: say simple"),
     "no time": ((*FIT, "--trainer.max_time", "x"), "trainer.max_time is x: say DD:HH:MM:SS"),
