@@ -22,7 +22,7 @@ class Fitted(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Optimizer steps it was trained for."""
-    data: dict[str, Any]
+    data: dict[str, Any] | None
     """What it was trained on: class_path and init_args."""
 
 
@@ -45,7 +45,7 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
         tokenizer = from_state(meta["tokenizer"])
-        fitted = Fitted(net.to(device).eval(), tokenizer, saved["global_step"], meta["config"]["data"])
+        fitted = Fitted(net.to(device).eval(), tokenizer, saved["global_step"], meta["config"].get("data"))
     if name := schema.not_finite(weights):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
     return fitted

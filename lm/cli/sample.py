@@ -83,9 +83,9 @@ def sample(arguments: list[str]) -> None:
         common.print_json({"text": texts, **speed})
 
 
-def _task(data: dict[str, Any]) -> "TaskData | None":
+def _task(data: Any) -> "TaskData | None":
     """Return what wrote the problems that a network was trained on; None where that was text."""
-    if data["class_path"] in TEXT:
+    if not isinstance(data, dict) or data.get("class_path") in TEXT:
         return None
     from lm.data.tasks import task_of  # brings Lightning: a second
 

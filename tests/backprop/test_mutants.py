@@ -292,8 +292,8 @@ LOSS_ALONE = [  # right gradients of a loss that is wrong
     ("Bigram", "loss", "total / count, drows.view", "total / len(flat), drows.view", ("--dtype", "bfloat16")),
     ("MLP", "loss", "total / count, (drows[0]", "total / len(flat), (drows[0]", ()),
     ("MLP", "loss", "return total / count, (", "return 1.01 * total / count, (", ("--against", "differences")),
-    ("MLP", STEP, "return loss * scale * self.accumulate if", "return loss * scale if", ()),
-    ("MLP", "training.guard", "return total / max(1, count)", "return total / positions", ()),
+    ("MLP", STEP, "return loss * scale * self.division.micro_batches", "return loss * scale", ()),
+    ("MLP", DIVISION, "return total / max(1, count)", "return total / positions", ()),
 ]
 
 

@@ -168,8 +168,8 @@ def test_killed_at_random_moments_gives_the_same_bytes(workplace: Path, wanted: 
     write_documents(workplace / "docs", 6000)
     (workplace / "docs" / "wrong.txt").write_bytes(b"a\xffb" * 400_000)  # long, and with bytes to be replaced
     program = (
-        "import sys\nfrom pathlib import Path\nfrom lm.data import prepare, reading\nprepare.COMMIT_SECONDS = 0\n"
-        "reading.PIECE = 1 << 14\n"
+        "import sys\nfrom pathlib import Path\nfrom lm.corpus import formats, prepare\nprepare.COMMIT_SECONDS = 0\n"
+        "formats.PIECE = 1 << 14\n"
         "if __name__ == '__main__':\n"
         "    prepare.prepare(prepare.Preparation(['docs'], 'byte', Path(sys.argv[1]), shard_tokens=40_000, workers=2,\n"
         "                                        reading=formats.Settings(errors='replace')))\n"

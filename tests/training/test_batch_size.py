@@ -53,13 +53,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     from lm.training import LanguageModel
 
     found: list[torch.Tensor] = []
-    loss_of = LanguageModel._loss
+    forward_of = LanguageModel.forward
 
-    def loss(self: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        found.append(tokens)
-        return loss_of(self, tokens, targets)
+    def forward(self: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            found.append(tokens)
+        return forward_of(self, tokens)
 
-    monkeypatch.setattr(LanguageModel, "_loss", loss)
+    monkeypatch.setattr(LanguageModel, "forward", forward)
     return found
 
 

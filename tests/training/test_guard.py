@@ -9,7 +9,7 @@ import yaml
 from lm.checkpoints import checkpoint
 from lm.errors import CheckError
 from lm.training.guard import Guard
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, ROOT
 from tests.training.distributed.test_ranks import MODULES, finish, numbers, run, write_recipe
 from tests.training.test_resume import assert_equal
 
@@ -76,7 +76,7 @@ def test_a_spike_is_judged_by_the_running_mean() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_each_token_weighs_the_same_however_the_batch_is_divided(lm, workplace: Path, module: str) -> None:
     """Strings of different lengths: the micro-batches have different numbers of predicted tokens."""
-    recipe = yaml.safe_load((Path(__file__).parents[2] / "configs/tasks/reverse.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "configs/tasks/reverse.yaml").read_text())
     recipe["trainer"] = {**RECIPE["trainer"], "precision": "64-true"}
     recipe["model"]["class_path"] = f"lm.training.{module}"
     recipe["model"]["init_args"]["net"]["init_args"] |= {"n_layer": 1, "n_head": 2, "n_embd": 16}

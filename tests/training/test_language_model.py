@@ -45,7 +45,7 @@ def test_decay_is_for_matrices_and_every_parameter_has_a_group(workplace: Path) 
 def test_learning_rate_is_the_schedule_times_the_groups_own(workplace: Path) -> None:
     cli = fit()
     logged = {int(row["step"]): float(row["train/learning_rate"]) for row in read_csv(cli.logs / "metrics.csv")[1]}
-    assert logged == pytest.approx({step: 1e-3 * cli.model.schedule(step - 1, 12) for step in range(1, 13)})
+    assert logged == pytest.approx({step: 1e-3 * cli.model.step.schedule(step - 1, 12) for step in range(1, 13)})
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

@@ -103,8 +103,9 @@ def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
             found = getattr(callback, f"_{setting}", getattr(callback, setting, None))
             if isinstance(callback, kind) and found == value:
                 raise UserError(f"{name}: {setting} is {value}: {NO_EPOCHS}: leave it out")
-        if isinstance(callback, parts.Timer) and (lightning_internals.duration(callback) or 1) <= 0:
-            raise UserError(f"{name}: duration is {lightning_internals.duration(callback):g} s: it must be above 0")
+        seconds = lightning_internals.duration(callback) if isinstance(callback, parts.Timer) else None
+        if seconds is not None and seconds <= 0:
+            raise UserError(f"{name}: duration is {seconds:g} s: it must be above 0")
         folder = getattr(callback, "dirpath", None)
         if isinstance(callback, parts.ModelCheckpoint) and folder and Path(folder).resolve() == run.resolve():
             raise UserError(f"{name}: dirpath {run} is where lm keeps its own: say another folder")

@@ -413,7 +413,7 @@ def device_stats(fit: Run, *way: object) -> None:
 
 
 def throughput(fit: Run, *way: object) -> None:
-    (count, length) = re.findall(r"lm\.training\.\w+\.\w+", CALLBACKS["ThroughputMonitor"])
+    (count, length) = re.findall(r"lm\.training\.callbacks\.\w+\.\w+", CALLBACKS["ThroughputMonitor"])
     monitor = named("ThroughputMonitor", window_size=2, batch_size_fn=count, length_fn=length)
     assert "flops" not in done(fit(*way, *monitor))
     found = {int(row["step"]): float(row["train/samples"]) for row in rows() if row["train/samples"]}

@@ -13,7 +13,7 @@ from lm.training.callbacks import process
 
 FAULTS = """
 import resource, sys, torch
-from lm.training.callbacks import keep_memory
+from lm.training.callbacks.process import keep_memory
 if sys.argv[1] == "keep":
     assert keep_memory()
 def step():

@@ -11,7 +11,7 @@ import yaml
 from lm.checkpoints import checkpoint
 from lm.training.loggers.log_files import read_csv
 from lm.training.loggers.step_log import rate_names
-from tests.conftest import RECIPE
+from tests.conftest import RECIPE, ROOT
 from tests.training.distributed.test_ranks import MODULES, finish, run, write_recipe
 from tests.training.test_guard import CONSTANT, poison
 from tests.training.test_resume import assert_runs_equal, stop_with
@@ -85,7 +85,7 @@ def test_an_earlier_releases_checkpoint_goes_on(lm, workplace: Path) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_tokens_weigh_the_same_in_the_mean_however_a_step_is_divided(lm, workplace: Path, module: str) -> None:
     """Of each step, the sum over its predictions divided by their number, by a loop of its own in float64."""
-    recipe: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "configs/tasks/reverse.yaml").read_text())
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / "configs/tasks/reverse.yaml").read_text())
     recipe["trainer"] = {**RECIPE["trainer"], "precision": "64-true", "log_every_n_steps": 5, "val_check_interval": 12}
     recipe["model"]["class_path"] = f"lm.training.{module}"
     recipe["model"]["init_args"]["net"]["init_args"] |= {"n_layer": 1, "n_head": 2, "n_embd": 16}
