@@ -1,6 +1,8 @@
 # One command each; every target makes .venv first and says what it does. PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# three for two cores: tests that start processes wait for them
+WORKERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 
 .PHONY: docs docs-serve train test test-slow test-long test-container lint lock audit tensorboard clean help
 
@@ -26,13 +28,13 @@ train: .venv/installed
 
 test: .venv/installed-test
 	@echo "== running the tests (make test AREA=data runs those of lm/data; make test-slow the slow ones)"
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m "not slow and not long and not container" $(AREA:%=tests/%)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 20 -m "not slow and not long and not container" $(AREA:%=tests/%)
 
 test-long: .venv/installed-test
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m long
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 20 -m long
 
 test-slow: .venv/installed-test
-	$(BIN)/pytest -n auto --dist worksteal --durations 20 -m slow
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 20 -m slow
 
 test-container: .venv/installed-test
 	$(BIN)/pytest -m container

@@ -90,6 +90,7 @@ def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> N
 
 
 @linux
+@pytest.mark.slow
 def test_the_scripts_exit_code_is_lms(workplace: Path) -> None:
     write_recipe(max_steps=100_000)
     bad = launch(workplace, "bad", "--data.init_args.corpus", "none", PROCESSES=2, MAX_RESTARTS=0, MASTER_PORT=29614)

@@ -10,11 +10,12 @@ import yaml
 from lm.backprop import atomic
 from lm.backprop.rules import _rules
 from tests.conftest import ROOT
-from tests.test_configs import CONFIGS, NET, SMALL
+from tests.support.cases import often
+from tests.test_configs import CONFIGS, NET, SMALL, distinct
 from tests.test_networks import recipe
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("config", often(CONFIGS, distinct), ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
     words = ["gradients", "--config", config, *data_for(recipe), "--json"]

@@ -17,7 +17,8 @@ from lm.cli.plan import BYTES, TIMES, spelled
 from lm.models import GPT, GatedWaveNet, Seq2Seq
 from lm.planning import needs
 from tests.conftest import ROOT
-from tests.test_configs import CONFIGS
+from tests.support.cases import often
+from tests.test_configs import CONFIGS, distinct
 
 MEASURE = """
 import json, sys, torch
@@ -64,7 +65,7 @@ CASES = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", often(CASES))
 def test_the_peak_is_within_15_percent_of_what_the_process_takes(case: str) -> None:
     arguments, recompute = CASES[case]
     predicted = needs.memory(recipe_of(*arguments), recompute=recompute).peak
@@ -145,7 +146,7 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", often(DEEP))
 def test_a_few_layers_tell_what_all_of_them_need(name: str) -> None:
     kind, size, precision, batch = DEEP[name]
     shape, make_net = (batch, 16), partial(kind, 50, 16, n_layer=7, **size)
@@ -170,7 +171,7 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
     assert not needs.Recipe(make_net, AdamW, (2, 16), (2, 16), layers=7).deep
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("config", often(CONFIGS, distinct), ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_is_planned(lm, data_for, config: Path) -> None:
     data = data_for(yaml.safe_load(config.read_text()))
     code, out, err = lm("plan", "--config", config, *data, "--num_nodes", 64 if config.stem == "175b" else 1, "--json")

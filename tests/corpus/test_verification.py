@@ -43,6 +43,7 @@ def test_a_flipped_token_ends_a_fit_in_one_line(corpus: Path, lm: Run, split: st
     assert f"{split}-00000.tokens: its checksum is wrong: copy or prepare it again" in error.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_so_it_does_where_a_worker_reads_it(corpus: Path, lm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "HELD", 0)
     flip(corpus / "train-00001.tokens")

@@ -171,6 +171,7 @@ def test_prepare_fit_validate_sample(corpus: Path, lm: Run) -> None:
     assert code == 0 and out.startswith("é")
 
 
+@pytest.mark.slow
 def test_gpt2_on_shakespeare_with_the_network_cut(
     reference: Path, lm: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import yaml
 from lm.backprop.rules import _rules
 from lm.generation import load_network
 from tests.conftest import start
+from tests.support.cases import often
 from tests.test_networks import NETWORKS, recipe
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
@@ -34,7 +35,7 @@ def no_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "backward", refuse)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", often(NETWORKS, 4))
 def test_losses_are_autograds(lm, workplace: Path, name: str) -> None:
     recipe(name, steps_per_call=1)
     words = ["fit", "--config", "net.yaml", *DOUBLE, "--trainer.max_steps", 40, "--trainer.val_check_interval", 20]

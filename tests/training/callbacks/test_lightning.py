@@ -18,6 +18,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lm.checkpoints import checkpoint
 from lm.training.loggers.log_files import read_csv
 from tests.conftest import ROOT
+from tests.support.cases import often
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -455,7 +456,7 @@ WORKING: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", often(WAYS))
 @pytest.mark.parametrize("name", WORKING)
 def test_callback(name: str, way: str, fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CALLBACKS[name].startswith("works")

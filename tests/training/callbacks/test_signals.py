@@ -15,6 +15,7 @@ import pytest
 
 from lm.checkpoints import checkpoint
 from tests.conftest import ROOT, start
+from tests.support.cases import often
 from tests.training.test_resume import assert_runs_equal, stop_with, table
 
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 4, "--samples.max_new_tokens", 2]
@@ -136,7 +137,7 @@ def test_a_full_disk_under_standard_output_costs_no_step(workplace: Path) -> Non
     assert checkpoint.peek(Path(LAST))["step"] == 4
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", often([2, 1]))
 def test_a_closed_terminal_stops_a_run_unless_it_is_under_nohup(workplace: Path, number: int) -> None:
     """A real terminal that goes: the kernel sends SIGHUP, and what is written to it is an error from then on."""
     nohup = ["nohup"] * (number - 1)

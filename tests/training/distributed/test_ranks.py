@@ -14,6 +14,7 @@ import yaml
 
 from lm.training.loggers.log_files import read_csv
 from tests.conftest import RECIPE, start
+from tests.support.cases import often
 from tests.training.test_resume import assert_equal, state
 
 NUMBERS = ("train/loss", "train/gradient_norm", "val/loss")
@@ -61,7 +62,7 @@ def stop_at(step: int, rank: int, signum: int = signal.SIGTERM, kind: str = "Sto
     return ["--trainer.callbacks+", json.dumps({"class_path": f"tests.support.stop.{kind}", "init_args": arguments})]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", often(MODULES))
 def test_two_ranks_resume_to_the_last_bit_and_one_goes_on(workplace: Path, module: str) -> None:
     """Stopped twice, by signals to one rank or the other, in the middle of what is accumulated."""
     write_recipe(precision="64-true")
@@ -105,7 +106,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(workplace: Path, rank: int)
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", often([1, 0]))
 def test_a_signal_just_before_the_first_step_stops_after_it(workplace: Path, rank: int) -> None:
     write_recipe()
     process = run("early", 2, *stop_at(0, rank), cwd=workplace)
@@ -126,7 +127,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_and_it_is_made_up_for(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("rank", "signum"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("rank", "signum"), often([(0, signal.SIGUSR1), (1, signal.SIGTERM)]))
 def test_a_signal_to_one_rank_while_data_is_prepared_ends_both(workplace: Path, rank: int, signum: int) -> None:
     write_recipe()
     process = run("early", 2, "--data", "tests.support.stop.SlowData", cwd=workplace)
@@ -160,6 +161,7 @@ def test_a_signal_to_one_rank_while_the_network_is_compiled_stops_both(workplace
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity of threads is Linux's")
+@pytest.mark.slow
 def test_ranks_that_fill_the_machine_have_cores_of_their_own(workplace: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) % 2:

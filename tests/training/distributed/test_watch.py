@@ -14,6 +14,7 @@ from lm.checkpoints import checkpoint
 from lm.errors import CheckError
 from lm.training.distributed.drift import check_drift, weight_sum
 from tests.conftest import start
+from tests.support.cases import often
 from tests.training.distributed.test_ranks import children, finish, run, write_recipe
 from tests.training.test_guard import SCHEDULE
 from tests.training.test_resume import assert_equal, state
@@ -24,7 +25,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /
 @linux
 @pytest.mark.parametrize(
     ("rank", "signum", "why"),
-    [(1, "SIGKILL", "was killed by SIGKILL"), (1, "SIGSTOP", "no sign of life"), (0, "SIGKILL", "no sign of life")],
+    often(
+        [(1, "SIGKILL", "was killed by SIGKILL"), (1, "SIGSTOP", "no sign of life"), (0, "SIGKILL", "no sign of life")]
+    ),
 )
 def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, rank: int, signum: str, why: str) -> None:
     write_recipe(max_steps=3000, val_check_interval=1500, log_every_n_steps=500)
@@ -52,7 +55,7 @@ def callback(name: str, step: int) -> list[str]:
     return ["--trainer.callbacks+", f"tests.support.stop.{name}", f"--trainer.callbacks.step={step}"]
 
 
-@pytest.mark.parametrize("where", ["Hang", "HangInForward"])
+@pytest.mark.parametrize("where", often(["HangInForward", "Hang"]))
 def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     write_recipe()
     process = run("hung", 2, *callback(where, 7), "--watch.step_timeout", 3, cwd=workplace)
@@ -163,7 +166,7 @@ def test_a_checksum_changes_with_every_bit_and_with_the_order(dtype: torch.dtype
 
 
 @linux
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", often([0, 1]))
 def test_a_rank_that_dies_before_the_ranks_have_met_ends_the_other(workplace: Path, lost: int) -> None:
     process = run("early", 2, cwd=workplace, fresh=True)
     while not (started := children(process.pid)):
