@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import checkpoint as dcp
 
-from lm.checkpoints import checkpoint, sharded
+from lm.checkpoints import sharded
 from lm.data import TextData
+from lm.training import checkpoint_io
 
 
 class StopAt(Callback):
@@ -107,16 +108,16 @@ class StopWhileSaving(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step:
-            write = checkpoint.write
+            write = checkpoint_io.write
 
             def slow(*arguments: Any) -> None:
                 time.sleep(0.3)
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.3)
                 write(*arguments)
-                checkpoint.write = write
+                checkpoint_io.write = write
 
-            checkpoint.write = slow
+            checkpoint_io.write = slow
             os.kill(os.getpid(), signal.SIGINT)
 
 
