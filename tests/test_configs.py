@@ -75,7 +75,7 @@ COLUMNS = {  # of the real data sets, with the types that they have
 }
 
 
-@pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", often(PREPARE, 2), ids=lambda path: path.stem)
 def test_preparation(lm, workplace: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
     import pyarrow.parquet

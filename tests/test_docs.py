@@ -41,19 +41,15 @@ def bash_blocks(page: Path, *, titled: bool) -> list[list[str]]:
     return [body.replace("\\\n", "").strip().splitlines() for title, body in found if bool(title) == titled]
 
 
-LONG = {"usage", "gradients"}
-"""Pages of many commands."""
-
-
 def cases() -> list[Any]:
-    """Return the pages that have commands; those with several ranks start processes, and are slow."""
+    """Return the pages that have commands: README's run every time, unless they start ranks."""
     found = []
     for page in PAGES:
         for ranks in (False, True):
             blocks = bash_blocks(page, titled=False)
             lines = [line for block in blocks if ("--trainer.devices" in " ".join(block)) == ranks for line in block]
             if lines:
-                marks = [pytest.mark.slow] * (ranks or page.stem in LONG)
+                marks = [pytest.mark.slow] * (ranks or page.stem != "README")
                 found.append(pytest.param(page, lines, id=f"{page.stem}{'-ranks' * ranks}", marks=marks))
     return found
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lm.data import LinesData
 from lm.data.module import IGNORED
 from lm.generation import load_network
+from tests.support.cases import often
 from tests.training.test_resume import assert_equal, state, stop_with, table
 
 LINES = {"class_path": "lm.data.LinesData", "init_args": {"corpus": "words.txt", "block_size": 8, "batch_size": 8}}
@@ -46,7 +47,7 @@ def recipe(name: str, **more: object) -> None:
     Path("net.yaml").write_text(yaml.safe_dump(text))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", often(NETWORKS, 5))
 def test_fit_stop_resume_validate_sample(lm, workplace: Path, name: str) -> None:
     recipe(name)
     words = ["fit", "--config", "net.yaml"]

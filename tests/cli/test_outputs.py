@@ -11,6 +11,7 @@ import torch
 
 from lm.cli import COMMANDS
 from tests.conftest import start
+from tests.support.cases import often
 
 LAST = Path("checkpoints/tiny/last.ckpt")
 WRITERS = {
@@ -191,7 +192,9 @@ def fit(lm, *words: object) -> str:
     return err
 
 
-@pytest.mark.parametrize("make", [user, a_file, a_checkpoint_of_another_program, OBSTACLES["a link to a folder"]])
+@pytest.mark.parametrize(
+    "make", often([user, a_file, a_checkpoint_of_another_program, OBSTACLES["a link to a folder"]], 2)
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -209,7 +212,7 @@ def test_a_run_leaves_what_it_did_not_write(lm, place: Path, name: str, make: Ca
     assert picture(path, place / "checkpoints" / "elsewhere") == before, errors
 
 
-@pytest.mark.parametrize("make", [user, a_file, OBSTACLES["a dead link"]])
+@pytest.mark.parametrize("make", often([a_file, user, OBSTACLES["a dead link"]]))
 @pytest.mark.parametrize(
     "name", ["metrics.csv", "metrics.prom", "metrics.part", "config.yaml", "config-2.yaml", "events.out.tfevents.1"]
 )

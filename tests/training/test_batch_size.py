@@ -12,6 +12,7 @@ from lm.cli.fit import Fit
 from lm.data.module import TokenData
 from lm.training.loggers.log_files import read_csv
 from tests.conftest import RECIPE
+from tests.support.cases import often
 from tests.training.test_resume import assert_equal
 
 TEXT = {"class_path": "lm.data.TextData"}
@@ -74,7 +75,7 @@ def order(data: str, count: int) -> torch.Tensor:
     return module.training_examples()(0, count)[0]
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", often(DATA, 4))
 def test_no_sequence_is_repeated_or_skipped(lm, workplace: Path, seen: list[torch.Tensor], data: str) -> None:
     write_recipe(data)
     for size, last in ((4, 5), (8, 9), (2, 12)):

@@ -10,6 +10,7 @@ from lm.checkpoints import checkpoint
 from lm.errors import CheckError
 from lm.training.guard import Guard
 from tests.conftest import RECIPE, ROOT
+from tests.support.cases import often
 from tests.training.distributed.test_ranks import MODULES, finish, numbers, run, write_recipe
 from tests.training.test_resume import assert_equal
 
@@ -73,7 +74,7 @@ def test_a_spike_is_judged_by_the_running_mean() -> None:
     assert again.verdict(53, 3.0, float("inf"), scaled=True) is None  # the loss scaler's own business
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", often(MODULES))
 def test_each_token_weighs_the_same_however_the_batch_is_divided(lm, workplace: Path, module: str) -> None:
     """Strings of different lengths: the micro-batches have different numbers of predicted tokens."""
     recipe = yaml.safe_load((ROOT / "configs/tasks/reverse.yaml").read_text())

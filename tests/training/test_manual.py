@@ -185,7 +185,7 @@ def ranks(*words: object, cwd: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], ends
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", often([2, 1]))
 def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
     recipe("GPT today")
     text = yaml.safe_load(Path("net.yaml").read_text())
@@ -203,7 +203,7 @@ def test_two_ranks_are_one(lm, workplace: Path, accumulate: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("module", ["LanguageModel", "ManualLanguageModel"])
+@pytest.mark.parametrize("module", often(["ManualLanguageModel", "LanguageModel"]))
 def test_running_statistics_are_shared_before_evaluation(lm, workplace: Path, module: str) -> None:
     """Ranks see other batches, so their running statistics differ, until they are shared."""
     recipe("MLP")

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lm.errors import UserError
 from lm.training.loggers import log_files
 from lm.training.loggers.log_files import MetricsCSV, _event_files, forget
+from tests.support.cases import often
 
 LOGS = Path("logs/tiny")
 
@@ -145,7 +146,7 @@ class Put(Callback):
 THEIRS = b"step,grade\n" + b"1,of a thesis\n" * 400
 
 
-@pytest.mark.parametrize("how", ["over", "into", "after"])
+@pytest.mark.parametrize("how", often(["over", "into", "after"], 2))
 @pytest.mark.parametrize("pattern", ["metrics.csv", "metrics.prom", "events.*"])
 def test_the_users_bytes_in_a_log_are_never_changed(lm, workplace: Path, pattern: str, how: str) -> None:
     callback = f'{{"class_path": "{__name__}.Put", "init_args": {{"pattern": "{pattern}", "how": "{how}"}}}}'

@@ -12,6 +12,7 @@ from lm.checkpoints import checkpoint
 from lm.training.loggers.log_files import read_csv
 from lm.training.loggers.step_log import rate_names
 from tests.conftest import RECIPE, ROOT
+from tests.support.cases import often
 from tests.training.distributed.test_ranks import MODULES, finish, run, write_recipe
 from tests.training.test_guard import CONSTANT, poison
 from tests.training.test_resume import assert_runs_equal, stop_with
@@ -82,7 +83,7 @@ def test_an_earlier_releases_checkpoint_goes_on(lm, workplace: Path) -> None:
         assert column("parts", name) == {step: value for step, value in column("whole", name).items() if step > 5}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", often(MODULES))
 def test_tokens_weigh_the_same_in_the_mean_however_a_step_is_divided(lm, workplace: Path, module: str) -> None:
     """Of each step, the sum over its predictions divided by their number, by a loop of its own in float64."""
     recipe: dict[str, Any] = yaml.safe_load((ROOT / "configs/tasks/reverse.yaml").read_text())
