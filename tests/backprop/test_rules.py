@@ -213,7 +213,7 @@ def test_loss_and_head_in_chunks(shape: tuple[int, ...], cap: float | None, monk
         grads.keep_dlogits = True
         found, dx = head_and_loss(head, grads, x, targets, soft_cap=cap, scale=3)
         alone, drows = cross_entropy(logits, targets, scale=3)
-    assert float(found) == pytest.approx(float(loss), rel=1e-12) == pytest.approx(float(alone), rel=1e-12)
+    assert float(found) == pytest.approx(loss.item(), rel=1e-12) == pytest.approx(alone.item(), rel=1e-12)
     for a, b in zip([dlogits, *wanted], [drows, dx, head.weight.grad, head.bias.grad], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(grads.dlogits, dlogits.flatten(0, -2), rtol=1e-10, atol=1e-13)

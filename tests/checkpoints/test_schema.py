@@ -164,6 +164,7 @@ class Evil:
         return open, ("ran", "w")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_whose_sums_are_right_and_whose_files_are_not(lm, last: Path) -> None:
     folder = as_shards(last)
     assert lm("sample", "--ckpt_path", folder, "--max_new_tokens", 2)[0] == 0

@@ -257,7 +257,7 @@ def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], count: int) -> None:
 
 
 def test_some_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
-    fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "30")))
+    fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "20")))
 
 
 @pytest.mark.long

@@ -95,8 +95,8 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
 
 def test_initialisation_is_gpt2s() -> None:
     net = GPT(1000, 256, n_layer=8, n_head=4, n_embd=128)
-    assert float(net.wte.weight.std()) == pytest.approx(0.02, rel=0.05)
-    assert float(net.wpe.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert net.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert net.wpe.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in net.h:
         assert float(block.attn.c_attn.weight.std()) == pytest.approx(0.02, rel=0.05)
         for projection in (block.attn.c_proj, block.mlp.c_proj):

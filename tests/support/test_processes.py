@@ -9,6 +9,7 @@ import pytest
 from tests.support.processes import start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("fit", "--config", "none.yaml")])
 def test_a_fork_says_and_returns_what_an_interpreter_does(workplace: Path, words: tuple[str, ...]) -> None:
     found = []

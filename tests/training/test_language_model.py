@@ -164,6 +164,7 @@ def test_the_heap_is_frozen_in_training_and_free_after_it(lm, workplace: Path, m
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_trainer_of_ones_own_goes_on_from_its_checkpoint(workplace: Path) -> None:
     def fit(steps: int, ckpt_path: str | None = None) -> Trainer:
         keeper = ModelCheckpoint(dirpath="kept", save_last=True, every_n_train_steps=2)

@@ -306,6 +306,7 @@ WORKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule")
 @pytest.mark.parametrize("name", WORKS)
 def test_argument(name: str, fit: Run) -> None:
     assert ARGUMENTS[name].startswith("works")

@@ -26,6 +26,7 @@ def test_every_rank_comes_to_the_meeting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert strategy.launcher is not None
 
 
+@pytest.mark.slow
 def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -> None:
     write_recipe()  # Lightning refuses 64-true there
     exact = ("--model.init_args.net.init_args.dropout", 0)
