@@ -14,9 +14,9 @@ import yaml
 
 from lm.checkpoints import checkpoint
 from tests.conftest import ROOT
-from tests.training.distributed.test_ranks import numbers, write_recipe
-from tests.training.test_guard import SCHEDULE
-from tests.training.test_resume import assert_equal, state
+from tests.support.ranks import numbers, write_recipe
+from tests.support.runs import assert_equal, state
+from tests.support.steps import SCHEDULE
 
 CLUSTER = ROOT / "cluster"
 

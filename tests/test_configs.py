@@ -8,18 +8,7 @@ import yaml
 
 from tests.conftest import MISSING, REFERENCE, ROOT
 from tests.support.cases import often
-
-PREPARE = sorted((ROOT / "configs/prepare").glob("*.yaml"))
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
-
-
-def distinct(config: Path) -> bool:
-    """Return whether a recipe is another's with other sizes, as those of GPT-3 are."""
-    return config.parent.stem != "gpt3" or config.stem == "125m"
-
-
-NET = "--model.init_args.net.init_args"
-SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, distinct
 
 
 def test_there_are_recipes() -> None:

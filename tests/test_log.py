@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lm.training.loggers.log_files import MetricsProm
 from tests.conftest import start
-from tests.training.distributed.test_ranks import finish, run, write_recipe
+from tests.support.ranks import finish, run, write_recipe
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 import yaml
 
 from tests.conftest import ROOT
-from tests.test_supply_chain import pinned
+from tests.support.samples import pinned
 
 LARGEST = 300_000  # bytes
 BUILT = (".whl", ".ckpt", ".safetensors", ".pt", ".pth", ".tiktoken", ".parquet", ".so", ".zip", ".gz")

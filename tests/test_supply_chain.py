@@ -11,13 +11,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
+from tests.support.samples import pinned
 
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
-
-
-def pinned(name: str) -> dict[str, str]:
-    rows = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / name).read_text(), flags=re.MULTILINE)
-    return {canonicalize_name(package): version for package, version in rows}
 
 
 @pytest.mark.parametrize("name", LOCKS)

@@ -28,7 +28,7 @@ from tests.backprop.test_rules import (
     test_loss_and_head_in_chunks,
 )
 from tests.conftest import RECIPE
-from tests.test_networks import recipe
+from tests.support.networks import recipe
 
 MUTANTS = [
     ("linear", "rows.mT @ rows_of(x).to", "2 * rows.mT @ rows_of(x).to", "linear: dW doubled"),

@@ -12,18 +12,7 @@ from lm.checkpoints import checkpoint, disk, owned, runs
 from lm.errors import UserError
 from lm.training.checkpoint_io import AtomicCheckpointIO
 from tests.support.cases import often
-
-CONTENTS = {
-    "global_step": 5,
-    "start": 1,
-    "lm": {
-        "config": {"model": {"init_args": {"net": {"class_path": "lm.models.Bigram"}}}},
-        "tokenizer": {"kind": "char", "symbols": "ab"},
-        "vocab_size": 2,
-        "block_size": 4,
-    },
-    "state_dict": {"weight": torch.arange(3000.0)},
-}
+from tests.support.samples import CONTENTS
 
 
 def write(path: Path, **changed: object) -> Path:

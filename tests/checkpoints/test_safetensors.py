@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lm.checkpoints import checkpoint
 from lm.checkpoints.restore import load_network
-from tests.training.test_resume import assert_equal
+from tests.support.runs import assert_equal
 
 LAST = Path("checkpoints/tiny/last.ckpt")
 

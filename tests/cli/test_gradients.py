@@ -11,8 +11,8 @@ from lm.backprop import atomic
 from lm.backprop.rules import _rules
 from tests.conftest import ROOT
 from tests.support.cases import often
-from tests.test_configs import CONFIGS, NET, SMALL, distinct
-from tests.test_networks import recipe
+from tests.support.networks import recipe
+from tests.support.recipes import CONFIGS, NET, SMALL, distinct
 
 
 @pytest.mark.parametrize("config", often(CONFIGS, distinct), ids=lambda path: str(path.relative_to(ROOT / "configs")))

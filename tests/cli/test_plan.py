@@ -18,7 +18,7 @@ from lm.models import GPT, GatedWaveNet, Seq2Seq
 from lm.planning import needs
 from tests.conftest import ROOT
 from tests.support.cases import often
-from tests.test_configs import CONFIGS, distinct
+from tests.support.recipes import CONFIGS, distinct
 
 MEASURE = """
 import json, sys, torch

@@ -14,7 +14,7 @@ from lm.corpus.tokenizer_training import SHORT, byte_table
 from lm.data import TextData
 from lm.errors import UserError
 from lm.tokenizers.merges import GPT2_PATTERN
-from tests.tokenizers.test_tokenizers import random_text
+from tests.support.samples import random_text
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,7 +8,7 @@ from lm.errors import UserError
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 from lm.models import GPT, Bigram
 from lm.tokenizers import BytePairTokenizer, CharTokenizer
-from tests.tokenizers.test_tokenizers import BYTES
+from tests.support.samples import BYTES
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]], dtype=torch.float64)
 NONE_SEEN = torch.zeros(1, 0, dtype=torch.int64)

@@ -1,7 +1,5 @@
-import base64
 import hashlib
 import json
-import random
 import shutil
 import socket
 from collections.abc import Callable
@@ -13,16 +11,7 @@ from lm import storage, tokenizers
 from lm.errors import UserError
 from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, merges
 from lm.tokenizers.merges import PUBLISHED
-
-BYTES = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
-
-
-def random_text(seed: int, size: int = 300) -> str:
-    draw = random.Random(seed)
-    points = (
-        draw.choice((draw.randrange(128), draw.randrange(0x250), draw.randrange(0x1F600, 0x1F650))) for _ in range(size)
-    )
-    return "".join(map(chr, points))
+from tests.support.samples import BYTES, random_text
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -13,7 +13,7 @@ from lm.data.module import TokenData
 from lm.training.loggers.log_files import read_csv
 from tests.conftest import RECIPE
 from tests.support.cases import often
-from tests.training.test_resume import assert_equal
+from tests.support.runs import assert_equal
 
 TEXT = {"class_path": "lm.data.TextData"}
 DATA: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ import torch
 
 from lm.checkpoints import checkpoint
 from lm.training.loggers.log_files import read_csv
-from tests.training.distributed.test_ranks import MODULES, numbers
-from tests.training.test_resume import assert_equal, state
+from tests.support.ranks import MODULES, numbers
+from tests.support.runs import assert_equal, state
 
 LOSSES = ("train/loss", "val/loss")
 EXACT = ("--trainer.precision", "64-true")

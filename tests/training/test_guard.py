@@ -1,6 +1,5 @@
 """Steps that are not to be trusted, and tokens that weigh the same wherever they are."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,9 @@ from lm.errors import CheckError
 from lm.training.guard import Guard
 from tests.conftest import RECIPE, ROOT
 from tests.support.cases import often
-from tests.training.distributed.test_ranks import MODULES, finish, numbers, run, write_recipe
-from tests.training.test_resume import assert_equal
-
-SCHEDULE = ("--model.init_args.schedule", "lm.training.schedules.Constant")
-CONSTANT = (*SCHEDULE, "--model.init_args.net.init_args.dropout", 0)
-
-
-def poison(steps: list[int], factor: float, rank: int = 0) -> list[object]:
-    number = ".nan" if math.isnan(factor) else factor
-    arguments = f"{{steps: {steps}, factor: {number}, rank: {rank}}}"
-    return ["--trainer.callbacks+", f"{{class_path: tests.support.stop.Poison, init_args: {arguments}}}"]
+from tests.support.ranks import MODULES, finish, numbers, run, write_recipe
+from tests.support.runs import assert_equal
+from tests.support.steps import CONSTANT, poison
 
 
 @pytest.mark.parametrize("module", MODULES)

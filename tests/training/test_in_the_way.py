@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm.checkpoints import checkpoint
 from lm.training.checkpoint_io import AtomicCheckpointIO
-from tests.checkpoints.test_checkpoint import CONTENTS
+from tests.support.samples import CONTENTS
 
 RUN = Path("checkpoints/tiny")
 THESIS = b"a thesis"

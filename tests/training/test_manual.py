@@ -10,8 +10,8 @@ from lm.backprop.rules import _rules
 from lm.generation import load_network
 from tests.conftest import start
 from tests.support.cases import often
-from tests.test_networks import NETWORKS, recipe
-from tests.training.test_resume import assert_equal, state, stop_with, table
+from tests.support.networks import NETWORKS, recipe
+from tests.support.runs import assert_equal, state, stop_with, table
 
 MANUAL = ("--model", "lm.training.ManualLanguageModel")
 TEXT_DATA = {

@@ -4,7 +4,7 @@ import torch
 from lm.errors import UserError
 from lm.models import GPT, MLP, Bigram, GatedWaveNet
 from lm.training.optimizers import MuonAdamW, parameter_groups
-from tests.training.test_resume import assert_equal
+from tests.support.runs import assert_equal
 
 
 def net_of(tie_weights: bool = True) -> GPT:

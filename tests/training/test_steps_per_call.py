@@ -6,7 +6,7 @@ import pytest
 
 from lm.checkpoints import checkpoint
 from lm.training.loggers.log_files import read_csv
-from tests.training.test_resume import assert_equal, stop_with
+from tests.support.runs import assert_equal, stop_with
 
 NET = "--model.init_args.net"
 RECIPE = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 24, "--trainer.val_check_interval", 12]

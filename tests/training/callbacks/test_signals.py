@@ -16,7 +16,7 @@ import pytest
 from lm.checkpoints import checkpoint
 from tests.conftest import ROOT, start
 from tests.support.cases import often
-from tests.training.test_resume import assert_runs_equal, stop_with, table
+from tests.support.runs import assert_runs_equal, stop_with, table
 
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 4, "--samples.max_new_tokens", 2]
 FIT += ["--checkpoint.every_n_steps", 2]

@@ -3,44 +3,16 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from lm.training.loggers.log_files import read_csv
-from tests.conftest import RECIPE, start
+from tests.conftest import start
 from tests.support.cases import often
-from tests.training.test_resume import assert_equal, state
-
-NUMBERS = ("train/loss", "train/gradient_norm", "val/loss")
-MODULES = ("LanguageModel", "ManualLanguageModel")
-
-
-def write_recipe(**trainer: Any) -> None:
-    recipe = {**RECIPE, "trainer": {**RECIPE["trainer"], **trainer}}
-    recipe["data"] = {**RECIPE["data"], "init_args": {**RECIPE["data"]["init_args"], "batch_size": 8}}
-    Path("tiny.yaml").write_text(yaml.safe_dump(recipe))
-
-
-def run(name: str, devices: int, *words: object, cwd: Path, fresh: bool = False) -> subprocess.Popen[str]:
-    command = ("fit", "--config", "tiny.yaml", "--name", name, "--trainer.devices", devices, *words)
-    return start(*command, cwd=cwd, ranks=devices, fresh=fresh)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-
-
-def numbers(name: str) -> list[float]:
-    """All losses and gradient norms of a run, in order."""
-    rows = read_csv(Path("logs") / name / "metrics.csv")[1]
-    return [float(row[key]) for row in rows for key in NUMBERS if row.get(key)]
+from tests.support.ranks import MODULES, children, finish, numbers, run, stop_at, write_recipe
+from tests.support.runs import assert_equal, state
 
 
 @pytest.mark.slow
@@ -55,11 +27,6 @@ def test_the_division_changes_nothing(workplace: Path, module: str) -> None:
     assert len(whole) >= 102
     for divided in ("1x4", "2x2", "4x1"):
         assert numbers(divided) == pytest.approx(whole, rel=1e-10)
-
-
-def stop_at(step: int, rank: int, signum: int = signal.SIGTERM, kind: str = "StopAt") -> list[object]:
-    arguments = {"step": step, "rank": rank} | ({"signum": int(signum)} if kind == "StopAt" else {})
-    return ["--trainer.callbacks+", json.dumps({"class_path": f"tests.support.stop.{kind}", "init_args": arguments})]
 
 
 @pytest.mark.parametrize("module", often(MODULES))
@@ -83,10 +50,6 @@ def test_two_ranks_resume_to_the_last_bit_and_one_goes_on(workplace: Path, modul
     finish(run("alone", 1, *words, *middle, "--model.init_args.net.init_args.dropout", 0, cwd=workplace))
     finish(run("both", 2, *words, *middle, "--model.init_args.net.init_args.dropout", 0, cwd=workplace))
     assert numbers("alone") == pytest.approx(numbers("both"), rel=1e-10)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lm.checkpoints import checkpoint, runs, sharded
 from lm.errors import UserError
 from lm.training.distributed.sharding import Sharded
-from tests.training.distributed.test_ranks import finish, numbers, run, stop_at, write_recipe
-from tests.training.test_resume import assert_equal, state
+from tests.support.ranks import finish, numbers, run, stop_at, write_recipe
+from tests.support.runs import assert_equal, state
 
 SHARDED = ("--trainer.strategy", "fsdp2")
 

@@ -15,9 +15,9 @@ from lm.errors import CheckError
 from lm.training.distributed.drift import check_drift, weight_sum
 from tests.conftest import start
 from tests.support.cases import often
-from tests.training.distributed.test_ranks import children, finish, run, write_recipe
-from tests.training.test_guard import SCHEDULE
-from tests.training.test_resume import assert_equal, state
+from tests.support.ranks import children, finish, run, write_recipe
+from tests.support.runs import assert_equal, state
+from tests.support.steps import SCHEDULE
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 

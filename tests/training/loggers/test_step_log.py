@@ -13,9 +13,9 @@ from lm.training.loggers.log_files import read_csv
 from lm.training.loggers.step_log import rate_names
 from tests.conftest import RECIPE, ROOT
 from tests.support.cases import often
-from tests.training.distributed.test_ranks import MODULES, finish, run, write_recipe
-from tests.training.test_guard import CONSTANT, poison
-from tests.training.test_resume import assert_runs_equal, stop_with
+from tests.support.ranks import MODULES, finish, run, write_recipe
+from tests.support.runs import assert_runs_equal, stop_with
+from tests.support.steps import CONSTANT, poison
 
 FIT = ("fit", "--config", "tiny.yaml", "--samples.max_new_tokens", 0)
 MUON = ("--model.init_args.optimizer", "lm.training.optimizers.MuonAdamW")
