@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lm.backprop.activations import silu, value_and_slope
 from lm.backprop.linear import drop, linear_backward
 from lm.backprop.rules import Backward, Gradients, precise, rule, run
+from lm.models.attention import CausalSelfAttention, Head, SeparateHeads
 from lm.models.feed_forward import BlockMLP, SingleLayer, SwiGLU
-from lm.models.gpt import CausalSelfAttention, Head, SeparateHeads
 from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
 

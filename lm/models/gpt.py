@@ -6,164 +6,21 @@ Need" (2017). Parameter names are GPT-2's (wte, wpe, h, ln_1, attn.c_attn, …).
 Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H), V vocabulary.
 """
 
-import math
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lm.bounds import checked
+from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, same_document
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
+from lm.models.norms import Norm, make_norm
 from lm.models.rotary import Rotary
 
-Attention = Literal["batched", "separate"]
-Norm = Literal["layer", "rms", "none"]
 NormPosition = Literal["pre", "post"]
 Positions = Literal["learned", "rotary", "none"]
-CHOICES = {
-    "attention": Attention,
-    "feed_forward": FeedForward,
-    "norm": Norm,
-    "norm_position": NormPosition,
-    "positions": Positions,
-}
-
-
-def make_norm(kind: Norm, size: int, *, bias: bool) -> nn.Module:
-    """Return a normalisation of the last dimension; both kinds begin as mere normalisation, weight one."""
-    if kind == "layer":
-        return nn.LayerNorm(size, bias=bias)
-    return nn.RMSNorm(size, eps=1e-5) if kind == "rms" else nn.Identity()
-
-
-def same_document(tokens: Tensor, document_end: int) -> Tensor:
-    """Return who may look at whom, bool (B, 1, T, T): at itself and what came before it in its own document.
-
-    Args:
-        tokens: int64 (B, T).
-        document_end: The token that ends a document, and is its last.
-    """
-    ends = tokens == document_end
-    document = ends.cumsum(1) - ends.long()  # (B, T): how many documents ended before
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-    return same.tril()[:, None]
-
-
-def causal_weights(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Return how much each position attends to itself and to each earlier one, (…, T, T), from q and k (…, T, D)."""
-    T, D = q.shape[-2:]  # noqa: N806
-    scores = q @ k.mT / math.sqrt(D)  # (…, T, D) @ (…, D, T) -> (…, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    return scores.masked_fill(future if allowed is None else ~allowed, -math.inf).softmax(dim=-1)
-
-
-class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and at what came before it; all heads come from one projection."""
-
-    def __init__(
-        self,
-        *,
-        n_embd: int,
-        n_head: int,
-        dropout: float,
-        bias: bool,
-        attention_bias: bool | None = None,
-        n_kv_head: int | None = None,
-        projection: bool = True,
-        qk_norm: bool = False,
-        rotary: Rotary | None = None,
-    ) -> None:
-        super().__init__()
-        self.n_head = n_head
-        self.n_kv_head = n_head if n_kv_head is None else n_kv_head
-        self.head_size = n_embd // n_head
-        self.dropout = dropout
-        self.widths = [count * self.head_size for count in (n_head, self.n_kv_head, self.n_kv_head)]
-        attention_bias = bias if attention_bias is None else attention_bias
-        self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
-        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
-        self.rotary = rotary
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query, key and value of all heads, each (B, H, T, D), from x (B, T, C)."""
-        parts = self.c_attn(x).split(self.widths, dim=2)  # (B, T, C) -> (B, T, C) and, of H' key heads, two (B, T, H'D)
-        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)  # -> (B, H or H', T, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
-            q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
-        if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, T, D)
-        return q, k, v
-
-    def weights(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
-        q, k, _ = self.qkv(x)
-        return causal_weights(q, k, allowed)
-
-    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C); allowed, bool (B, 1, T, T), says who may look at whom, else the past is."""
-        q, k, v = self.qkv(x)  # each (B, H, T, D)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
-        return self.resid_dropout(self.c_proj(y))
-
-
-class Head(nn.Module):
-    """One head of self-attention, written out."""
-
-    def __init__(self, *, n_embd: int, head_size: int, dropout: float, bias: bool) -> None:
-        super().__init__()
-        self.query = nn.Linear(n_embd, head_size, bias=bias)
-        self.key = nn.Linear(n_embd, head_size, bias=bias)
-        self.value = nn.Linear(n_embd, head_size, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Return the attention weights (B, T, T) of x (B, T, C), without dropout."""
-        return causal_weights(self.query(x), self.key(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, D)."""
-        return self.dropout(self.weights(x)) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
-
-
-class SeparateHeads(nn.Module):
-    """The same attention as `CausalSelfAttention`, one module a head: slower, and easier to read."""
-
-    def __init__(
-        self,
-        *,
-        n_embd: int,
-        n_head: int,
-        dropout: float,
-        bias: bool,
-        attention_bias: bool | None = None,
-        projection: bool = True,
-    ) -> None:
-        super().__init__()
-        attention_bias = bias if attention_bias is None else attention_bias
-        self.heads = nn.ModuleList(
-            Head(n_embd=n_embd, head_size=n_embd // n_head, dropout=dropout, bias=attention_bias) for _ in range(n_head)
-        )
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
-        return torch.stack([head.weights(x) for head in self.heads], dim=1)  # type: ignore[operator]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        y = torch.cat([head(x) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
-        return self.resid_dropout(self.c_proj(y))
 
 
 class Block(nn.Module):
@@ -198,6 +55,58 @@ class Block(nn.Module):
         """Map the residual stream (B, T, C) to (B, T, C); a mask is attention's."""
         x = self.branch(x, self.ln_1, self.attn, *mask)
         return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Those settings of a `GPT` that must go together; see there. `lm.bounds` has looked at each number by itself.
+
+    Raises:
+        ValueError: Which setting, its value and what to do.
+    """
+
+    n_embd: int
+    n_head: int
+    n_kv_head: int | None
+    attention: Attention
+    qk_norm: bool
+    document_end: int | None
+    feed_forward: FeedForward
+    norm: Norm
+    norm_position: NormPosition
+    positions: Positions
+
+    def __post_init__(self) -> None:
+        """Check them."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} is {getattr(self, name)}: choose from {', '.join(get_args(choices))}")
+        check_heads(self.n_embd, self.n_head)
+        if self.attention == "separate":
+            self._check_separate()
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose one of its divisors"
+            )
+        if self.norm == "none" and self.norm_position == "post":
+            raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")
+
+    def _check_separate(self) -> None:
+        for name, off in {"n_kv_head": None, "qk_norm": False, "document_end": None}.items():
+            value = getattr(self, name)
+            if value is not off:
+                raise ValueError(f"{name} {value} needs attention batched, and it is separate: drop one")
+        if self.positions == "rotary":
+            raise ValueError("positions rotary needs attention batched, and it is separate: change one")
+
+
+CHOICES = {
+    "attention": Attention,
+    "feed_forward": FeedForward,
+    "norm": Norm,
+    "norm_position": NormPosition,
+    "positions": Positions,
+}
 
 
 class GPT(nn.Module):
@@ -271,7 +180,18 @@ class GPT(nn.Module):
         init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
-        check_settings(locals())
+        Layout(
+            n_embd=n_embd,
+            n_head=n_head,
+            n_kv_head=n_kv_head,
+            attention=attention,
+            qk_norm=qk_norm,
+            document_end=document_end,
+            feed_forward=feed_forward,
+            norm=norm,
+            norm_position=norm_position,
+            positions=positions,
+        )
         self.document_end = document_end
         self.vocab_size = vocab_size
         self.block_size = block_size
@@ -356,30 +276,3 @@ class GPT(nn.Module):
             for hook in hooks:
                 hook.remove()
         return maps
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings of a `GPT` that make no network; `lm.bounds` has looked at each number by itself.
-
-    Raises:
-        ValueError: Which setting, its value and what to do.
-    """
-    for name, choices in CHOICES.items():
-        if settings[name] not in get_args(choices):
-            raise ValueError(f"{name} is {settings[name]}: choose from {', '.join(get_args(choices))}")
-    n_embd, n_head, n_kv_head = settings["n_embd"], settings["n_head"], settings["n_kv_head"]
-    check_heads(n_embd, n_head)
-    if settings["attention"] == "separate":
-        for name, on in {
-            "n_kv_head": n_kv_head is not None,
-            "qk_norm": settings["qk_norm"],
-            "document_end": settings["document_end"] is not None,
-        }.items():
-            if on:
-                raise ValueError(f"{name} {settings[name]} needs attention batched, and it is separate: drop one")
-        if settings["positions"] == "rotary":
-            raise ValueError("positions rotary needs attention batched, and it is separate: change one")
-    if n_kv_head is not None and n_head % n_kv_head:
-        raise ValueError(f"n_kv_head {n_kv_head} does not divide n_head {n_head}: choose one of its divisors")
-    if settings["norm"] == "none" and settings["norm_position"] == "post":
-        raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")

@@ -7,8 +7,8 @@ from lightning.fabric.utilities.init import _EmptyInit
 from torch.nn import functional as F
 
 from lm.models import GPT, Bigram
+from lm.models.attention import CausalSelfAttention, SeparateHeads
 from lm.models.feed_forward import make_feed_forward
-from lm.models.gpt import CausalSelfAttention, SeparateHeads
 from lm.models.rotary import Rotary
 from tests.conftest import ROOT
 
@@ -98,7 +98,7 @@ def test_initialisation_is_gpt2s() -> None:
     assert net.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert net.wpe.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in net.h:
-        assert float(block.attn.c_attn.weight.std()) == pytest.approx(0.02, rel=0.05)
+        assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
         for projection in (block.attn.c_proj, block.mlp.c_proj):
             assert float(projection.weight.std()) == pytest.approx(0.02 / 4, rel=0.05)
             assert not projection.bias.any()
