@@ -100,7 +100,7 @@ def test_initialisation_is_gpt2s() -> None:
     for block in net.h:
         assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
         for projection in (block.attn.c_proj, block.mlp.c_proj):
-            assert float(projection.weight.std()) == pytest.approx(0.02 / 4, rel=0.05)
+            assert projection.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
             assert not projection.bias.any()
 
 
@@ -263,7 +263,7 @@ def test_attention_maps_are_the_weights_that_the_blocks_use(settings: dict) -> N
         torch.testing.assert_close(attn.c_proj((weights @ v).transpose(1, 2).flatten(2)), y, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 11).double(), rtol=1e-12, atol=0)
         assert not weights.triu(1).any()
-        assert float(weights[:, :, 5, :6].std()) > 0.01
+        assert weights[:, :, 5, :6].std().item() > 0.01
 
 
 def test_rotary_turns_pairs_by_the_position_times_their_frequency() -> None:
