@@ -1,1 +1,1 @@
-"""Files of a run and of other programs, without Lightning."""
+"""Checkpoint files, lm's own and for other programs, without Lightning."""

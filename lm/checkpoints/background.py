@@ -1,4 +1,4 @@
-"""Writing in the background, from copies in host memory, so that training waits for the copy alone."""
+"""Writing in the background, from copies in host memory, so that training waits only for the copy."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class BackgroundWriter:
-    """One thread that does what it is given, one after the other, so that no file is ever written twice at a time.
+    """One thread that runs jobs one after another, so that no two ever write the same file at once.
 
-    Lightning's AsyncCheckpointIO is not used: an error comes up only when the run ends, and nothing can be done after
-    a file is whole, such as copying it or removing an older one.
+    Lightning's AsyncCheckpointIO is not used: it raises an error only when the run ends, and nothing can be done after
+    a file is complete, such as copying it or removing an older one.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class BackgroundWriter:
         self._copies: dict[int, Tensor] = {}
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do a job after those before it; not after one that has failed, whose file it may be about to copy."""
+        """Run a job after those before it; skip it after one that has failed, whose file it may be about to copy."""
 
         def do() -> None:
             if self._failed:
@@ -60,15 +60,15 @@ class BackgroundWriter:
             raise
 
     def finish(self) -> None:
-        """Wait until nothing is written any more, also where an exception, of a signal say, has cut `wait` short."""
+        """Wait until all writing has ended, even where an exception, such as a signal's, has cut `wait` short."""
         if self._pool is not None:
             self._pool.shutdown()
 
     def snapshot(self, values: Any) -> Any:
-        """Return a copy of nested values whose tensors are in host memory; those that share storage still do.
+        """Return a copy of nested values with the tensors in host memory; tensors that share storage still do.
 
-        The copies' memory is kept for the next snapshot: fresh pages would cost as much as the copying. So call it
-        only when what was made of the last one is written.
+        The copies' memory is kept for the next snapshot: fresh pages would cost as much as the copying. So call it only
+        once the last snapshot has been written.
         """
         seen: dict[Any, Tensor] = {}
 
@@ -86,7 +86,7 @@ class BackgroundWriter:
 
         result = copied(values)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies from its memory went on beside this
+            torch.cuda.synchronize()  # the copies from its memory are asynchronous
         return result
 
     def _copy(self, number: int, value: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class BackgroundWriter:
 
 
 def _step_back() -> None:
-    """Leave the thread that calls this a seventh of a core: on a CPU, training needs them all.
+    """Leave the calling thread about a seventh of a core: on a CPU, training needs all cores.
 
-    With less, a file of seconds would take minutes, and the next save would wait for it.
+    With less, a write that takes seconds would take minutes, and the next save would wait for it.
     """
-    if hasattr(os, "setpriority"):  # Linux has priorities of threads
+    if hasattr(os, "setpriority"):  # Linux has a priority per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 8)

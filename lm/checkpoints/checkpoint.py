@@ -1,4 +1,4 @@
-"""A checkpoint, a file or a folder: written so that no crash can tear them, read so that no damage goes unseen.
+"""Checkpoints, files or folders: no crash while writing leaves half of one, and reading detects any damage.
 
 A file is a torch.save archive of tensors and plain values, and loads with weights_only=True. Every record of the
 archive carries a CRC-32, which `damage` checks.
@@ -23,12 +23,12 @@ from lm.checkpoints import disk, owned, schema, sharded
 from lm.errors import UserError, described
 
 NET = "net."
-"""What the names of a network's weights begin with in a checkpoint."""
+"""The prefix of a network's weights in a checkpoint."""
 FOREIGN = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
-"""What is raised where a checkpoint lacks something, or has it of another type."""
+"""Exceptions that are raised where a checkpoint lacks something, or has another type for it."""
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside path; on success it is flushed to the disk and takes path's place.
 
     Raises:
-        UserError: The disk is full, the folder refuses, or lm did not write what is there; path is as it was.
+        UserError: The disk is full, the folder is not writable, or lm did not write what is there; path is unchanged.
     """
     try:
         owned.check(path)
@@ -54,9 +54,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, whole or not at all. A copy, not a link: damage to one must not be damage to both.
+    """Copy a checkpoint, whole or not at all. A copy, not a link: damage to one must not damage both.
 
-    Of a folder, whose size may be that of many disks' worth, the files are linked where that is possible.
+    A folder may be as large as many disks, so its files are hard-linked where possible.
     """
     if source.is_dir():
         sharded.copy(source, target)
@@ -93,7 +93,7 @@ def damage(path: Path) -> str | None:
 
 
 def _foreign(path: Path) -> str | None:
-    """Return what keeps a whole file from being a checkpoint of lm's, or None."""
+    """Return why an undamaged file is not a checkpoint of lm's, or None."""
     try:
         peek(path)
     except Exception as error:
@@ -118,9 +118,9 @@ def _torn(archive: zipfile.ZipFile) -> str | None:
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself, with its "step" and "start"; the tensors stay on the disk."""
+    """Return a checkpoint's metadata, with its "step" and "start"; the tensors stay on the disk."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of foreign files
+        warnings.simplefilter("ignore")  # torch's warnings about other programs' files
         checkpoint = (
             sharded.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
@@ -131,7 +131,7 @@ def peek(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, verified: bool = False) -> dict[str, Any]:
-    """Return a checkpoint, verified to be whole, on the CPU; of a sharded one, what a single file would have held.
+    """Return a checkpoint on the CPU, verified unless it already was; a sharded one as a single file would hold it.
 
     Raises:
         UserError: It is missing, damaged or not one of ours.
@@ -152,7 +152,7 @@ def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def of_lm(path: Path) -> Iterator[None]:
-    """Turn what is raised where a checkpoint lacks something, or has it of another type, into a UserError."""
+    """Turn the exceptions of a checkpoint that lacks something, or has another type for it, into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -177,14 +177,14 @@ def verify(path: Path) -> Path:
 
 
 def newest_first(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return what the checkpoints of a run say of themselves, where they open.
+    """Return the metadata of a run's readable checkpoints, the newest first.
 
-    The newest comes first: by the start that wrote them, then by step.
+    They are ordered by the start of the run that wrote them, then by step.
     """
     metas = {}
     for path in folder.glob("*.ckpt"):
         try:
-            if path.is_file() or path.is_dir():  # who opens a pipe may wait for ever
+            if path.is_file() or path.is_dir():  # opening a pipe may wait for ever
                 metas[path] = peek(path)
         except Exception:  # a damaged file can raise anything; it is no candidate
             continue

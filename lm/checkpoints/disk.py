@@ -1,4 +1,4 @@
-"""Disks that do not take what is written: said in a line that names the folder and what to do."""
+"""Write errors, reported in one line that names the folder and says what to do."""
 
 import errno
 import os
@@ -16,10 +16,10 @@ from lm.errors import UserError, causes
 
 @contextmanager
 def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
-    """Turn a disk that refuses a log into a UserError that names the folder.
+    """Turn an error in writing a log into a UserError that names the folder.
 
-    TensorBoard writes in a thread of its own, whose error comes up again at the next event; the thread's own traceback
-    is kept quiet.
+    TensorBoard writes in a thread of its own, whose error is raised again at the next event; the thread's own traceback
+    is suppressed.
     """
     hook = threading.excepthook
 
@@ -30,7 +30,7 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
     threading.excepthook = quiet
     try:
         yield
-    except (BrokenPipeError, ConnectionError, TimeoutError):  # not of a disk
+    except (BrokenPipeError, ConnectionError, TimeoutError):  # not disk errors
         raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -44,9 +44,9 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def probed(checkpoints: Path, logs: Path) -> Iterator[None]:
-    """Make a run's folders, checked to be writable and to have nothing in the place of what a run writes.
+    """Make a run's folders, and check that they are writable and that nothing is in the way of what a run writes.
 
-    Where nothing was written in the end, as a start was refused, those that were made go again.
+    Folders made here are removed again if nothing is written in the end, because the start was refused.
 
     Raises:
         UserError: A folder is not writable, or has something that lm did not write in the way.
@@ -89,7 +89,7 @@ def probe(folder: Path) -> None:
 
 
 def reason(error: BaseException, folder: Path) -> str:
-    """Return what a disk said, in a few words."""
+    """Return the disk's error, in a few words."""
     chain = list(causes(error))
     found = next((one for one in chain if isinstance(one, OSError)), chain[-1])
     if isinstance(found, OSError) and found.errno:
@@ -98,7 +98,7 @@ def reason(error: BaseException, folder: Path) -> str:
 
 
 def refusal(path: Path, error: BaseException) -> UserError:
-    """Return the line about a checkpoint that could not be written."""
+    """Return the error for a checkpoint that could not be written."""
     folder = path.parent
     found = next((one for one in causes(error) if isinstance(one, OSError)), None)
     if not storage.nearest(folder).is_dir():
@@ -109,12 +109,12 @@ def refusal(path: Path, error: BaseException) -> UserError:
 
 
 def remedy(folder: Path) -> str:
-    """Return what to do about a folder that does not take a file."""
+    """Return what to do about a folder that cannot be written to."""
     return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"
 
 
 def _free(folder: Path) -> int:
-    """Return the bytes that are free where a folder is, or would be."""
+    """Return the free bytes on the disk where a folder is, or would be."""
     with suppress(OSError):
         return shutil.disk_usage(storage.nearest(folder)).free
     return 0

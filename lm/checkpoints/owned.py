@@ -1,4 +1,4 @@
-"""Which checkpoints lm wrote, by what is in them: nothing else is ever replaced or removed."""
+"""Which checkpoints lm wrote, by their contents: nothing else is ever replaced or removed."""
 
 import os
 import warnings
@@ -13,11 +13,11 @@ from lm.errors import UserError
 
 SHARDED = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lm\.pt|checksums\.json|\.lm\.pt\..*\.part"
 """The files of a sharded checkpoint."""
-_MAGIC, _NAME, _AT = b"PK\x03\x04", b"archive/data.pkl", 30  # the archives that lm writes begin so
+_MAGIC, _NAME, _AT = b"PK\x03\x04", b"archive/data.pkl", 30  # how lm's archives begin
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether lm wrote a checkpoint, or this is what damage has left of one. A link to one is the user's."""
+    """Return whether lm wrote what is there, even if it is damaged by now. A link to a checkpoint is the user's."""
     if path.is_symlink():
         return False
     if path.is_dir():
@@ -27,7 +27,7 @@ def is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(_AT + len(_NAME))
     if not head.strip(b"\0"):
-        return True  # nothing is in it: a power cut
+        return True  # empty or all zeros: a power cut
     if not _MAGIC.startswith(head[: len(_MAGIC)]):
         return False
     try:
@@ -60,14 +60,14 @@ def check(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, file or folder, or what there is of one.
+    """Delete a checkpoint, file or folder, or what is left of one.
 
     Raises:
         UserError: It, or one of the folder's files, was not written by lm.
     """
     if path.is_dir() and not path.is_symlink():
         if not path.name.endswith(".part") and storage.holds_only(path, SHARDED):
-            part = path.with_name(f".{path.name}.old.part")  # where the disk refuses half-way, its name is free
+            part = path.with_name(f".{path.name}.old.part")  # frees its name, even if deletion fails half-way
             if os.path.lexists(part):
                 remove(part)
             path = path.rename(part)
@@ -78,10 +78,10 @@ def remove(path: Path) -> None:
 
 
 def take_place(part: Path, path: Path) -> None:
-    """Put part where path is, files or folders.
+    """Replace path by part, a file or a folder.
 
-    A folder cannot be replaced in one go: `folders.recover` finishes what a killed process has left between two
-    renames.
+    A folder cannot be replaced atomically: `sharded.recover` finishes what a process killed between two renames has
+    left.
 
     Raises:
         UserError: lm did not write what is there.

@@ -52,12 +52,12 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
 
 
 def deny_what_runs_code() -> None:
-    """Let no class_path of a recipe or a checkpoint name what runs other code, os.system say; see jsonargparse."""
+    """Forbid a class_path, of a recipe or a checkpoint, that runs other code, such as os.system; see jsonargparse."""
     set_parsing_settings(import_path_denylist=["ctypes"])
 
 
 def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module:
-    """Return a network from its class_path and init_args, its weights to be loaded: they are not initialised."""
+    """Return a network from its class_path and init_args; its weights are not initialised, as they are loaded later."""
     deny_what_runs_code()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "net")
@@ -75,10 +75,10 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
 
 
 class without_initialisation(TorchFunctionMode):  # noqa: N801 - a context manager
-    """Leaves the weights of networks that are made in it as they lie in memory: they are loaded, or drawn elsewhere."""
+    """Leaves the weights of networks made inside it uninitialised: they are loaded, or drawn elsewhere."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass over what fills a tensor; it is the first argument of all that torch.nn.init has."""
+        """Skip all functions of torch.nn.init; their first argument is the tensor to fill."""
         kwargs = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]

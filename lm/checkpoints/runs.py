@@ -11,7 +11,7 @@ from lm.errors import UserError
 
 
 def clear(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left. No other may be at work in the folder."""
+    """Remove what a process killed while writing has left. No other process may be using the folder."""
     probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
     for part in (*storage.parts(folder, r".*\.ckpt"), *probes):
         if owned.is_ours(part):
@@ -32,12 +32,12 @@ def resolve(folder: Path, candidates: Iterable[Path], request: str | None, note:
 
     Args:
         folder: The run's checkpoints.
-        candidates: Those that open, the newest first.
+        candidates: The readable ones, the newest first.
         request: `--ckpt_path`: None, `last`, `auto` or a path.
-        note: Is told, in a line, of damaged checkpoints that are passed over.
+        note: Called with a line about each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: The run has checkpoints and nothing was requested, or what was requested is not to be had.
+        UserError: The run has checkpoints and nothing was requested, or the requested one is missing or damaged.
     """
     found = sorted(folder.glob("*.ckpt"))
     if request not in (None, "last", "auto"):

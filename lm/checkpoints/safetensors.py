@@ -1,7 +1,7 @@
-"""Checkpoints in formats that other programs read, and back.
+"""Conversion of checkpoints to formats that other programs read, and back.
 
-A folder of format safetensors has the weights in model.safetensors, under their names in the network, and in lm.json
-all else that a network is used with: its configuration, its tokenizer, its sizes and the step. Neither can hold code.
+A safetensors folder has the weights in model.safetensors, under their names in the network, and in lm.json all else
+that using the network takes: its configuration, its tokenizer, its sizes and the step. Neither can hold code.
 """
 
 import json
@@ -28,13 +28,13 @@ NAMES = rf"{WEIGHTS}|{REST}"
 def export_safetensors(
     ckpt_path: Path, folder: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
 ) -> Path:
-    """Write a checkpoint's network, a single file or sharded, as a folder that has no optimizer's state.
+    """Write the network of a checkpoint, single-file or sharded, as a folder without optimizer state.
 
     Args:
         ckpt_path: The checkpoint.
         folder: A new one.
-        overwrite: Whether it may replace one that was exported before.
-        note: Is told of weights that are not finite: they are exported as they are.
+        overwrite: Whether it may replace an earlier export.
+        note: Called with a line about weights that are not finite: they are exported as they are.
 
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
@@ -83,7 +83,7 @@ def _note_not_finite(path: Path, weights: dict[str, Tensor], note: Callable[[str
 
 
 def _without_doubles(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return weights that share no memory, as the format wants them, and for each that is left out the one it is."""
+    """Return the weights without tied duplicates, as the format requires, and each duplicate's original by name."""
     alone: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -100,17 +100,17 @@ def _without_doubles(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 def import_safetensors(
     folder: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
 ) -> Path:
-    """Write a checkpoint, a single file, from such a folder: for use and for --init_from, not to go on with.
+    """Write a single-file checkpoint from such a folder: for inference and for --init_from, not for resuming.
 
     Args:
         folder: What `export_safetensors` wrote.
         output: A new file.
         overwrite: Whether it may replace a checkpoint of lm's.
-        note: Is told of weights that are not finite.
+        note: Called with a line about weights that are not finite.
 
     Raises:
-        UserError: The folder is none, its weights are not those of the network that it names, or the output is not
-            free or cannot be written.
+        UserError: The folder is not an export, its weights are not those of the network that it names, or the output is
+            not free or cannot be written.
     """
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     _put_back(folder)
@@ -144,13 +144,13 @@ def import_safetensors(
 
 
 def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print) -> Path:
-    """Write a checkpoint as one file that has everything, whatever kind it is.
+    """Write a checkpoint, single-file or sharded, as one file that has everything.
 
     Args:
         ckpt_path: The checkpoint.
         output: A new file.
         overwrite: Whether it may replace a checkpoint of lm's.
-        note: Is told of weights that are not finite.
+        note: Called with a line about weights that are not finite.
 
     Raises:
         UserError: It is damaged, or the file is not free or cannot be written.

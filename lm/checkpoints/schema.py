@@ -1,11 +1,11 @@
-"""What a checkpoint must have, to be used and to be gone on with: said in a line, before anything trips over it."""
+"""What a checkpoint must have to be used and to be resumed from, checked before anything fails for lack of it."""
 
 from typing import Any
 
 from torch import Tensor
 
 Outline = Any
-"""A type; a dict of keys and their outlines, where others may be besides; a list of one outline, for all items."""
+"""A type; a dict of required keys and their outlines; or a list of one outline, which all items must match."""
 
 NUMBER = (int, float)
 FITTED: Outline = {
@@ -13,7 +13,7 @@ FITTED: Outline = {
     "state_dict": dict,
     "lm": {"tokenizer": {"kind": str}, "vocab_size": int, "block_size": int},
 }
-"""What a LanguageModel saves, also in a Trainer of a user's own."""
+"""What a LanguageModel saves, even in a user's own Trainer."""
 USED: Outline = FITTED | {
     "lm": FITTED["lm"] | {"config": {"model": {"init_args": {"net": {"class_path": str}}}}},
 }
@@ -25,7 +25,7 @@ RESUMED: Outline = USED | {
     "random_states": [{"torch": Tensor, "cuda": list, "python": tuple, "numpy": tuple}],
     "lm": USED["lm"] | {"train": dict, "validation": dict},
 }
-"""What training needs to go on."""
+"""What training needs to resume."""
 
 
 def problem(found: Any, outline: Outline, where: str = "") -> str | None:
@@ -54,7 +54,7 @@ def problem(found: Any, outline: Outline, where: str = "") -> str | None:
 
 
 def resuming_problem(checkpoint: dict[str, Any]) -> str | None:
-    """Return what keeps training from going on from a checkpoint, or None."""
+    """Return what prevents training from resuming from a checkpoint, or None."""
     return (
         problem(checkpoint, RESUMED)
         or _not_a_number(checkpoint["loops"], "loops")
@@ -63,7 +63,7 @@ def resuming_problem(checkpoint: dict[str, Any]) -> str | None:
 
 
 def _not_a_number(found: Any, where: str) -> str | None:
-    """Return the first place in nested dicts that has anything but numbers; None in the place of one is let pass."""
+    """Return what is wrong with the first value in nested dicts that is neither a number nor None."""
     if isinstance(found, dict):
         return next(filter(None, (_not_a_number(value, f"{where}.{key}") for key, value in found.items())), None)
     return None if found is None or isinstance(found, NUMBER) else f"{where} is of type {type(found).__name__}"

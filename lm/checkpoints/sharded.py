@@ -30,15 +30,15 @@ INDEX = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} 
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
 }
-"""Of what torch makes the index of a checkpoint."""
+"""What torch pickles in the index of a checkpoint."""
 
 
 @contextmanager
 def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
-    """Give all ranks of a group a new folder beside path to write in; whole and flushed, it takes path's place.
+    """Give all ranks of a group a new folder beside path to write in; complete and flushed, it takes path's place.
 
     Raises:
-        UserError: The disk of a rank refuses; path is as it was.
+        UserError: A rank could not write; path is unchanged.
     """
     part = path.with_name(f".{path.name}.new.part")
     first = distributed.get_rank() == 0
@@ -46,7 +46,7 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
 
     @contextmanager
     def together() -> Iterator[None]:
-        """Let all ranks know when all have done something, and what has kept one from it."""
+        """Wait until all ranks have done something, and share the errors of those that failed."""
         problem = next(filter(None, problems), None)
         try:
             yield
@@ -67,13 +67,13 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
             owned.take_place(part, path)
     if found := next(filter(None, problems), None):
         if first:
-            with suppress(OSError, UserError):  # what was found is to be told
+            with suppress(OSError, UserError):  # the first error is the one to report
                 owned.remove(part)
         raise UserError(found)
 
 
 def _told(path: Path, error: BaseException) -> str:
-    if isinstance(error, dcp.api.CheckpointException):  # of all ranks
+    if isinstance(error, dcp.api.CheckpointException):  # it has the errors of all ranks
         error = next((one for one, _ in error.failures.values()), error)
     return str(error if isinstance(error, UserError) else disk.refusal(path, error))
 
@@ -93,7 +93,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Finish what a process that was killed between two renames began. No other may be at work in the folder."""
+    """Finish what a process killed between two renames began. No other process may be using the folder."""
     for part in unfinished(folder):
         path = folder / part.name.removeprefix(".").removesuffix(".new.part").removesuffix(".old.part")
         if not os.path.lexists(path) and (damage(part) is None if part.is_dir() else owned.is_ours(part)):
@@ -102,7 +102,7 @@ def recover(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a sharded checkpoint by linking its files, which nobody changes."""
+    """Copy a sharded checkpoint by hard-linking its files, which never change."""
     part = target.with_name(f".{target.name}.copy.part")
     owned.remove(part)
     try:
@@ -149,12 +149,12 @@ def damage(path: Path) -> str | None:
 
 
 def meta(path: Path) -> dict[str, Any]:
-    """Return all of a sharded checkpoint but its tensors."""
+    """Return everything in a sharded checkpoint except its tensors."""
     return torch.load(storage.plain(path / META), map_location="cpu", weights_only=True)
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, but for its index, which it unpickles: here only with the classes that an index is made of."""
+    """torch's reader, but it unpickles the index with only the classes that an index is made of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index."""
@@ -187,7 +187,7 @@ def shapes(reader: dcp.FileSystemReader) -> dict[str, Tensor]:
 
 
 def load_whole(path: Path) -> dict[str, Any]:
-    """Return a sharded checkpoint as if it had been a single file: whole tensors, optimizer states by number."""
+    """Return a sharded checkpoint as if it had been a single file: whole tensors, optimizer state by number."""
     reader = Reader(path)
     flat: dict[str, Any] = {
         key: torch.empty(stored.size, dtype=stored.properties.dtype)

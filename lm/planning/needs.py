@@ -1,6 +1,6 @@
-"""What a training will need: computation, memory, communication, hours; nothing is allocated, nothing is sent.
+"""What a training run will need: computation, memory, communication, hours; nothing is allocated, nothing is sent.
 
-A step is run on fake tensors, which have shapes and no values, so that what is counted is what torch would do.
+A step is run on fake tensors, which have shapes and no values, so that the counts are of what torch would do.
 
 Shapes: B sequences, T tokens.
 """
@@ -56,7 +56,7 @@ DEVICES = {
     "H200": Device(141, 989),
     "B200": Device(180, 2250),
 }
-FEW = 6  # layers of a network that is counted as it is; of a deeper one, two and three
+FEW = 6  # layers up to which a network is counted as it is; a deeper one is extrapolated from two and three
 RESERVED = 1.5  # GB of a GPU that CUDA, NCCL and the allocator's gaps take
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -77,7 +77,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def after(self, two: "Memory", layers: int) -> "Memory":
-        """Return the memory of so many layers, where this is that of three."""
+        """Return the memory of `layers` layers, extrapolated from that of two and from this, of three."""
         pairs = ((getattr(two, key), getattr(self, key)) for key in self.__dataclass_fields__)
         return Memory(*(a + (layers - 2) * (b - a) for a, b in pairs))
 
@@ -87,13 +87,13 @@ class Recipe:
     """The parts of a recipe that decide what it needs.
 
     Args:
-        make_net: Returns the network; with `layers`, the one of n_layer layers.
+        make_net: Returns the network; where `layers` is set, it takes n_layer.
         make_optimizer: Returns the optimizer of parameter groups.
         tokens: Shape of a micro-batch's tokens (B, T).
         targets: Shape of its targets, (B, T) or (B,).
         precision: Of the Trainer.
         accumulate: Micro-batches of a step.
-        layers: Its n_layer, where make_net takes another one.
+        layers: The recipe's n_layer, where make_net takes another one.
     """
 
     make_net: Callable[..., nn.Module]
@@ -106,7 +106,7 @@ class Recipe:
 
     @property
     def deep(self) -> bool:
-        """Whether two and three layers tell how much all need: there are many more, and they are alike."""
+        """Whether the needs of two and three layers tell those of all: there are many more, and they are alike."""
         if self.layers is None or self.layers <= FEW:
             return False
         with torch.device("meta"):
@@ -119,7 +119,7 @@ class Recipe:
 
     @property
     def context(self) -> AbstractContextManager[Any]:
-        """What the forward pass runs in."""
+        """The context of the forward pass: autocast, if the precision is mixed."""
         kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         kind = kinds.get(self.precision)
         return torch.autocast("cpu", kind) if kind else nullcontext()
@@ -150,7 +150,7 @@ R = TypeVar("R", int, float, Moments)
 
 
 def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
-    """Decorate what counts something of a network: of a deep one, two layers and three tell what each further adds."""
+    """Decorate a function that counts something of a network: a deep one is extrapolated from two and three layers."""
 
     @wraps(count)
     def counted(recipe: Recipe, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -177,14 +177,14 @@ def flops_per_token(recipe: Recipe) -> float:
     """Return the multiplications and additions of a training step for a token: forward and backward pass."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net = recipe.make_net()
-        tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # of one, BatchNorm has no variance
+        tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # BatchNorm has no variance over one
         targets = torch.zeros(2, *recipe.targets[1:], dtype=torch.long)
         F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten()).backward()
     return counter.get_total_flops() / tokens.numel()
 
 
 class Tracker(MemTracker):
-    """Torch's, without the peak of each module, which it would look after at every operation."""
+    """torch's MemTracker without the peak of each module, which it would update at every operation."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
@@ -193,7 +193,7 @@ class Tracker(MemTracker):
 
 
 def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
-    """Return the memory of a step of one process, the second one, when the optimizer has its state."""
+    """Return the memory of one process in its second step, when the optimizer has its state."""
     return _worst(moments(recipe, recompute=recompute))
 
 
@@ -201,7 +201,7 @@ def memory(recipe: Recipe, *, recompute: bool = False) -> Memory:
 def moments(recipe: Recipe, *, recompute: bool = False) -> Moments:
     """Return the memory of a step when its backward pass begins, when it ends, and at the worst moment.
 
-    Of a deeper network, or a shared one, another moment may be the worst: many activations, or all gradients.
+    For a deeper network, or a sharded one, another moment may be the worst: many activations, or all gradients.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -236,29 +236,29 @@ def moments(recipe: Recipe, *, recompute: bool = False) -> Moments:
 
 
 def copied(alone: Memory, processes: int) -> Memory:
-    """Return a process's memory under DDP: as alone, but gradients lie in buckets, which are there all the time."""
+    """Return a process's memory under DDP: as alone, but gradients are in buckets, which are never freed."""
     gradients = alone.weights if processes > 1 else alone.gradients
     return Memory(alone.weights, gradients, alone.optimizer, alone.activations)
 
 
 def shares(recipe: Recipe, processes: int) -> tuple[float, float]:
-    """Return which part of the parameters a rank keeps under FSDP2, and which it has gathered, as `at_once` counts.
+    """Return the fraction of the parameters that a rank keeps under FSDP2, and that it has gathered, see `at_once`.
 
     Raises:
-        UserError: The network is not sharded: it has BatchNorm.
+        UserError: The network has BatchNorm, which is not sharded.
     """
     size = parameters(recipe)
     return largest_share(recipe, processes) / size, at_once(recipe) / size
 
 
 def sharded(alone: Memory, part: float, gathered: float) -> Memory:
-    """Return a process's memory under FSDP2 with these `shares`: its part of all, and beside it what is gathered."""
+    """Return a process's memory under FSDP2 with these `shares`: its fraction of everything, plus what is gathered."""
     own = alone.weights * part
     return Memory(own, own, alone.optimizer * part, alone.activations + alone.weights * gathered)
 
 
 def at_once(recipe: Recipe) -> int:
-    """Return how many parameters a rank holds whole under FSDP2: those in no block, two blocks, and a gradient."""
+    """Return how many parameters a rank holds whole under FSDP2: those in no block, two blocks, and one's gradient."""
     with torch.device("meta"):
         net = (recipe.with_layers(3) if recipe.deep else recipe).build()
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(net)]
@@ -270,7 +270,7 @@ def _worst(moments: Iterable[Memory]) -> Memory:
 
 
 def strategies(recipe: Recipe, processes: int) -> dict[str, Memory]:
-    """Return a process's memory by strategy, of those that the network allows."""
+    """Return a process's memory for each strategy that the network allows."""
     table = {}
     try:
         parts = shares(recipe, processes)
@@ -289,7 +289,7 @@ def strategies(recipe: Recipe, processes: int) -> dict[str, Memory]:
 
 @extrapolated
 def largest_share(recipe: Recipe, processes: int) -> int:
-    """Return the most parameters that a rank keeps: the sharding itself, dry-run by torch's fake process group."""
+    """Return the most parameters that a rank keeps, from a dry run of the sharding with torch's fake process group."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -306,19 +306,20 @@ def largest_share(recipe: Recipe, processes: int) -> int:
 
 
 def communication(weights: float, processes: int) -> dict[str, float]:
-    """Return the bytes that a device sends in a step, by strategy; rings send (n - 1) / n of what they carry.
+    """Return the bytes that a device sends in a step, by strategy; a ring sends (n - 1) / n of its data.
 
-    DDP reduces the gradient (there and back); FSDP2 gathers the weights twice and reduces the gradient once.
+    DDP all-reduces the gradient (reduce-scatter and all-gather); FSDP2 all-gathers the weights twice and
+    reduce-scatters the gradient.
     """
     part = (processes - 1) / processes * weights
     return {"ddp": 2 * part, "fsdp2": 3 * part}
 
 
 def remedy(recipe: Recipe, room: float) -> str:
-    """Return what would let a recipe fit, which fits with no strategy as it is.
+    """Return what would make a recipe fit that fits with no strategy as it is.
 
     Args:
-        recipe: Its precision and network are kept where they can be.
+        recipe: Its precision and network are kept where possible.
         room: Bytes that a device has for it.
     """
     shape = {"tokens": (1, *recipe.tokens[1:]), "targets": (1, *recipe.targets[1:])}
@@ -327,7 +328,7 @@ def remedy(recipe: Recipe, room: float) -> str:
         try:
             alone = moments(smallest, recompute=True)
             largest_share(smallest, 2)
-        except UserError:  # nothing to compute again, or BatchNorm, which is not sharded
+        except UserError:  # nothing to recompute, or BatchNorm, which is not sharded
             needed = f"{memory(smallest).peak / 1e9:,.3g} GB"
             return f"micro-batches of 1 sequence need {needed}: a smaller network, or a shorter block_size"
         whole = max(moment.activations for moment in alone)

@@ -1,7 +1,7 @@
-"""Gradients by hand, as training finds them, and its loss, beside autograd's.
+"""Compares training's loss and its gradients by hand with autograd's.
 
-What is checked is `StepByHand`: the rules, what adds their gradients up, its reduction over ranks, and the compiled
-graph where training has one. What must come out is added up here, apart from all of that.
+What is checked is `StepByHand`: the rules, gradient accumulation, the reduction over ranks, and the compiled graph
+where training has one. The expected values are computed here, independently of all that.
 
 Shapes: B sequences, T tokens.
 """
@@ -38,11 +38,11 @@ from lm.training.division import Division
 
 Batch = tuple[Tensor, Tensor]
 Loss = Tensor | float
-PATIENCE = timedelta(minutes=30)  # of a rank for the other, which computes after it
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for the other, which computes after it
 
 
 class Reference:
-    """What loss and gradient of a step must be: the mean cross-entropy over all that it predicts, and autograd's of it.
+    """The expected loss and gradient of a step: the mean cross-entropy over all its predictions, by autograd.
 
     Args:
         net: The network.
@@ -52,10 +52,10 @@ class Reference:
         self.net = net
         self.predictions = 0
         self.mean: dict[str, Tensor] = {}
-        self.wide: dict[str, Tensor] = {}  # the same with more digits, which shows autograd's own error
+        self.wide: dict[str, Tensor] = {}  # the same in higher precision, which shows autograd's own error
 
     def see(self, tokens: Tensor, targets: Tensor) -> None:
-        """Add a micro-batch's gradient, before it is trained on: at the same weights, with the same random numbers."""
+        """Add a micro-batch's gradient before the step trains on it: same weights, same random numbers."""
         count = int((targets != IGNORED).sum())
         self.predictions += count
         part = count / max(1, self.predictions)
@@ -69,9 +69,9 @@ class Reference:
         """Compare with a step's loss and the `.grad` of a network's parameters.
 
         Args:
-            loss: Mean over all that the step predicts.
+            loss: Mean over all predictions of the step.
             net: The same network or a copy.
-            total: Returns the sum over the ranks, of those that each saw their own micro-batches.
+            total: Returns a tensor's sum over the ranks, where each rank saw its own micro-batches.
         """
         mean, wide = self.mean, self.wide
         if total is not None:
@@ -86,7 +86,7 @@ def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Ro
     """Compare the rules with autograd on some tokens in float64, where a wrong formula cannot pass for rounding.
 
     Returns:
-        The comparison; nothing where the network is in float64 itself, or its device has none.
+        The comparison; empty where the network is in float64 already, or its device has no float64.
     """
     parameter = next(net.parameters())
     if parameter.dtype == torch.float64 or parameter.device.type == "mps":
@@ -96,7 +96,7 @@ def rules_in_float64(net: nn.Module, tokens: Tensor, targets: Tensor) -> list[Ro
 
 
 def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
-    """Return some tokens of a batch: as many sequences as that makes, at least two, and long ones from their begin."""
+    """Return about `count` tokens of a batch: its first sequences, at least two, with long ones cut short."""
     if targets.ndim == 2:
         tokens, targets = tokens[:, :count], targets[:, :count]
     rows = max(2, count // tokens.shape[1])
@@ -104,30 +104,30 @@ def cut(tokens: Tensor, targets: Tensor, count: int) -> Batch:
 
 
 def fitted(net: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that have a gradient."""
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
-    """Return the gradient of each parameter that has one; zeros where it played no part."""
+    """Return the gradient of each parameter that requires one; zeros where the loss does not depend on it."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters() if p.requires_grad
     }
 
 
 def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> dict[str, list[Row]]:
-    """Compare a network's gradients by hand with autograd's, in each way in which training finds them.
+    """Compare a network's gradients by hand with autograd's, in each way that training computes them.
 
-    In fewer digits than float64, the rules are checked in float64 too: what rounding hides, shows there. The network,
-    its random state and its running statistics stay as they are.
+    Below float64, the rules are checked in float64 too, which shows what rounding hides. The network, its random state
+    and its running statistics stay as they are.
 
     Args:
-        net: Its mode, train or eval, is what is compared; its type and autocast say the arithmetic.
+        net: Compared in its mode, train or eval; its dtype and autocast decide the arithmetic.
         batches: Four micro-batches of a shape: tokens int64 (B, T) and targets int64, (B, T) or (B,).
-        compiled: What training finds the gradients of a micro-batch with, where it compiles.
+        compiled: Computes a micro-batch's gradients, where training compiles.
 
     Returns:
-        The comparison by the way that the gradients were found; the first is the plainest.
+        The comparison for each way of computing the gradients; the first is the simplest.
     """
     net, tables = copy.deepcopy(net), {}
     rounded = torch.is_autocast_enabled("cpu") or next(net.parameters()).dtype != torch.float64
@@ -136,7 +136,7 @@ def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None
         tables["one batch"] = _usual([_alone(net, [batch], compiled) for batch in batches])
         net, compiled, note = net.double(), None, ", in float64"
     with torch.autocast("cpu", enabled=False):
-        grads = Gradients()  # one for both: what the first step leaves must not be in the second
+        grads = Gradients()  # shared: the first step must leave nothing that leaks into the second
         tables[f"one batch{note}"] = _alone(net, batches[:1], compiled, grads)
         tables[f"{len(batches)} micro-batches{note}"] = _alone(net, batches, compiled, grads)
         if distributed.is_gloo_available():
@@ -145,17 +145,17 @@ def check(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None
 
 
 def against_differences(net: nn.Module, batches: list[Batch], compiled: Compiled | None = None) -> list[Row]:
-    """Compare a step's loss, and its slopes along a random direction of each parameter with central differences.
+    """Compare a step's loss, and its slope along a random direction of each parameter, with central differences.
 
     Args:
-        net: In float64: fewer digits show nothing. It stays as it is, but for its gradients.
+        net: In float64, as lower precision shows nothing. Only its gradients change.
         batches: Micro-batches of a shape, as `check` takes them.
-        compiled: What training finds the gradients of a micro-batch with, where it compiles.
+        compiled: Computes a micro-batch's gradients, where training compiles.
     """
     predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
 
     def loss() -> Tensor:
-        with undisturbed(net), torch.enable_grad():  # without, attention's kernels would draw other dropout masks
+        with undisturbed(net), torch.enable_grad():  # without grad, attention kernels draw other dropout masks
             sums = [nats(net, tokens, targets).detach() for tokens, targets in batches]
         return torch.stack(sums).sum() / predictions
 
@@ -185,9 +185,9 @@ def _alone(
 
 
 def _usual(tables: list[list[Row]]) -> list[Row]:
-    """Return the first of several comparisons, with the verdict of most: a wrong rule is wrong on every batch.
+    """Return, row by row, the first comparison that agrees with the majority: a wrong rule is wrong on every batch.
 
-    Right ones can differ on one where rounding takes a ReLU to the other side of its kink.
+    A right rule can fail on one batch, where rounding moves a ReLU's input across zero.
     """
     chosen = []
     for found in zip(*tables, strict=True):
@@ -217,7 +217,7 @@ def _end(step: StepByHand, losses: list[Tensor], batches: list[Batch], group: An
 
 
 def _on_two_ranks(net: nn.Module, batches: list[Batch]) -> list[Row]:
-    """Check a step of two ranks, after another step: both are in this process, where they meet by gloo as elsewhere."""
+    """Check a step of two ranks, after another step; both run in this process and communicate by gloo, as usual."""
     reference = Reference(net)
     nets, shares = [net, copy.deepcopy(net)], [batches[:2], batches[2:]]
     with _two_ranks() as (groups, pool):

@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO: Lightning's way to checkpoint files, by ours."""
+"""AtomicCheckpointIO: lm's own implementation of Lightning's interface to checkpoint files."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,22 +18,22 @@ from lm.training import harmless
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the target, flushes to the disk, renames.
+    """Writes to a temporary file beside the target, flushes it to the disk, and renames it.
 
-    Lightning's own stages in $TMPDIR and moves the file from there, which is a plain copy where the run folder is
-    another device, a mounted volume say, and never flushes it; and where the folder is not writable, it returns as if
-    all were well (Lightning issues 19970, 21253, 21800; the latter still so in 2.6.6).
+    Lightning's own writes to $TMPDIR and moves the file from there, which is a plain copy if the run folder is on
+    another device, such as a mounted volume. It never flushes the file; and where the folder is not writable, it
+    returns as if all were well (Lightning issues 19970, 21253, 21800; the latter still so in 2.6.6).
 
     Args:
-        whole: A checkpoint that `resolve` has just found whole. It is read while the network is made, and its checksums
-            are not computed again.
+        whole: A checkpoint that `resolve` has just verified. It is read while the network is built, and not verified
+            again.
     """
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = BackgroundWriter(), whole
         self._checkpoint: dict[str, Any] | None = None  # what was saved last; not of a sharded one
         self._folders: set[Path] = set()  # in which something was written
-        self.restoring: Path | None = None  # what is read, until a step has been made with it
+        self.restoring: Path | None = None  # the checkpoint that was read, until the first step after it
         self._ahead: Future[dict[str, Any]] | None = None
         if whole and whole.is_file():
             pool = ThreadPoolExecutor(1)
@@ -44,18 +44,18 @@ class AtomicCheckpointIO(CheckpointIO):
         """Copy a checkpoint's state, and write it in the background, whole or not at all.
 
         Raises:
-            UserError: The disk refused the one before; of this one, `writer.check` and `writer.wait` raise it.
+            UserError: The one before could not be written; for this one, `writer.check` and `writer.wait` raise it.
         """
         self.writer.wait()
         self._state = self.writer.snapshot(checkpoint)
         self.writer.submit(partial(self._write, Path(path)))
 
     def copy(self, source: Path, target: Path) -> None:
-        """Copy the checkpoint that was saved last, in the background, once it is written; not over what is foreign."""
+        """Copy the checkpoint saved last, in the background, once it is written; never over another program's file."""
         self.writer.submit(partial(self._copy, source, target))
 
     def _write(self, path: Path) -> None:
-        """Write the state that was saved last, once more where somebody removes the folder meanwhile."""
+        """Write the state saved last; try again, once, if somebody removed the folder meanwhile."""
         self.see(path.parent)
         try:
             write(self._state, path)
@@ -66,7 +66,7 @@ class AtomicCheckpointIO(CheckpointIO):
             write(self._state, path)
 
     def _copy(self, source: Path, target: Path) -> None:
-        if owned.is_foreign(target):  # it came while the first was written
+        if owned.is_foreign(target):  # it appeared while the first was being written
             harmless.note_once(self, f"note: {target} was not written by lm: it is left alone, {source} is whole")
             return
         self.see(target.parent)
@@ -75,7 +75,7 @@ class AtomicCheckpointIO(CheckpointIO):
         except (FileNotFoundError, UserError):
             if source.exists():
                 raise
-            if self._state is not None:  # of a sharded one, the next save makes it again
+            if self._state is not None:  # a sharded one is written again by the next save
                 self._write(target)
 
     def see(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint, rank 0's choice; raises UserError where it is missing, damaged or not one of ours."""
+        """Read the checkpoint that rank 0 chose; raises UserError where it is missing, damaged or not one of ours."""
         if distributed.is_initialized():  # another rank may have seen other files, a moment before or after
             choice = [str(path)]
             distributed.broadcast_object_list(choice, src=0)
@@ -106,11 +106,11 @@ class AtomicCheckpointIO(CheckpointIO):
 
 @contextmanager
 def restored(io: AtomicCheckpointIO) -> Iterator[None]:
-    """Turn what is raised between the reading of a checkpoint and the first step with it into a UserError."""
+    """Turn errors between reading a checkpoint and the first step after it into a UserError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if io.restoring is None or "loaded state dict" in str(error):  # that is told elsewhere
+        if io.restoring is None or "loaded state dict" in str(error):  # reported elsewhere
             raise
         raise UserError(
             f"checkpoint {io.restoring}: training cannot go on from it ({described(error)}): LM_DEBUG=1 shows where; "

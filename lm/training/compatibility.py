@@ -1,4 +1,4 @@
-"""Whether a checkpoint goes with a recipe: its network, its vocabulary, its optimizer."""
+"""Whether a checkpoint fits a recipe: its network, its vocabulary, its optimizer."""
 
 import functools
 import platform
@@ -15,9 +15,9 @@ from lm.tokenizers import Tokenizer, identity
 from lm.training import recipes
 
 FREE = {"dropout"}
-"""Settings on which a network's function does not depend, whoever's it is."""
+"""Settings that do not change what any network computes from its weights."""
 INITIAL = {"init_std", "head_scale", "momentum"}
-"""The same of the networks of lm.models alone: how weights begin and statistics move. Weights are there already."""
+"""The same, for lm.models' networks alone: initialisation, which loaded weights replace, and BatchNorm's momentum."""
 
 
 def check(
@@ -29,18 +29,18 @@ def check(
     *,
     optimizer: bool,
 ) -> None:
-    """Check that a checkpoint can be gone on with.
+    """Check that a checkpoint can be used with a recipe and its data.
 
     Args:
         path: Its file, for the message.
         checkpoint: Its contents.
         built_state: The state of the module that is to take it over.
-        config: The recipe; None where there is none, then shapes alone are compared.
+        config: The recipe; None to compare shapes alone.
         tokenizer: The data's.
-        optimizer: Whether the optimizer's state is wanted too.
+        optimizer: Whether the optimizer state is needed too.
 
     Raises:
-        UserError: Something is of another kind; says what it is there and here.
+        UserError: Something differs; the message says what it is in the checkpoint and in the recipe.
         CheckError: Training is to go on from weights that are not finite.
     """
     if optimizer and checkpoint.get("optimizer_states") == []:
@@ -53,7 +53,7 @@ def check(
             f"{path} has another tokenizer than data.corpus and data.tokenizer give: use its data, "
             "prepared with its tokenizer"
         )
-    if config and checkpoint["lm"]["config"]:  # not all that matters shows in the shapes: the number of heads does not
+    if config and checkpoint["lm"]["config"]:  # shapes do not show everything, such as the number of heads
         check_network(str(path), checkpoint["lm"]["config"], config)
     saved = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
     built = {key: tuple(value.shape) for key, value in built_state.items()}
@@ -69,18 +69,19 @@ def check(
 
 
 def check_finite(path: str, weights: dict[str, Tensor]) -> None:
-    """Raise a CheckError where weights have NaN or infinity; those of sharded checkpoints are not read yet."""
+    """Raise a CheckError where weights have NaN or infinity; a sharded checkpoint's are not loaded yet, and skipped."""
     there = {name.removeprefix("net."): value for name, value in weights.items() if not value.is_meta}
     if name := schema.not_finite(there):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
 
 
 def check_data(net: Any, data: Any) -> None:
-    """Refuse data that does not go with a network.
+    """Refuse data that does not fit a network.
 
     Raises:
-        UserError: Its attention starts anew after another token than the end of text, or it reads a source and writes
-            what follows, and the data has targets in the source, where its logits mean nothing.
+        UserError: The network's attention restarts after a token other than the data's end of text; or the network
+            reads a source and writes what follows, but the data has targets in the source, where its logits mean
+            nothing.
     """
     tokenizer = data.text_tokenizer
     end = getattr(net, "document_end", None)
@@ -103,7 +104,7 @@ def check_data(net: Any, data: Any) -> None:
 
 
 def check_network(path: str, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise a UserError where two recipes' networks compute other things from the same weights."""
+    """Raise a UserError where two recipes' networks compute different functions from the same weights."""
     nets = [recipe["model"]["init_args"]["net"] for recipe in (there, here)]
     ours = nets[1]["class_path"].startswith("lm.models.")
     for name, one, other in recipes.differences(*nets):
@@ -123,8 +124,8 @@ def consumed(checkpoint: dict[str, Any], batch_size: int) -> int:
     """Return how many sequences the run of a checkpoint has consumed.
 
     Args:
-        checkpoint: Earlier releases did not count; then all its steps had the batch of its own recipe.
-        batch_size: What it is taken for where it has no recipe.
+        checkpoint: One from an earlier release has no count; its steps then all count with its recipe's batch size.
+        batch_size: Used where the checkpoint has neither a count nor a recipe.
     """
     count = checkpoint["lm"].get("sequences")
     data = ((checkpoint["lm"]["config"] or {}).get("data") or {}).get("init_args") or {}
@@ -132,7 +133,7 @@ def consumed(checkpoint: dict[str, Any], batch_size: int) -> int:
 
 
 def logged(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of a checkpoint's `StepLog`; earlier releases took all steps for as large as the newest."""
+    """Return the state of a checkpoint's `StepLog`; an earlier release's tokens follow from its last logged step."""
     meta, step = checkpoint["lm"], checkpoint["global_step"]
     train = meta.get("train") or {}
     tokens = step * train["tokens"] // train["step"] if train.get("step") else 0
@@ -153,4 +154,4 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _version(package: str) -> str:
-    return metadata.version(package)  # reads the package's files, and each save has it
+    return metadata.version(package)  # cached: it reads the package's files, and every save needs it

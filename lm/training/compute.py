@@ -1,4 +1,4 @@
-"""How a network computes, other than what: compiled, or recomputing its blocks' activations."""
+"""How a network computes, as opposed to what: compilation, activation checkpointing, memory, DDP's settings."""
 
 import math
 import shutil
@@ -18,18 +18,18 @@ from lm.training import lightning_internals
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """Return the parts of a network that follow one another: those of its lists of modules."""
+    """Return a network's blocks, which run one after another: the members of its ModuleLists."""
     return [block for part in net.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def recompute_blocks(net: nn.Module) -> None:
-    """Let each block keep its input alone for the backward pass, and compute the rest again there.
+    """Let each block keep only its input for the backward pass, and recompute the rest there.
 
     Memory for activations falls to about one block's, for a third more computation (Chen et al., "Training Deep Nets
-    with Sublinear Memory Cost", 2016). Dropout draws the same numbers again. Keys of the state stay what they are.
+    with Sublinear Memory Cost", 2016). Dropout draws the same numbers again. The keys of the state_dict do not change.
 
     Raises:
-        UserError: The network has no blocks, or BatchNorm, whose running statistics would move twice.
+        UserError: The network has no blocks, or BatchNorm, whose running statistics would be updated twice.
     """
     if not blocks(net) or any(isinstance(module, BatchNorm) for module in net.modules()):
         raise UserError(
@@ -41,7 +41,7 @@ def recompute_blocks(net: nn.Module) -> None:
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """Return what torch.compile lacks for a device, or None where it has all."""
+    """Return what torch.compile lacks for a device, or None where nothing is missing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -57,7 +57,7 @@ def compiler_missing(device: torch.device) -> str | None:
 
 
 def memory(root: Path = Path("/")) -> tuple[float, float]:
-    """Return this machine's or container's memory in bytes, all and what is free; infinity where nothing tells."""
+    """Return this machine's or container's total and free memory in bytes; infinity where they are unknown."""
     try:
         rows = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         total, free = (float(int(rows[key].split()[0]) << 10) for key in ("MemTotal", "MemAvailable"))
@@ -74,7 +74,7 @@ def memory(root: Path = Path("/")) -> tuple[float, float]:
 
 
 def _used(path: Path) -> int:
-    """Return what a container's memory holds, but for copies of files that are let go where memory is short."""
+    """Return a container's used memory in bytes, without the page cache that the kernel can reclaim."""
     with suppress(OSError, ValueError):
         rows = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
         return max(0, int(path.read_text()) - int(rows.get("total_inactive_file", rows.get("inactive_file", 0))))
@@ -82,17 +82,17 @@ def _used(path: Path) -> int:
 
 
 def leave_constants(module: nn.Module) -> None:
-    """Let DDP leave alone what is no part of the state, the same on each rank; it would send it at every step."""
+    """Make DDP ignore non-persistent buffers, the same on each rank: it would broadcast them at every step."""
     kept = module.state_dict()
     constants = [name for name, _ in module.named_buffers() if name not in kept]
     lightning_internals.leave_to_each_rank(module, constants)
 
 
 def tune(strategy: DDPStrategy) -> None:
-    """Let DDP reduce gradients where they lie, without a copy of them all; what a recipe says of it is left alone.
+    """Let DDP reduce gradients in place, without a copy of all of them; the recipe's own settings win.
 
-    On CPUs, gradients of less than 25 MB are reduced at once, after the backward pass: what overlaps it there takes
-    its cores. Elsewhere, DDP begins with the first mebibyte.
+    On CPUs, gradients of less than 25 MB are reduced at once, after the backward pass: communication that overlaps it
+    would take its cores. Elsewhere, DDP's first bucket is one mebibyte.
     """
     lightning_internals.add_ddp_settings(strategy, gradient_as_bucket_view=True)
     if strategy.root_device.type == "cpu":

@@ -39,7 +39,7 @@ class Evaluated(LightningModule):
         nats = self.objective.nats(logits, targets)
         predicted = targets[targets != IGNORED]
         self.eval_loss.update(nats, predicted.numel(), self.token_lengths[predicted].sum())
-        # all right, given the right ones before: so would greedy generation be
+        # if every argmax is right given the right tokens before it, so is greedy generation
         if self.exact_match is not None and predicted.numel():
             self.exact_match.update(logits.argmax(-1), targets)
 

@@ -14,14 +14,14 @@ from lm.training import compatibility
 def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[str, Any] | None = None) -> str:
     """Copy a checkpoint's weights into a network; its optimizer and step stay behind.
 
-    A context may be shorter than the checkpoint's: of learned positions the first are taken. It may be longer where the
-    network has no table of positions: rotary ones go on.
+    The context may be shorter than the checkpoint's: a table of learned positions is cropped to its first rows. It may
+    be longer where the network has no such table, as with rotary positions.
 
     Args:
         net: Takes the weights.
         tokenizer: The data's.
         path: The checkpoint.
-        config: The recipe; None where there is none, then shapes alone are compared.
+        config: The recipe; None to compare shapes alone.
 
     Returns:
         Where the weights are from, for the run's first line.
@@ -56,7 +56,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
 
 
 def _crop(net: Any, weights: dict[str, Tensor], there: int) -> str:
-    """Leave of tables with a row for each position the first rows, as many as the network has; return words for it."""
+    """Crop tables that have a row for each position to the network's context; return a note that says so."""
     here = net.block_size
     tables = {
         f"{name}.weight": len(module.weight) for name, module in net.named_modules() if isinstance(module, nn.Embedding)

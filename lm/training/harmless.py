@@ -1,4 +1,4 @@
-"""Where errors of figures, samples and loggers end: what only shows a training must never stop it."""
+"""Catches errors of figures, samples and loggers: what only displays a training run must never stop it."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ WRITES = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_che
 
 
 def harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method of what shows a training: its errors are printed, once for each kind, and training goes on.
+    """Decorate a method that only displays a training run: its errors are printed once per kind, and training goes on.
 
     A second stop signal, which may come at any moment, is let through.
     """
@@ -52,12 +52,12 @@ def _say_once(owner: Any, error: Exception) -> None:
 
 
 def note_once(owner: Any, text: str, kind: Any = None) -> bool:
-    """Print a line about what an object met while training goes on; return whether it was the first of its kind.
+    """Print a note about an object, once per kind; return whether it was printed.
 
     Args:
-        owner: The object.
+        owner: The object; it remembers which kinds were printed.
         text: The line.
-        kind: What it must have in common with an earlier one not to be said again; the text by default.
+        kind: What makes two notes of one kind; the text by default.
     """
     said = vars(owner).setdefault("_said", set())
     if (kind or text) in said:

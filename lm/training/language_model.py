@@ -37,7 +37,7 @@ from lm.training.step import Step, each_step
 class LanguageModel(Evaluated):
     """Fits any network of `lm.models` by autograd.
 
-    The network is built in `configure_model`, where the data has said its vocabulary and block size.
+    The network is built in `configure_model`, once the data's vocabulary and block size are known.
 
     Args:
         net: Makes the network from (vocab_size, block_size): a class_path with its other arguments.
@@ -45,17 +45,18 @@ class LanguageModel(Evaluated):
             with learning rate 1e-3 and weight decay 0.1.
         schedule: Factor on the learning rate, a pure function of the step; constant by default.
         clip_norm: Largest global norm of the gradient; larger ones are scaled down to it. 0 and None never scale.
-        steps_per_call: Optimizer steps that one of the Trainer's own takes. Its loop costs about half a millisecond,
-            more than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and
-            stops by a signal come at its multiples. For one process, in full precision, without accumulation.
-        calibrate: Whether BatchNorm's running statistics are taken from the whole training split after the last step.
-        on_nonfinite: What is done where the loss or the gradient is not finite: "stop" ends the run, saved, before the
-            update; "skip" leaves the batch out, counts it, and stops after 20 in a row. All ranks do the same.
+        steps_per_call: Optimizer steps in each step of the Trainer, whose loop costs about half a millisecond, more
+            than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and stops by a
+            signal come at its multiples. For one process, in full precision, without accumulation.
+        calibrate: Whether BatchNorm's running statistics are recomputed from the whole training split after the last
+            step.
+        on_nonfinite: What happens when the loss or the gradient is not finite: "stop" saves and ends the run before the
+            update; "skip" skips the update, counts it, and stops after 20 in a row. All ranks do the same.
         spike: A loss above this many times its running mean over about 100 steps is treated the same; null for none.
-        compile: Whether torch.compile makes faster code of the network, in a minute; without a compiler, a line says
-            so and the run goes on without. Checkpoints are the same either way.
-        activation_checkpointing: Whether blocks compute their activations again in the backward pass rather than
-            keep them: less memory, a third more computation.
+        compile: Whether torch.compile compiles the network, which takes about a minute; without a compiler, a warning
+            says so and the run goes on uncompiled. Checkpoints are the same either way.
+        activation_checkpointing: Whether blocks recompute their activations in the backward pass rather than keep them:
+            less memory, a third more computation.
     """
 
     @checked("model.", UserError)
@@ -76,7 +77,7 @@ class LanguageModel(Evaluated):
         self.compiled, self.activation_checkpointing = compile, activation_checkpointing
         self.steps_per_call, self.calibrate = steps_per_call, calibrate
         self.automatic_optimization = steps_per_call == 1
-        # a default of the argument itself would leave its weight decay to any other class that a recipe names
+        # as the argument's default, its weight decay would be passed on to any other class that a recipe names
         self.make_net, self.make_optimizer = net, optimizer or adamw
         self.step = Step(schedule or Constant(), clip_norm or None, Guard(on_nonfinite, spike), self.step_log)
         self.net: nn.Module | None = None
@@ -90,16 +91,16 @@ class LanguageModel(Evaluated):
         self.origin = ""
         """Where a new run's weights are from, in words for its first line."""
         self.differences: list[recipes.Difference] = []
-        """Where the recipe differs from that of the checkpoint that training goes on from."""
+        """Where the recipe differs from that of the checkpoint that training resumes from."""
 
     # -- what is fitted
 
     def setup(self, stage: str) -> None:
-        """Refuse what does not go together.
+        """Refuse settings that do not go together.
 
         Raises:
-            UserError: Steps are to be taken several at a time where only Lightning's own loop can take them, or
-                statistics calibrated that several processes would not share.
+            UserError: steps_per_call is above 1 where only Lightning's own loop can take steps; or calibrate is set for
+                several processes, which would not share the statistics.
         """
         trainer = self.trainer
         if self.calibrate and trainer.world_size > 1:
@@ -116,7 +117,7 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        # drawing GPT-2 small's weights takes a CPU a second and a half
+        # initialising GPT-2 small takes a CPU a second and a half
         with without_initialisation() if self.resumes else nullcontext():
             trained = self.make_optimizer if compute.trains_in_memory(self.trainer) else None
             self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
@@ -164,7 +165,7 @@ class LanguageModel(Evaluated):
     # -- a training step
 
     def on_train_start(self) -> None:
-        """Say how the batch is divided, and begin."""
+        """Set how the batch is divided, and start."""
         self.step.division = Division(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         self.step.start(self.trainer, self.write)
 
@@ -177,10 +178,10 @@ class LanguageModel(Evaluated):
                 watcher.before_step(self.net)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """Return the loss of a micro-batch; or take several whole steps, and return nothing.
+        """Return the loss of a micro-batch; or take several whole steps, and return None.
 
         Args:
-            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
+            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with a leading dimension K.
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call == 1:
@@ -244,7 +245,7 @@ class LanguageModel(Evaluated):
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the checkpoint self-contained, and what a run needs to go on."""
+        """Add what makes the checkpoint self-contained, and what a run needs to resume."""
         assert self.net is not None and self.tokenizer is not None
         step, data = self.global_step, self.trainer.datamodule  # type: ignore[attr-defined]
         checkpoint["lm"] = {
@@ -267,10 +268,10 @@ class LanguageModel(Evaluated):
         compatibility.check(path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this network and vocabulary, and go on where it was written.
+        """Check that the checkpoint is of this network and vocabulary, and resume from its step.
 
         Raises:
-            UserError: It is of another one.
+            UserError: It is of another network or vocabulary.
         """
         self.check(checkpoint)
         saved = checkpoint["lm"]

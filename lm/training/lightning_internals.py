@@ -1,9 +1,9 @@
-"""What of Lightning is not public and needed all the same: in this file, and nowhere else.
+"""All that this program uses of Lightning's private interface is in this file.
 
-Where training stands is part of it. Lightning 2.6 saves its loops' counters and, on resume, guesses from them whether a
-validation was under way or is still due; after a stop inside one it repeats, skips or halves it (Lightning issues
-20277, 19549, 19367). Here one number, the count of finished optimizer steps, says it all: batches are a pure function
-of it, and so is what is due.
+The position in training is part of it. Lightning 2.6 saves its loops' counters and, on resume, guesses from them
+whether a validation was under way or is still due; after a stop inside one it repeats, skips or halves it (Lightning
+issues 20277, 19549, 19367). Here the number of finished optimizer steps is all the state: the batches are a pure
+function of it, and so is what is due.
 """
 
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ __all__ = ["SubprocessLauncher"]
 
 
 class WholeFit(_FitLoop):
-    """Lightning's loop, except that it runs where no step is left, too: an evaluation or a checkpoint may be due."""
+    """Lightning's fit loop, but it also runs when no step is left, as an evaluation or a checkpoint may be due."""
 
     @property
     def skip(self) -> bool:
@@ -34,14 +34,14 @@ class WholeFit(_FitLoop):
 
 
 def begin_and_end_always(trainer: Trainer) -> None:
-    """Let training begin and end, with all that callbacks do then, even where no step is left."""
+    """Run the start and the end of training, with their callbacks, even when no step is left."""
     loop = trainer.fit_loop
     trainer.fit_loop = WholeFit(trainer, min_epochs=loop.min_epochs, max_epochs=loop.max_epochs)
     trainer.fit_loop.epoch_loop = loop.epoch_loop
 
 
 def steps_per_call(trainer: Trainer) -> int:
-    """Return how many optimizer steps the module takes in one of the Trainer's."""
+    """Return how many optimizer steps the module takes in one step of the Trainer."""
     return getattr(trainer.lightning_module, "steps_per_call", 1)
 
 
@@ -76,7 +76,7 @@ def validate(trainer: Trainer) -> None:
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Return whether an evaluation follows the step that has just been finished: at its interval, or after the last."""
+    """Return whether an evaluation follows the step just finished: at its interval, or after the last step."""
     interval = trainer.val_check_batch
     if not validates(trainer):
         return False
@@ -99,21 +99,21 @@ def validates(trainer: Trainer) -> bool:
 
 
 class StepLoop(_TrainingEpochLoop):
-    """Lightning's loop over batches, that numbers what is logged by steps.
+    """Lightning's loop over batches, but metrics are logged under the number of the optimizer step.
 
-    Lightning counts from 0, by batches of which one may be many steps, and from 0 again after a resume.
+    Lightning counts batches, each of which may be many steps, from 0, and from 0 again after a resume.
     """
 
     @property
     def _batches_that_stepped(self) -> int:
-        """The step that is under way, counted from 1, or else the last; of a call that takes several its last."""
+        """The step in progress, counted from 1, or else the last one; in a call that takes several, its last."""
         batches = self.batch_progress.total.ready
         steps = -(-batches // self.trainer.accumulate_grad_batches) * steps_per_call(self.trainer)
         return min(steps, self.max_steps) if self.max_steps > 0 else steps
 
     @_batches_that_stepped.setter
     def _batches_that_stepped(self, value: int) -> None:
-        """Do nothing: it follows from the batches."""
+        """Do nothing: the value follows from the number of batches."""
 
 
 class StepConnector(_LoggerConnector):
@@ -121,7 +121,7 @@ class StepConnector(_LoggerConnector):
 
     @property
     def should_update_logs(self) -> bool:
-        """Whether the step under way, or one of the call's, is logged."""
+        """Whether the step in progress, or one of the call's steps, is logged."""
         trainer = self.trainer
         if trainer._active_loop is not trainer.fit_loop:
             return super().should_update_logs
@@ -139,18 +139,18 @@ class StepConnector(_LoggerConnector):
 
 
 def number_by_steps(trainer: Trainer) -> None:
-    """Let Lightning's loop and loggers number what is logged by steps."""
+    """Make Lightning's loop and loggers log under the numbers of optimizer steps."""
     trainer.fit_loop.epoch_loop.__class__ = StepLoop
     trainer._logger_connector.__class__ = StepConnector
 
 
 def step_under_way(trainer: Trainer) -> int:
-    """Return the number of the step that is under way, or else of the last, as Lightning's loggers are told."""
+    """Return the number of the step in progress, or else of the last, as Lightning's loggers get it."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def take_no_signals(trainer: Trainer) -> None:
-    """Keep Lightning from the signals: its handlers talk to other ranks inside the handler, save there, and exit 0."""
+    """Keep Lightning from handling signals: inside its handlers it communicates with ranks, saves, and exits 0."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
@@ -160,25 +160,25 @@ def launch_by(trainer: Trainer, launcher: SubprocessLauncher) -> None:
 
 
 def check_environment(trainer: Trainer) -> None:
-    """Hold a cluster's own variables against the Trainer's; Lightning does where it is to start processes alone."""
+    """Check a cluster's variables against the Trainer's settings; Lightning does so only where it starts processes."""
     environment = trainer._accelerator_connector.cluster_environment
     environment.validate_settings(trainer.num_devices, trainer.num_nodes)
 
 
 def backend(strategy: Strategy) -> str:
-    """Return how a strategy's processes talk: nccl, gloo."""
+    """Return the backend of a strategy's process group: nccl, gloo."""
     processes: Any = strategy
     return processes._get_process_group_backend()
 
 
 def add_ddp_settings(strategy: DDPStrategy, **settings: Any) -> None:
-    """Give DistributedDataParallel settings that the recipe has not."""
+    """Give DistributedDataParallel settings that the recipe does not set."""
     for name, value in settings.items():
         strategy._ddp_kwargs.setdefault(name, value)
 
 
 def leave_to_each_rank(module: torch.nn.Module, names: list[str]) -> None:
-    """Let DDP leave parameters and buffers alone; torch documents no other way."""
+    """Make DDP ignore parameters and buffers; torch documents no other way."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
@@ -193,5 +193,5 @@ def duration(timer: Timer) -> float | None:
 
 
 def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Let tensors be made in a dtype."""
+    """Return a context in which new tensors have a dtype."""
     return _DtypeContextManager(dtype)

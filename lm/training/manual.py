@@ -24,14 +24,14 @@ from lm.training.language_model import LanguageModel
 class ManualLanguageModel(LanguageModel):
     """Fits any network of `lm.models` by the rules of `lm.backprop`: the same numbers, and no graph.
 
-    Checkpoints are `LanguageModel`'s: a run may begin with one and go on with the other. Of several processes, each
-    normalises by its own batch's BatchNorm statistics, as under DDP, so two ranks are one rank on the same global batch
-    for networks without BatchNorm alone; running statistics are averaged over the ranks before each evaluation and
-    checkpoint.
+    Checkpoints are `LanguageModel`'s: a run may start with one class and resume with the other. With several processes,
+    each normalises by the BatchNorm statistics of its own batch, as under DDP, so only networks without BatchNorm train
+    alike on two ranks and on one with the same global batch. Running statistics are averaged over the ranks before each
+    evaluation and checkpoint.
 
     Args:
-        compile: Whether torch.compile makes one graph of the forward and the backward pass. It needs a C++ compiler
-            and a minute.
+        compile: Whether torch.compile compiles the forward and the backward pass into one graph. It needs a C++
+            compiler and a minute.
         audit_every: Steps between audits, which compare the gradient by the rules with autograd's and stop the run
             where they disagree; null for none.
         settings: All that `LanguageModel` takes.
@@ -43,16 +43,16 @@ class ManualLanguageModel(LanguageModel):
         self.automatic_optimization = False
         self.audit_every = audit_every
         self.accumulate = 1
-        """Micro-batches of a step. The Trainer's own number, which it refuses for manual optimization when it starts;
-        the command line moves it here."""
+        """Micro-batches of a step. The command line sets it from the Trainer's accumulate_grad_batches, which the
+        Trainer refuses with manual optimization."""
         self._compiled: Compiled | None = None
         self._audit: audit.Reference | None = None  # of the step in progress, where it is due
 
     def setup(self, stage: str) -> None:
-        """Refuse what the rules cannot do, and count micro-batches as `accumulate` says.
+        """Refuse what the rules do not support, and count micro-batches as `accumulate` says.
 
         Raises:
-            UserError: Precision or strategy is one that the rules are not for.
+            UserError: The rules do not support the precision or the strategy, or activation checkpointing is on.
         """
         super().setup(stage)
         trainer = self.trainer
@@ -72,7 +72,7 @@ class ManualLanguageModel(LanguageModel):
         trainer.accumulate_grad_batches = self.accumulate
 
     def configure_model(self) -> None:
-        """Build the network, and see that every layer has a rule."""
+        """Build the network, and check that every layer has a rule."""
         super().configure_model()
         assert self.net is not None
         try:
@@ -84,7 +84,7 @@ class ManualLanguageModel(LanguageModel):
         self._compiled = compile_pass()
 
     def on_train_start(self) -> None:
-        """Make what adds the gradients up, of several processes in buckets."""
+        """Make the gradient accumulator; with several processes, it reduces in buckets."""
         super().on_train_start()
         assert self.net is not None
         ranks = self.trainer.world_size
@@ -99,7 +99,7 @@ class ManualLanguageModel(LanguageModel):
         """Add the gradient of a micro-batch, and update after the last of a step; or take several whole steps.
 
         Args:
-            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with K in front.
+            batch: tokens (B, T) and targets (B, T) or (B,); or, with steps_per_call K, both with a leading dimension K.
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call > 1:
@@ -124,7 +124,7 @@ class ManualLanguageModel(LanguageModel):
             self._audit.see(tokens, targets)
         for watcher in self.step.watching:
             watcher.before_backward(step.grads)
-        try:  # what is looked at is not in a compiled graph
+        try:  # a compiled graph shows watchers nothing
             self.step.note(step.add(tokens, targets, last=last, eager=bool(self.step.watching)), targets)
         except ValueError as error:
             if "predictions" not in str(error):
@@ -137,7 +137,7 @@ class ManualLanguageModel(LanguageModel):
         """Compare the step's loss and gradient with autograd's, where an audit is due.
 
         Raises:
-            CheckError: They disagree, on any rank: all stop, or the others would wait for this one.
+            CheckError: They disagree on some rank. All ranks stop, or the others would wait for that one.
         """
         if self._audit is None:
             return
@@ -160,7 +160,7 @@ class ManualLanguageModel(LanguageModel):
         self._share_statistics()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the ranks' average statistics: the checkpoint's tensors are the network's own, so it changes too."""
+        """Save the ranks' average statistics; the checkpoint has the network's own tensors, so both change."""
         self._share_statistics()
         super().on_save_checkpoint(checkpoint)
 
@@ -174,12 +174,13 @@ class ManualLanguageModel(LanguageModel):
 
 
 def check_precision(precision: Any) -> None:
-    """Refuse a Trainer's precision that the rules are not for.
+    """Refuse a Trainer's precision that the rules do not support.
 
-    On a CPU, Lightning turns 16-mixed into bf16-mixed by itself, so the command line asks before the Trainer is made.
+    On a CPU, Lightning turns 16-mixed into bf16-mixed by itself, so the command line calls this before the Trainer is
+    made.
 
     Raises:
-        UserError: Which, why and what to do.
+        UserError: The rules do not support it; says why and what to do.
     """
     if str(precision) not in ("32-true", "32", "64-true", "64", "bf16-mixed", "None"):
         raise UserError(

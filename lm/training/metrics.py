@@ -26,7 +26,7 @@ class TokenLoss(Metric):
         self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "TokenLoss":
-        """Go where the module goes, but not to its precision: under bf16-true, sums would have three digits."""
+        """Move to the module's device, but not to its dtype: under bf16-true, sums would have three digits."""
         super()._apply(lambda state: state.to(fn(state).device), *args, **kwargs)
         return self
 

@@ -1,4 +1,4 @@
-"""What a training makes small: a number made of logits and targets, and of how a batch is divided.
+"""The training objective: a loss from logits and targets, and from how the batch is divided.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -12,10 +12,10 @@ from lm.training.division import Division
 
 
 class CrossEntropy:
-    """The mean of -log p(target) over all that is predicted; its gradient by hand is lm.backprop.loss.cross_entropy."""
+    """The mean of -log p(target) over all predictions; its gradient by hand is lm.backprop.loss.cross_entropy."""
 
     def __call__(self, logits: Tensor, targets: Tensor, division: Division) -> Tensor:
-        """Return a micro-batch's loss, (): of a divided batch, as `Division.share` wants it.
+        """Return a micro-batch's loss, (); for a divided batch, scaled as `Division.share` expects it.
 
         Args:
             logits: (B, T, V), or (B, V) of a fixed context.
@@ -27,7 +27,7 @@ class CrossEntropy:
         return self.nats(logits, targets) / targets.numel()
 
     def nats(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum over what is predicted, ()."""
+        """Return the sum over all predictions, ()."""
         return F.cross_entropy(*_flat(logits, targets), ignore_index=IGNORED, reduction="sum")
 
 

@@ -14,7 +14,7 @@ from lm.errors import UserError
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     """Return a network's parameters in two groups, each parameter in exactly one: matrices, and vectors without decay.
 
-    More groups would cost each step of a small network more. "n_hidden" says how many of a group's first parameters are
+    More groups would slow down each step of a small network. "n_hidden" says how many of a group's first parameters are
     hidden: matrices of linear layers inside the network, neither embedding nor output head.
     """
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
@@ -33,7 +33,7 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def adamw(params: Iterable) -> Optimizer:
-    """Return what fits networks where a recipe names no optimizer."""
+    """Return the default optimizer, for recipes that name none."""
     return AdamW(params, lr=1e-3, weight_decay=0.1)
 
 

@@ -14,7 +14,7 @@ from lm.training import compute
 from lm.training.optimizers import parameter_groups
 
 Maker = Callable[[Iterable], Any]
-MANY = 64  # layers of a network whose size is that of two and of each further one
+MANY = 64  # layers above which a network's size is extrapolated from that of two and three
 
 
 def make_net(
@@ -26,14 +26,14 @@ def make_net(
     optimizer: Maker | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """Return a network; settings take the place of the recipe's.
+    """Return a network; `settings` override the recipe's.
 
     Args:
         make: The network's class, with the recipe's settings.
         vocab_size: Number of symbols.
         block_size: Longest context.
-        counted: Whether it is for tensors without values, of which any number fits.
-        optimizer: Makes the optimizer that will train it in this memory; None where nothing tells.
+        counted: Whether its tensors have no values, so that any network fits.
+        optimizer: Makes the optimizer that will train it in this machine's memory; None if none will.
         settings: Of the network.
 
     Raises:
@@ -55,15 +55,15 @@ def make_net(
 
 
 def _check_memory(make: Callable[..., Any], *sizes: int, optimizer: Maker | None, **settings: Any) -> None:
-    """Make a network without values first, whose size tells whether there is memory for it, and for its training.
+    """Check, by making a network on the meta device first, that there is memory for it and for its training.
 
     Raises:
         UserError: There is not.
     """
     layers = settings.get("n_layer", getattr(make, "keywords", {}).get("n_layer", 0))
     needed, count, kind = 0, 0, ""
-    with isolate_rng(include_cuda=False), suppress(Exception), torch.device("meta"):  # other faults show later
-        if isinstance(layers, int) and layers > MANY:  # which would take as long as all that follows
+    with isolate_rng(include_cuda=False), suppress(Exception), torch.device("meta"):  # other errors show later
+        if isinstance(layers, int) and layers > MANY:  # making it would take as long as all that follows
             few = [_sizes(make(*sizes, **settings | {"n_layer": n}), optimizer) for n in (2, 3)]
             needed, count = (a + (layers - 2) * (b - a) for a, b in zip(*(one[:2] for one in few), strict=True))
             kind = few[0][2]

@@ -1,4 +1,4 @@
-"""How two recipes differ: a checkpoint's and the one that goes on from it."""
+"""How two recipes differ: a checkpoint's and the one that resumes from it."""
 
 import inspect
 import json
@@ -24,9 +24,9 @@ OMITTED = {
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.1}},
     "schedule": {"class_path": "lm.training.schedules.Constant"},
 }
-"""What a model has where its recipe leaves them out."""
+"""The defaults where a recipe leaves these out."""
 DERIVED = {"attention_bias", "n_kv_head", "hidden_size", "depth"}
-"""Settings of lm.models' networks whose null means that others decide; if they differ, the weights' shapes do."""
+"""Settings of lm.models' networks whose null means that others decide; where they differ, so do the weights' shapes."""
 PRECISIONS = {None: "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -44,14 +44,14 @@ class Difference(NamedTuple):
 
 
 def said(value: Any) -> str:
-    """Return a setting's value as a recipe has it; of a class, its name."""
+    """Return a setting's value as a recipe writes it; for a class, its name."""
     if _is_class(value):
         return str(value["class_path"])
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def between(there: dict[str, Any], here: dict[str, Any]) -> list[Difference]:
-    """Return where a recipe, `here`, trains otherwise than a checkpoint's; what it writes and shows does not count."""
+    """Return where a recipe, `here`, trains differently from a checkpoint's; what it writes or shows is ignored."""
     sections = [("", "seed_everything"), ("data", "data"), ("model", "model"), ("trainer", "trainer")]
     pairs = [(name, *(_trained(recipe, section) for recipe in (there, here))) for name, section in sections]
     found = [difference for name, one, other in pairs for difference in differences(one, other, name)]
@@ -59,7 +59,7 @@ def between(there: dict[str, Any], here: dict[str, Any]) -> list[Difference]:
 
 
 def _trained(recipe: dict[str, Any], section: str) -> Any:
-    """Return a section's settings of the training, with the defaults that are in no signature."""
+    """Return a section's settings that affect training, with the defaults that no signature shows."""
     settings = recipe.get(section) or {}
     if section == "seed_everything":
         return {section: recipe.get(section)}
@@ -76,14 +76,14 @@ def _trained(recipe: dict[str, Any], section: str) -> Any:
 def differences(there: Any, here: Any, name: str = "") -> Iterator[Difference]:
     """Yield where two parts of recipes differ.
 
-    A class is compared with its defaults filled in, so that saying a default is no difference; of two classes, the
-    settings that both have are compared. Only the class that is named `here` is imported: the checkpoint's may be
-    anything.
+    A class is compared with its defaults filled in, so that stating a default is no difference; of two different
+    classes, the settings that both have are compared. Only the class that `here` names is imported: the checkpoint's
+    may be anything.
 
     Args:
         there: The checkpoint's.
         here: The recipe's.
-        name: Of the part, as it is to be said; "" for a whole.
+        name: The part's name, as the result has it; "" for a whole recipe.
     """
     implied: set[str] = set()
     if _is_class(there) and _is_class(here):
@@ -109,7 +109,7 @@ def _is_class(value: Any) -> bool:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Return the defaults of a class's arguments, its bases' among them, or of a function's."""
+    """Return the defaults of a class's arguments, including its bases', or of a function's."""
     makers = [vars(base).get("__init__") for base in reversed(kind.__mro__)] if isinstance(kind, type) else [kind]
     written = [maker for maker in makers if inspect.isfunction(maker)]  # one in C may have no signature
     parameters = [p for maker in written for p in inspect.signature(maker).parameters.values()]

@@ -34,7 +34,7 @@ class Schedule(ABC):
         """Return the factor at a step that is past the warm-up."""
 
     def _progress(self, step: int, max_steps: int) -> float:
-        """Return how far the decay is, from 0 at the end of the warm-up to 1 at max_steps and after."""
+        """Return the progress of the decay, from 0 at the end of the warm-up to 1 at max_steps and after."""
         return min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
 
 
@@ -48,7 +48,7 @@ def check(schedule: Callable[[int, int], float], first: int, max_steps: int) -> 
     for step in (*range(first, max_steps, 1 + max(0, max_steps - first) // 1000), max_steps - 1):
         try:
             factor = float(schedule(step, max_steps))
-        except Exception as error:  # of a user's own class anything may come
+        except Exception as error:  # a user's own class may raise anything
             raise UserError(f"{name} fails at step {step + 1} of {max_steps}: {error!r}") from error
         if not 0 <= factor < math.inf:
             raise UserError(f"{name} gives {factor:g} at step {step + 1} of {max_steps}: it must be finite, at least 0")
@@ -100,7 +100,7 @@ class Cosine(Schedule):
 
 
 class Step(Schedule):
-    """Multiplied by `factor` at each milestone; the names lectures drop from 0.1 to 0.01 once.
+    """Multiplied by `factor` at each milestone; Karpathy's makemore lectures drop from 0.1 to 0.01 once.
 
     Args:
         milestones: Steps at which it falls.
@@ -114,12 +114,12 @@ class Step(Schedule):
         self.milestones, self.factor = milestones, factor
 
     def after_warmup(self, step: int, max_steps: int) -> float:
-        """Return factor to the power of the milestones reached."""
+        """Return factor to the power of the number of milestones reached."""
         return self.factor ** sum(step >= milestone for milestone in self.milestones)
 
 
 class WarmupStableDecay(Schedule):
-    """Stays at 1, and falls in a straight line over the last steps, so that a run can be extended before they begin.
+    """Stays at 1, then falls in a straight line over the last steps; until these begin, a run can be extended.
 
     Hu et al., "MiniCPM" (2024).
 

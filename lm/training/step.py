@@ -1,7 +1,7 @@
 """A training step, from top to bottom: forward, backward, reduce over ranks, guard, clip, update, log.
 
-The methods of `Step` stand in the order in which they happen. `Step.take` is that order, where a module takes steps by
-itself; where Lightning's loop does, its hooks call the same methods in the same order, see lm.training.language_model.
+The methods of `Step` stand in the order in which they run. `Step.take` calls them where a module takes steps by itself;
+where Lightning's loop does, its hooks call the same methods in the same order, see lm.training.language_model.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -32,9 +32,9 @@ class Step:
 
     Args:
         schedule: Factor on the learning rate, a pure function of the step.
-        clip_norm: Largest global norm of the gradient; None for any.
-        guard: Decides what becomes of a step that is not finite, or a spike.
-        log: Averages losses between two lines.
+        clip_norm: Largest global norm of the gradient; None for no limit.
+        guard: Decides what to do with a step whose loss or gradient is not finite, or whose loss is a spike.
+        log: Averages losses between two logged steps.
     """
 
     def __init__(self, schedule: Schedule, clip_norm: float | None, guard: Guard, log: StepLog) -> None:
@@ -42,40 +42,40 @@ class Step:
         self.objective = CrossEntropy()
         self.division = Division()
         self.questions: dict[Any, Callable[[], float]] = {}
-        """By name, what else the ranks add up when they share a step's loss, before the weights are touched."""
+        """By name, other numbers that are summed over the ranks together with a step's loss, before the update."""
         self.answers: dict[Any, float] = {}
         self.check: Callable[[Tensor | float], None] = lambda loss: None
-        """Is called with the step's loss when its gradient is whole and not clipped yet."""
+        """Called with the step's loss once its gradient is complete, before clipping."""
         self.notice: str | None = None
         """What the console should say of the step just finished."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
         self.watching: list[Figures] = []
-        """Those to whom the step in progress is due."""
+        """The callbacks that record figures of the step in progress."""
         self.losses: list[Tensor] = []
-        """Of the micro-batches of the step in progress."""
+        """The losses of the step in progress, one for each micro-batch."""
         self._targets: list[Tensor] = []
         self._loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
         self._norm = torch.zeros(())
 
     def configure(self, net: nn.Module, optimizer: Optimizer) -> None:
-        """Say what is fitted, and by what."""
+        """Set the network and its optimizer."""
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
-        # walking the module for them at each step would cost a tenth of a small one
+        # walking the module for them would cost a tenth of a small network's step
         self.net, self.fitted = net, [p for p in net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, self.fitted)), "each parameter belongs to exactly one group"
-        # a tenth of a small network's step: one norm of a copy costs half of what the norms of all parameters do
+        # saves a tenth of a small network's step: one norm of a copy costs half of what all parameters' norms do
         self._small = (
             sum(p.numel() for p in self.fitted) < SMALL and len({(p.dtype, p.device) for p in self.fitted}) == 1
         )
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
     def start(self, trainer: Trainer, write: Callable[[dict[str, Any], int], None]) -> None:
-        """Begin a training; the configuration wins over what a checkpoint said of learning rates and decay.
+        """Start training; the configuration's learning rates and weight decay win over a checkpoint's.
 
         Args:
-            trainer: Asking it for these at every step would cost a tenth of a small one.
-            write: Takes metrics and their step to the loggers.
+            trainer: Read once: asking it at every step would cost a tenth of a small network's step.
+            write: Passes metrics and their step to the loggers.
         """
         self._trainer, self._write, self._max_steps = trainer, write, trainer.max_steps
         (self._optimizer,) = trainer.optimizers
@@ -91,11 +91,11 @@ class Step:
     # -- in this order
 
     def take(self, number: int, gradient: Callable[[Tensor, Tensor], Any], tokens: Tensor, targets: Tensor) -> None:
-        """Take the step of that number, counted from 1, on a batch that is not divided, without Lightning's wrapper.
+        """Take one step on a batch that is not divided, without Lightning's wrapper.
 
         Args:
-            number: Of the step.
-            gradient: Sets the parameters' gradients to a batch's: forward and backward.
+            number: Of the step, counted from 1.
+            gradient: Sets the parameters' gradients to a batch's: forward and backward pass.
             tokens: int64 (B, T).
             targets: int64, (B, T) or (B,).
         """
@@ -106,7 +106,7 @@ class Step:
         self.update(number)
 
     def begin(self, done: int) -> None:
-        """Set the learning rate of the step that follows `done` finished ones, and see who looks at it."""
+        """Set the learning rate of the step after `done` finished ones, and find the callbacks that record it."""
         self.losses.clear()
         self._targets.clear()
         self.notice = None
@@ -123,7 +123,7 @@ class Step:
             targets: (B, T), or (B,).
 
         Raises:
-            UserError: They do not go together.
+            UserError: Their shapes do not match.
         """
         if logits.shape[:-1] != targets.shape:
             raise UserError(
@@ -135,19 +135,19 @@ class Step:
         return loss
 
     def note(self, loss: Tensor, targets: Tensor) -> None:
-        """Keep what there is to say of a micro-batch."""
+        """Keep a micro-batch's loss and targets until the step ends."""
         self.losses.append(loss.detach())
         self._targets.append(targets)
 
     def update(self, number: int) -> None:
-        """Let what follows the backward pass of the step's last micro-batch happen, without Lightning's wrapper."""
+        """Do all that follows the backward pass of the step's last micro-batch, without Lightning's wrapper."""
         self.settle(number)
         self._optimizer.step()
         lightning_internals.count_step(self._trainer)
         self.finish(number)
 
     def settle(self, number: int, clip_norm: float | None = None) -> None:
-        """Share the loss, measure the gradient, see that both are finite, and clip, before the weights are touched.
+        """Reduce the loss, compute the gradient's norm, check that both are finite, and clip: all before the update.
 
         Args:
             number: Of the step, counted from 1.
@@ -157,7 +157,7 @@ class Step:
             CheckError: They are not finite, and the run is to stop there.
         """
         if self._scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
-            # Lightning leaves the scale to an optimizer that is fused, and clips what is still scaled (issue 9694)
+            # Lightning leaves unscaling to a fused optimizer, and clips while gradients are still scaled (issue 9694)
             self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self.fitted if p.grad is not None]
         loss = self._reduce(gradients)
@@ -178,7 +178,7 @@ class Step:
             watcher.before_update(self.net)
 
     def _reduce(self, gradients: list[Tensor]) -> Tensor | float:
-        """Return the step's loss over all micro-batches and ranks; give the gradient the factor that it still lacks."""
+        """Return the step's loss over all micro-batches and ranks; scale the gradient by the factor it still lacks."""
         if self.division.parts == 1:
             return self.losses[0]
         others = [ask() for ask in self.questions.values()]
@@ -209,11 +209,11 @@ class Step:
 
 
 def each_step(done: int, most: int, per_call: int, stack: Iterable[Tensor]) -> Iterable[tuple[Any, ...]]:
-    """Yield the steps of a stack of batches that are still due: the number of each, counted from 1, and its batch.
+    """Yield the steps of a stack of batches that are not taken yet: each one's number, counted from 1, and its batch.
 
     Args:
         done: Finished steps; some of the stack's may be among them.
-        most: After which training ends.
+        most: The step after which training ends.
         per_call: Steps of a stack.
         stack: Tokens (K, B, T) and targets (K, B, …).
     """

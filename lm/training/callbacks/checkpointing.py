@@ -21,14 +21,14 @@ from lm.training.checkpoint_io import AtomicCheckpointIO
 class Checkpoints(Checkpoint):
     """Writes last.ckpt, best.ckpt and step=NNNNNNN.ckpt into the run's folder.
 
-    Where a step is both to be evaluated and saved, it is saved after the evaluation, so that a checkpoint never owes
-    one. Lightning's ModelCheckpoint is not used: it ties last.ckpt to its best ones and may leave it stale (Lightning
-    issues 20245, 19189), and it does not save at a stop.
+    Where a step is both to be evaluated and saved, it is saved after the evaluation, so that no checkpoint lacks one.
+    Lightning's ModelCheckpoint is not used: it ties last.ckpt to its best ones and may leave it stale (Lightning issues
+    20245, 19189), and it does not save when a run is stopped.
 
     Args:
         every_n_steps: Optimizer steps between periodic checkpoints.
         keep_last: How many periodic checkpoints to keep; null keeps all.
-        keep_every: Periodic checkpoints of steps that this divides are kept whatever keep_last says; null for none.
+        keep_every: Periodic checkpoints at multiples of this step are kept whatever keep_last says; null for none.
     """
 
     @checked("checkpoint.", UserError)
@@ -41,7 +41,7 @@ class Checkpoints(Checkpoint):
         self.best: float = math.inf
         self.validated_step = -1
         self.saved = (-1, -1)
-        """The step of last.ckpt, and the one that had last been evaluated."""
+        """The step of last.ckpt, and the step that had last been evaluated then."""
         self._origin: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,34 +49,34 @@ class Checkpoints(Checkpoint):
         return {"best": self.best, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take these over."""
+        """Restore both."""
         self.best, self.validated_step = state_dict["best"], state_dict["validated_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Number the start that writes this checkpoint: one that went back to an earlier step is still the newer."""
+        """Record which start of the run writes this checkpoint: a later start is newer, even at an earlier step."""
         checkpoint["start"] = self.start
-        checkpoint["epoch"] = 0  # training has none; Lightning counts an end of it, and one that went on from there not
+        checkpoint["epoch"] = 0  # there are no epochs; Lightning counts one where a run ends, but not where it resumes
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember which one training goes on from."""
+        """Remember which checkpoint training resumes from."""
         self._origin = checkpoint.get("start", 0), checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget another run's best loss: best.ckpt is this run's own. Make up for an evaluation that was cut short."""
+        """Forget another run's best loss, as best.ckpt is this run's own; make up for an interrupted evaluation."""
         found = self._found(trainer) if trainer.is_global_zero else (False, False)
         own, saved = trainer.strategy.broadcast(found)  # ranks that look by themselves may see different files
         if not own:
             self.best = math.inf
-            if lightning_internals.nothing_left(trainer):  # a new run that begins at the end evaluates it for itself
+            if lightning_internals.nothing_left(trainer):  # a new run that starts at its last step evaluates it again
                 self.validated_step = -1
         if saved:
             self.saved = trainer.global_step, self.validated_step
-        self._retain_later(trainer)  # the process before this one may have been killed between a save and that
+        self._retain_later(trainer)  # an earlier process may have been killed between saving and deleting
         if trainer.global_step and lightning_internals.validation_due(trainer):
             self._validate(trainer)
 
     def _found(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Return whether training goes on in a run that has a best.ckpt, and whether all of its last step was saved."""
+        """Return whether a run with a best.ckpt is resumed, and whether all checkpoints of its last step were saved."""
         if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.folder.resolve():
             return False, False
         last, step = files.newest_first(self.folder).get(self.last), trainer.global_step
@@ -91,7 +91,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save a periodic checkpoint, unless an evaluation comes first; learn of one that could not be written."""
+        """Save a periodic checkpoint, unless an evaluation comes first; raise if an earlier one was not written."""
         if not lightning_internals.step_finished(trainer, batch_idx):
             return
         _writer(trainer).check()
@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
         _writer(trainer).wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where training stopped between two steps: by a signal, or before the update of one not to be trusted."""
+        """Save where training stopped between two steps: at a signal, or before an update that the guard refused."""
         if getattr(exception, "at_boundary", False) and self.saved[0] != trainer.global_step:
             owes = lightning_internals.validation_due(trainer) and self.validated_step != trainer.global_step
             due = [] if owes else self._due(trainer)
@@ -132,7 +132,7 @@ class Checkpoints(Checkpoint):
         return self.folder / "last.ckpt"
 
     def _due(self, trainer: Trainer) -> list[Path]:
-        """Return the periodic checkpoint's paths, where it is due."""
+        """Return the paths of the periodic checkpoint; none where it is not due."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and self.saved != (step, self.validated_step)
         return [self._periodic(step), self.last] if due else []
@@ -144,7 +144,7 @@ class Checkpoints(Checkpoint):
         """Save the state once, and under further names by copying the file."""
         if not targets:
             return
-        for logger in trainer.loggers:  # what was logged up to a checkpoint is on the disk before it
+        for logger in trainer.loggers:  # metrics up to a checkpoint reach the disk before it does
             logger.save()
         first, *others = self._free(trainer, targets)
         trainer.save_checkpoint(first)
@@ -156,7 +156,7 @@ class Checkpoints(Checkpoint):
             self.saved = trainer.global_step, self.validated_step
 
     def _free(self, trainer: Trainer, targets: list[Path]) -> list[Path]:
-        """Return the targets that are not taken by what lm did not write; if none is free, the periodic one."""
+        """Return the targets that no other program's file occupies; if none is free, the periodic one."""
         foreign = [path for path in targets if owned.is_foreign(path)] if trainer.is_global_zero else []
         (foreign,) = trainer.strategy.broadcast([foreign])  # ranks that look by themselves may see different files
         free = [path for path in targets if path not in foreign] or [self._periodic(trainer.global_step)]
@@ -175,7 +175,7 @@ class Checkpoints(Checkpoint):
         for old in periodic[self.keep_last :]:
             step = int(old.stem.removeprefix("step="))
             if self.keep_every is None or step % self.keep_every:
-                with suppress(UserError, OSError):  # lm did not write it; or it stays until the disk lets it go
+                with suppress(UserError, OSError):  # lm did not write it, or the disk refuses: it stays
                     owned.remove(old)
 
 

@@ -1,4 +1,4 @@
-"""Figures: few and cheap pictures of a training in TensorBoard, each of which can be switched off.
+"""Figures: a few cheap pictures of training in TensorBoard, each of which can be switched off.
 
 Karpathy, "makemore" part 3: what activations, gradients and updates should look like.
 
@@ -39,18 +39,18 @@ LAYOUT = {  # charts of many curves, in the order of their use
 
 
 class Figures(Callback):
-    """Writes figures of the first step and of every so many; the module calls the three hooks around its update.
+    """Writes figures at the first step and every `every_n_steps` steps; the module calls the hooks around its update.
 
-    Lightning's own hooks do not serve: they stand around its batches, and one batch may be many steps.
+    Lightning's own hooks do not fit: they surround a batch, which may be many steps.
 
     Args:
         every_n_steps: Steps between figures; 0 switches all of them off.
-        activations: Histograms of what each layer puts out, but for LayerNorm and the like, which always look the same.
+        activations: Histograms of each layer's output, except LayerNorm's and the like, which always look the same.
         gradients: Histograms of each matrix's gradient, after clipping.
-        saturation: Of each tanh layer, the share of units whose size is above 0.97; of each tanh and ReLU layer, which
-            units pass no gradient at which examples, and the number of those that pass none at all: dead ones.
+        saturation: For each tanh layer, the share of outputs whose absolute value is above 0.97; for each tanh and ReLU
+            layer, which units pass no gradient at which examples, and the number of dead units, which pass none at all.
         updates: For each matrix, log10 of the update's standard deviation over the parameter's; about -3 is healthy.
-        attention: Attention maps of the first validation sequence, a panel a head, at every validation.
+        attention: Attention maps of the first validation sequence, one panel per head, at every validation.
         embedding: The token embedding in the projector, when training ends.
     """
 
@@ -71,16 +71,16 @@ class Figures(Callback):
         self.updates, self.attention, self.embedding = updates, attention, embedding
         self._boards: list[Any] = []
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, Tensor] = {}  # what each layer put out
+        self._seen: dict[str, Tensor] = {}  # each layer's output
         self._saturated: dict[str, Tensor] = {}
         self._stuck: dict[str, Tensor] = {}  # which units pass no gradient: (N, C)
         self._labels: list[str] = []  # of the vocabulary: 'x', '\\n'
         self._gradients: dict[str, Tensor] = {}
-        self._grads: Gradients | None = None  # of a pass by hand
+        self._grads: Gradients | None = None  # of a backward pass by hand
         self._before: dict[str, Tensor] = {}  # matrices before the update
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find where to write: on the first process alone, which has no figures of a sharded network to show."""
+        """Find where to write: on rank 0 alone, and nowhere for a sharded network, of which it has only a shard."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._boards = (
             [logger.experiment for logger in loggers]
@@ -92,7 +92,7 @@ class Figures(Callback):
 
     @harmless
     def _lay_out(self, tokenizer: Any) -> None:
-        """Keep the names of the tokens, and say which charts belong together."""
+        """Keep the names of the tokens, and group the charts."""
         self._labels = [repr(token.decode(errors="replace")) for token in tokenizer.token_bytes()[:MOST_ROWS]]
         for board in self._boards:
             board.add_custom_scalars(LAYOUT)
@@ -103,7 +103,7 @@ class Figures(Callback):
 
     @harmless
     def before_step(self, net: Any) -> None:
-        """Begin to look at what the layers put out."""
+        """Start recording the layers' outputs."""
         if self._handles:  # of an earlier micro-batch of the step
             return
         for name, module in net.named_modules():
@@ -128,7 +128,7 @@ class Figures(Callback):
 
     @harmless
     def before_backward(self, grads: Gradients) -> None:
-        """Ask a pass by hand for what autograd does not show."""
+        """Have a backward pass by hand keep what autograd does not show."""
         grads.keep_dlogits, grads.shares = True, {}
         self._grads = grads
 
@@ -143,7 +143,7 @@ class Figures(Callback):
 
     @harmless
     def after_step(self, net: Any, step: int) -> None:
-        """Write what was seen, and look no longer."""
+        """Write what was recorded, and stop recording."""
         try:
             self._write(net, step)
         finally:
@@ -171,7 +171,7 @@ class Figures(Callback):
             self._write_by_hand(board, net, step)
 
     def _write_by_hand(self, board: Any, net: Any, step: int) -> None:
-        """Write the gradient by the logits as an image, and each residual branch's share of the gradient."""
+        """Write the loss's gradient by the logits as an image, and each residual branch's share of the gradient."""
         if self._grads is None:
             return
         if self._grads.dlogits is not None:
@@ -192,7 +192,7 @@ class Figures(Callback):
             found.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Look no longer."""
+        """Stop recording."""
         self._forget()
 
     @harmless

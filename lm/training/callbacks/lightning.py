@@ -1,7 +1,7 @@
 """Lightning's own callbacks and Trainer arguments in `lm fit`: which are refused and why, and how others are adapted.
 
-docs/lightning.md lists all of them. Lightning counts batches and epochs where a training here has steps: numbers of
-steps are put right in one place, see `Loop`.
+docs/lightning.md lists all of them. Lightning counts batches and epochs, training here counts steps: one place corrects
+the numbers, `lightning_internals.StepLoop`.
 """
 
 import logging
@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "reload_dataloaders_every_n_epochs": ((0,), NO_EPOCHS),
     "use_distributed_sampler": ((False,), "the data is divided over the ranks already, each token once"),
 }
-"""What a Trainer's argument may be, and why nothing else."""
+"""The values that a Trainer's argument may have, and why no others."""
 
 OWN_STEP = "what a step is would change under way, and a resumed run be another one"
 OWN_WEIGHTS = "what is evaluated and saved would be other weights than those that are trained"
@@ -49,7 +49,7 @@ CALLBACKS: dict[type[Callback], str] = {
     parts.StochasticWeightAveraging: f"{OWN_WEIGHTS}; and the learning rate is the schedule's",
     parts.WeightAveraging: OWN_WEIGHTS,
 }
-"""Callbacks that are refused, those derived from them too, and why."""
+"""Callbacks that are refused, with their subclasses, and why."""
 
 EPOCHS: tuple[tuple[type[Callback], str, Any], ...] = (
     (parts.EarlyStopping, "check_on_train_epoch_end", True),
@@ -86,7 +86,7 @@ def refuse_settings(settings: Any) -> None:
 
 
 def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
-    """Raise a UserError for a callback that would make another training of this, or could do nothing in it.
+    """Raise a UserError for a callback that would change how training goes, or could do nothing in it.
 
     Args:
         callbacks: The recipe's.
@@ -123,17 +123,17 @@ def take_over(settings: dict[str, Any], run: Path) -> None:
     if settings["max_time"] is not None:
         callbacks.append(_max_time(settings["max_time"]))
         settings["max_time"] = None
-    settings["min_epochs"] = 0  # with min_steps, Lightning would wait for the end of an epoch that has none
+    settings["min_epochs"] = 0  # with min_steps, Lightning would wait for an epoch's end, which never comes
     refuse_callbacks(callbacks, run)
     if any(isinstance(callback, parts.ProgressBar) for callback in callbacks):
         settings["enable_progress_bar"] = True
 
 
 def mend(trainer: Trainer, say: Callable[[str], None]) -> None:
-    """Let Lightning's loop, bars and monitors count steps, and print what they are asked for.
+    """Make Lightning's loop, progress bars and monitors count steps, and print what they are asked for.
 
     Args:
-        trainer: Has them.
+        trainer: The Trainer that has them.
         say: Prints a line.
     """
     for name in ("callbacks.early_stopping", "callbacks.model_summary", "profilers.profiler"):
@@ -153,7 +153,7 @@ def mend(trainer: Trainer, say: Callable[[str], None]) -> None:
 
 
 class Said(logging.Handler):
-    """Prints what a part of Lightning logs as any other line of the run.
+    """Prints the log messages of a part of Lightning like any other line of the run.
 
     Args:
         say: Prints a line.
@@ -177,7 +177,7 @@ class StepBar(parts.ProgressBar):
         return self.trainer.max_steps if self.trainer.max_steps > 0 else super().total_train_batches
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the step where training goes on."""
+        """Start at the step that training resumes from."""
         super().on_train_epoch_start(trainer, pl_module)
         if isinstance(self, parts.TQDMProgressBar):
             self.train_progress_bar.set_description(self.train_description)
@@ -198,10 +198,10 @@ class StepBar(parts.ProgressBar):
 
 
 class AfterTheStep(Callback):
-    """Mixed into a monitor that reads the learning rate before a step, where it is not set yet: reads it after it."""
+    """Mixed into a monitor that reads the learning rate before a step, when it is not set yet: reads it afterwards."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: there is but one epoch."""
+        """Do nothing: there is only one epoch."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Do nothing: the step's rate is not set yet."""
@@ -215,7 +215,7 @@ class AfterTheStep(Callback):
 
 
 class MaxTime(parts.Timer):
-    """Ends a run after a time. Each start has all of it: Lightning's would end a resumed run where it begins."""
+    """Ends a run after a time, counted anew at each start: Lightning's would end a resumed run where it starts."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
@@ -233,7 +233,7 @@ def _max_time(duration: Any) -> MaxTime:
 
 
 class Endings(Callback):
-    """Checks what other callbacks monitor; puts an early end off until a step is finished, and says why it came.
+    """Checks what other callbacks monitor; delays an early stop until the step is finished, and says why it came.
 
     Args:
         say: Prints a line.
@@ -270,12 +270,12 @@ class Endings(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put off an end that a callback wants in the middle of a step: half of its random numbers are drawn."""
+        """Delay a stop that a callback wants in the middle of a step, when half of its random numbers are drawn."""
         self._wanted |= trainer.should_stop
         trainer.should_stop = self._wanted and lightning_internals.step_finished(trainer, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let `Checkpoints` save where something failed between two steps, a callback or the data: no step is lost.
+        """Let `Checkpoints` save where a callback or the data failed between two steps, so that no step is lost.
 
         Several ranks save together, so all must have failed at this step; a GPU that failed has nothing to save.
         """
@@ -299,7 +299,7 @@ class Endings(Callback):
 
 
 def _reason(callback: Callback) -> str | None:
-    """Return why a callback has ended a training; None where it has not."""
+    """Return why a callback ended training; None where it did not."""
     name = type(callback).__name__
     if isinstance(callback, parts.EarlyStopping) and callback.stopping_reason_message:
         return f"{name}: {callback.stopping_reason_message.removesuffix(' Signaling Trainer to stop.')}"
@@ -310,7 +310,7 @@ def _reason(callback: Callback) -> str | None:
 
 
 def sequences(batch: tuple[Tensor, Tensor]) -> int:
-    """Return how many sequences a batch has, of several steps' batches all; ThroughputMonitor wants such a function.
+    """Return how many sequences a batch has, or several steps' batches together; for ThroughputMonitor.
 
     Args:
         batch: tokens (B, T) or (K, B, T), and targets.

@@ -1,4 +1,4 @@
-"""Matrices as pictures that say what they show: axes with tokens, a title a panel, a colour bar. Drawn by Pillow.
+"""Matrices as labelled pictures: tokens on the axes, a title per panel, a colour bar. Drawn by Pillow.
 
 Shapes: H heads, T time, V vocabulary, N examples, C units.
 """
@@ -18,7 +18,7 @@ MARGIN, BAR = 14, 12  # pixels: around panels, across the colour bar
 
 
 def attention(weights: Tensor, tokens: Sequence[str]) -> Pixels:
-    """Return how much each token, a row, looks at those before it: a panel a head.
+    """Return a picture of how much each token (row) attends to those before it, one panel per head.
 
     Args:
         weights: (H, T, T), each row sums to one.
@@ -29,10 +29,10 @@ def attention(weights: Tensor, tokens: Sequence[str]) -> Pixels:
 
 
 def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
-    """Return the gradient of the loss by the logits: red pulls a logit down, blue pushes one up.
+    """Return a picture of the gradient of the loss by the logits: red pulls a logit down, blue pushes one up.
 
     Args:
-        rows: (N, V), a prediction a row.
+        rows: (N, V), one prediction per row.
         symbols: V texts.
     """
     largest = max(float(rows.abs().max()), 1e-30)
@@ -42,7 +42,7 @@ def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
 
 
 def stuck_units(stuck: Tensor, title: str) -> Pixels:
-    """Return which units pass no gradient at which examples: a column that is blue throughout is a dead neuron.
+    """Return a picture of which units pass no gradient at which examples: an all-blue column is a dead neuron.
 
     Args:
         stuck: (N, C), true where a unit is saturated or off.
@@ -53,7 +53,7 @@ def stuck_units(stuck: Tensor, title: str) -> Pixels:
 
 
 def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, largest: float) -> Image.Image:
-    """Return one matrix, each row and column under its name where there is room for it."""
+    """Return a picture of one matrix, its rows and columns labelled where there is room."""
     share = (values.detach().float().cpu().numpy() / largest).clip(-1, 1)[..., None]
     colours = WHITE + np.where(share < 0, BLUE - WHITE, (RED if (share < 0).any() else BLUE) - WHITE) * np.abs(share)
     cell = 12 if max(share.shape[:2]) <= 128 else 4
@@ -85,7 +85,7 @@ def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: s
 
 
 def _upwards(panel: Image.Image, name: str, x: int, y: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
-    """Write a name that reads from below and ends above a column."""
+    """Write a column's name above it, rotated to read upwards."""
     if not name:
         return
     text = Image.new("RGB", (int(font.getlength(name)) + 1, FONT + 3), "white")

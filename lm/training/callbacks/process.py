@@ -18,9 +18,9 @@ from lm.training import lightning_internals
 
 
 class RandomState(Callback):
-    """Keeps each rank's random state in the checkpoint, which Lightning's own checkpoints lack, and folds the rank in.
+    """Keeps each rank's random state in the checkpoint, where Lightning's have none, and seeds each rank differently.
 
-    Evaluation and sampling draw from generators of their own, so this state moves with training steps alone.
+    Evaluation and sampling draw from generators of their own, so only training steps advance this state.
 
     Args:
         seed: The run's seed.
@@ -70,31 +70,31 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class FrozenHeap(Callback):
-    """Keeps the garbage collector, while training goes on, from walking through all that was made before it.
+    """Keeps the garbage collector from scanning, during training, all objects made before it.
 
-    Autograd's many small objects set the collector off, and imported modules alone are a million objects: a sixth of a
-    small network's step.
+    Autograd's many small objects trigger the collector, and imported modules alone are a million objects: scanning them
+    would take a sixth of a small network's step.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect once, and leave alone what is there."""
+        """Collect once, and exempt what is left from later collections."""
         gc.collect()
         gc.freeze()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the collector look at it again."""
+        """Let the collector scan it again."""
         gc.unfreeze()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let it look after an error too: Lightning tears no callback down then."""
+        """Do so after an error too: Lightning does not call teardown then."""
         gc.unfreeze()
 
 
 def keep_memory() -> bool:
-    """Let the C library keep memory that tensors have left, rather than give it back and ask for it again.
+    """Let the C library keep the memory of freed tensors, rather than return it to the kernel and ask for it again.
 
-    A page that comes back from the kernel costs more than an elementwise operation on it, and a CPU's training step
-    frees and takes the same megabytes each time. Does nothing where the C library is not glibc.
+    A fresh page from the kernel costs more than an elementwise operation on it, and a training step on a CPU frees and
+    allocates the same megabytes each time. Does nothing where the C library is not glibc.
 
     Returns:
         Whether it did something.
@@ -110,18 +110,18 @@ def keep_memory() -> bool:
 
 
 class KeptMemory(Callback):
-    """Calls `keep_memory` when a training on a CPU begins."""
+    """Calls `keep_memory` when training on a CPU starts."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let memory be kept."""
+        """Let freed memory be kept."""
         if trainer.strategy.root_device.type == "cpu":
             keep_memory()
 
 
 class OwnCores(Callback):
-    """Keeps ranks on CPUs, where their threads together fill a machine, each to cores of its own, as mpirun does.
+    """Pins each rank on a CPU to cores of its own, as mpirun does, where the ranks' threads together fill the machine.
 
-    Otherwise the kernel lets two ranks meet on one core now and then, and all wait for both.
+    Otherwise the kernel now and then puts two ranks on one core, and all ranks wait for both.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,21 +131,21 @@ class OwnCores(Callback):
         cores, ranks, threads = sorted(os.sched_getaffinity(0)), trainer.num_devices, torch.get_num_threads()
         if ranks > 1 and ranks * threads == len(cores):
             own = cores[trainer.local_rank * threads :][:threads]
-            for thread in os.listdir("/proc/self/task"):  # those that talk to other ranks are there already
+            for thread in os.listdir("/proc/self/task"):  # the communication threads exist already
                 with suppress(ProcessLookupError):
                     os.sched_setaffinity(int(thread), own)
 
 
 BAR = "{n_fmt}/{total_fmt} {desc}|{bar}| {elapsed}<{remaining}, {rate_fmt}"
-"""Of tqdm: where a terminal is narrow, it is cut from the right, and the loss must not be."""
+"""tqdm's format. A narrow terminal cuts it off at the right, so the loss stands on the left."""
 
 
 class Console(Callback):
     """Shows how training goes: a progress bar on a terminal, elsewhere a line for each logged step and evaluation.
 
     Args:
-        stream: Where to; standard output by default, standard error where results are printed as JSON.
-        run: The run's name, said in lines that are JSON.
+        stream: Where to print; standard output by default, standard error where results are printed as JSON.
+        run: The run's name, for lines that are JSON.
         bar: Whether a terminal gets a bar; not where Lightning draws one.
     """
 
@@ -167,7 +167,7 @@ class Console(Callback):
         what = f"training {f'from step {done} ' if done else ''}to step {trainer.max_steps}"
         if lightning_internals.nothing_left(trainer):
             what = f"step {done} is done, trainer.max_steps is {trainer.max_steps}: no step is left to train"
-        name = type(net).__name__.removeprefix("FSDP")  # which sharding puts there
+        name = type(net).__name__.removeprefix("FSDP")  # a prefix that sharding adds
         self._line(
             f"{name} of {count:,} parameters, {net.vocab_size:,} symbols, context {net.block_size}: "
             f"{what} on {trainer.world_size} x {trainer.strategy.root_device.type}{module.origin}",
@@ -219,7 +219,7 @@ class Console(Callback):
         return f"step {step:>{len(str(trainer.max_steps))}}/{trainer.max_steps}"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar before anything else is said; Lightning tears no callback down then."""
+        """Close the bar before anything else is printed; Lightning does not call teardown then."""
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -229,7 +229,7 @@ class Console(Callback):
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.stream.flush()  # its line ends before standard error has the next
+            self.stream.flush()  # its line ends before standard error prints the next
             self.bar = None
 
     def _line(self, text: str, **fields: Any) -> None:
@@ -240,6 +240,6 @@ class Console(Callback):
 
 
 def _rates(metrics: dict[str, float]) -> str:
-    """Return the learning rates, those of the parameter groups that have one of their own by name."""
+    """Return the learning rates; a parameter group's own rate follows its name."""
     others = {k.removeprefix("learning_rate_"): v for k, v in metrics.items() if k.startswith("learning_rate_")}
     return f"{metrics['learning_rate']:.2e}" + "".join(f" {name} {rate:.2e}" for name, rate in others.items())

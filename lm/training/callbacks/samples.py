@@ -1,4 +1,4 @@
-"""What a fit shows of its network while it trains."""
+"""Text samples that a run writes while it trains."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ class SampleText(Callback):
     Args:
         max_new_tokens: Its length; 0 switches samples off.
         prompt: What it continues.
-        temperature: Of the sampling.
-        seed: Of the sampling; each step draws the same numbers, so that samples differ by the weights alone.
+        temperature: Sampling temperature.
+        seed: Sampling seed; each sample draws the same random numbers, so that samples differ by the weights alone.
     """
 
     @checked("samples.", UserError)
@@ -31,10 +31,10 @@ class SampleText(Callback):
         self.sampler = Sampler(temperature=temperature)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training, and not at its first evaluation, that prompt and seed can be used."""
+        """Check the prompt and the seed before training, rather than at its first evaluation."""
         module: Any = pl_module
         self._generator()
-        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # bytes of the command line that are no UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # command-line bytes that are not UTF-8
             raise UserError(f"samples.prompt {self.prompt!r}: it is no UTF-8 text")
         start_tokens(module.tokenizer, self.prompt, option="--samples.prompt")
 
@@ -56,7 +56,7 @@ class SampleText(Callback):
                 text += stream.add(int(next(tokens)))
                 if stream.done:
                     break
-        for board in boards if trainer.is_global_zero else []:  # indented by four: Markdown shows it as it is
+        for board in boards if trainer.is_global_zero else []:  # indented by four: Markdown shows it verbatim
             lines = (text + stream.finish()).splitlines()
             board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)
 

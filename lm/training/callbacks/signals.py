@@ -16,17 +16,17 @@ REASONS = (*STOPS, signal.SIGPIPE)
 
 
 class StopSignals(Callback):
-    """On one of the signals that stop a command, stops at the next step boundary, and `Checkpoints` saves.
+    """After a stop signal, stops at the next step boundary, and `Checkpoints` saves.
 
-    A second one stops at once, and a third ends the process. SIGHUP never counts as a second: a terminal that is closed
-    may send it twice, or just after SIGTERM. A signal may reach one rank alone: the ranks agree at every step, when
-    they share its loss, and inside an evaluation after every batch.
+    A second signal stops at once, and a third ends the process. SIGHUP never counts as a second: a terminal that is
+    closed may send it twice, or just after SIGTERM. A signal may reach one rank alone, so the ranks agree on it at
+    every step, when they reduce its loss, and after every batch of an evaluation.
 
     Lightning's own handler saves nothing, or saves inside the handler in the middle of a step, and exits 0 (Lightning
-    issues 21406, 20542, 19916). The command line keeps it out.
+    issues 21406, 20542, 19916). The command line disables it.
 
     Args:
-        unread: Returns whether the reader of standard output has gone: the run stops as by a signal, SIGPIPE.
+        unread: Returns whether the reader of standard output has gone; the run then stops as on SIGPIPE.
     """
 
     def __init__(self, unread: Callable[[], bool] = lambda: False) -> None:
@@ -35,7 +35,7 @@ class StopSignals(Callback):
         self.before: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the signals over; one that comes before the first step stops after it."""
+        """Install the signal handlers; a signal before the first step stops the run after it."""
         self.before = take_stops(self._receive)
         module: Any = pl_module
         if stage == "fit":
@@ -52,7 +52,7 @@ class StopSignals(Callback):
 
     @property
     def received(self) -> int:
-        """The signal that came, or 0."""
+        """The signal received, or 0."""
         return self.signum or (signal.SIGPIPE if self.unread() else 0)
 
     def _has_received(self, signum: int) -> bool:
@@ -61,7 +61,7 @@ class StopSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop where a step has been finished."""
+        """Stop at the end of a step, if a signal was received."""
         if lightning_internals.step_finished(trainer, batch_idx):
             module: Any = pl_module
             received = self.received
@@ -91,7 +91,7 @@ class StopSignals(Callback):
             raise Stopped(received, at_boundary=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers from before."""
         self._give_back()
 
     def _give_back(self) -> None:

@@ -1,1 +1,1 @@
-"""Several processes: their meeting, the reduction of gradients, shares of parameters, and what watches over them."""
+"""Several processes: rendezvous, gradient reduction, sharded parameters, and the watch over lost ranks."""

@@ -1,4 +1,4 @@
-"""Where the processes of a job meet: who is still missing, and a wait that a signal can end."""
+"""The rendezvous of a job's processes: it names those that are missing, and a signal can end the wait."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ from lm.training import lightning_internals
 from lm.training.lightning_internals import SubprocessLauncher
 
 STARTER = "LM_STARTED_BY"
-"""Of the environment: the process that started this rank."""
+"""Environment variable: the id of the process that started this rank."""
 
 
 class Launcher(SubprocessLauncher):
-    """Starts the other ranks of this machine, lets all meet, and leaves watching them to `Watch`.
+    """Starts the other ranks of this machine, waits for all ranks, and leaves watching them to `Watch`.
 
-    Lightning's own observer kills this process, without a word and within five seconds, when another rank ends: also
-    when that one has stopped as it should, while this one still writes the checkpoint.
+    Lightning's own observer silently kills this process within five seconds after another rank ends, even if that one
+    stopped as it should while this one is still writing the checkpoint.
     """
 
     def __init__(self, environment: Any, num_processes: int, num_nodes: int, timeout: float) -> None:
@@ -39,7 +39,7 @@ class Launcher(SubprocessLauncher):
         self.meeting = Meeting(timeout, self.children)
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the others, meet all, and go to work."""
+        """Start the other ranks, wait for all, and call the function."""
 
         def work(*args: Any, **kwargs: Any) -> Any:
             if not distributed.is_initialized():
@@ -52,7 +52,7 @@ class Launcher(SubprocessLauncher):
     def _call_children_scripts(self) -> None:
         os.environ[STARTER] = str(os.getpid())
         if place := log.shared_memory():
-            os.environ["LM_SAID"] = place  # what is wrong for all ranks is said once
+            os.environ["LM_SAID"] = place  # an error that all ranks have is printed once
         super()._call_children_scripts()
         self.children += self.procs
         self.procs = []  # the observer sees none
@@ -78,11 +78,11 @@ class Launcher(SubprocessLauncher):
 class Meeting:
     """One process's wait for all the others.
 
-    torch waits for the others in C++, where no signal reaches a Python program. So all wait here first, in Python, and
-    see each other by keys in a store that torch's own, of the same process and port, shares.
+    torch waits for the others in C++, where Python handles no signals. So all wait here first, in Python, and find each
+    other by keys in a store at the process and port that torch's own store will use too.
 
     Args:
-        timeout: Seconds in which all must have come.
+        timeout: Seconds within which all must arrive.
         children: The ranks that this one has started.
     """
 
@@ -95,9 +95,9 @@ class Meeting:
         """Wait until all processes are there; say whom this one waits for.
 
         Raises:
-            UserError: The place where they meet cannot be reached; the first process, which the others did not reach,
-                ends with the same exit code.
-            CheckError: The process that started this one, and which it was to meet, has died.
+            UserError: The rendezvous address cannot be reached; rank 0, which the others did not reach, ends with the
+                same exit code.
+            CheckError: Rank 0 has died.
         """
         environment: Any = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.world_size == 1 or environment is None:
@@ -116,7 +116,7 @@ class Meeting:
                 distributed.TCPStore, host, port, trainer.world_size, serves,
                 timedelta(seconds=self.timeout), wait_for_workers=False, multi_tenant=True,
             )  # fmt: skip
-            while not store.done():  # here a signal is heard
+            while not store.done():  # Python handles signals here
                 time.sleep(0.05)
         try:
             self._store = store.result()
@@ -128,7 +128,7 @@ class Meeting:
             raise CheckError(f"rank {rank}: rank 0 at {self.place} has gone") from error
 
     def over(self) -> None:
-        """Wait no longer: torch's own groups are there."""
+        """End the wait: torch's own process groups exist."""
         if self._timer is not None:
             self._timer.cancel()
         self._store = None
@@ -188,10 +188,10 @@ class Meeting:
 
 
 def meet_again(trainer: Trainer, timeout: float) -> None:
-    """Let processes that torchrun has started anew meet in a part of its store of their own.
+    """Let processes that torchrun has restarted meet under a key prefix of their own in its store.
 
-    Its static rendezvous keeps one store for all its restarts (torch 2.13), where they would find the addresses of
-    the processes that have died.
+    Its static rendezvous keeps one store for all its restarts (torch 2.13), where they would find the addresses of the
+    processes that have died.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if trainer.world_size == 1 or attempt == "0":
@@ -217,7 +217,7 @@ def lost_child(children: list[Any]) -> tuple[str, int] | None:
 
 
 def end_starter() -> None:
-    """Kill rank 0 where it has started this one: stopped, it would hold its device for ever."""
+    """Kill rank 0 where it has started this process: if it is suspended, it would hold its device for ever."""
     if os.environ.get(STARTER) == str(os.getppid()):
         os.kill(os.getppid(), signal.SIGKILL)
 

@@ -1,7 +1,7 @@
-"""Networks that do not fit on one device: each rank keeps a share of every parameter, FSDP2's way.
+"""Networks that do not fit on one device: each rank keeps a shard of every parameter, by FSDP2.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020). A sharded checkpoint
-is a folder: the tensors as torch.distributed.checkpoint writes them, a share by each rank; lm.pt, all else that a
+is a folder: the tensors as torch.distributed.checkpoint writes them, each rank its shards; lm.pt, with all else that a
 checkpoint has; checksums.json.
 """
 
@@ -34,10 +34,10 @@ from lm.training.lightning_internals import SubprocessLauncher
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave each rank its share of every parameter; a block's are gathered when it computes, and given up after it.
+    """Leave each rank its shard of every parameter; a block's parameters are gathered when it runs, and freed after.
 
     Raises:
-        UserError: It has BatchNorm: nobody would see to it that the ranks have the same running statistics.
+        UserError: It has BatchNorm, whose running statistics nothing would keep the same on all ranks.
     """
     if any(isinstance(module, BatchNorm) for module in net.modules()):
         raise UserError(f"trainer.strategy fsdp2: {type(net).__name__} has BatchNorm, which is not sharded: use ddp")
@@ -47,23 +47,23 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Return whether the trainer's ranks have shares of the parameters, so that all must compute when one does."""
+    """Return whether the parameters are sharded over the ranks, so that all must compute when one does."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 class Sharded(ModelParallelStrategy):
     """`trainer.strategy fsdp2`: shards the network, and writes and reads checkpoints of either kind.
 
-    Lightning's own writes straight into the target folder, so that a crash tears it, has no checksums, and lets pickle
-    read what it finds. Works on CPU processes as on GPUs; FSDPStrategy, the first FSDP, refuses CPUs and clipping.
+    Lightning's own writes straight into the target folder, so that a crash leaves it incomplete, has no checksums, and
+    unpickles what it finds. Works on CPUs as on GPUs; FSDPStrategy, the first FSDP, refuses CPUs and clipping.
     """
 
     def __init__(self) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1)
-        self._group: distributed.ProcessGroup | None = None  # in which the ranks' writers talk
+        self._group: distributed.ProcessGroup | None = None  # in which the ranks' writers communicate
 
     def _configure_launcher(self) -> None:
-        # as DDP's: in every process, so that each comes to the meeting; Lightning's is the first process' alone
+        # in every process, as DDP's, so that each joins the rendezvous; Lightning's is in the first process alone
         assert self.cluster_environment is not None
         self._launcher = SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
@@ -73,19 +73,19 @@ class Sharded(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer's state by parameter name: this rank's shares."""
+        """Return the optimizer state by parameter name: this rank's shards."""
         inner = lightning_internals.inner(optimizer)
         assert self.model is not None
         return dict(get_optimizer_state_dict(self.model, inner))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Copy this rank's share, and write it in the background: a folder, whole or not at all.
+        """Copy this rank's shards, and write them in the background: a folder, whole or not at all.
 
         Raises:
-            UserError: A disk refused the one before; of this one, `writer.check` and `writer.wait` raise it.
+            UserError: The one before could not be written; for this one, `writer.check` and `writer.wait` raise it.
         """
         io: Any = self.checkpoint_io
-        io.writer.wait()  # it may still copy the one before to where this one goes; and its memory is used again
+        io.writer.wait()  # it may still be copying the last checkpoint to this path, and its buffers are reused
         if self._group is None:
             pinned = self.root_device.type == "cuda"
             self._stager = DefaultStager(
@@ -102,7 +102,7 @@ class Sharded(ModelParallelStrategy):
         io.writer.submit(partial(_write, shares, io.writer.snapshot(checkpoint), path, self._group))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a folder, written by however many ranks, or a single file; return all but the tensors' values.
+        """Load a folder, written by any number of ranks, or a single file; return all but the tensors' values.
 
         Raises:
             UserError: It is missing, damaged, or of another network.
@@ -149,7 +149,7 @@ def _write(tensors: dict[str, Any], rest: dict[str, Any], path: Path, group: dis
 
 
 def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's state_dict with parameters' names for numbers."""
+    """Return an optimizer's state_dict with parameters' names in place of their numbers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -163,5 +163,5 @@ def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.M
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; all ranks must ask."""
+    """Return the whole of a tensor that may be sharded; all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, distributed.tensor.DTensor) else tensor

@@ -1,4 +1,4 @@
-"""A watchful run: ranks that die, hang, lose their network or drift apart end it, in time and by name."""
+"""Ends a run, in time and naming the rank, when ranks die, hang, lose their network or drift apart."""
 
 import faulthandler
 import os
@@ -24,16 +24,16 @@ from lm.training.lightning_internals import SubprocessLauncher
 
 
 class Watch(Callback):
-    """Ends the run where a rank is lost, within a time of your choice rather than after NCCL's half hour.
+    """Ends the run when a rank is lost, within a time of your choice rather than after NCCL's half hour.
 
-    Each rank says once in a while that it lives, and how far it is, by way of the store where the ranks have met. Rank
-    0 watches all others, and they watch it.
+    Each rank regularly writes a heartbeat and its progress to the store of the rendezvous. Rank 0 watches all others,
+    and they watch it.
 
     Args:
-        timeout: Seconds without a sign of life after which a rank counts as lost: dead, stopped, or without a network.
+        timeout: Seconds without a heartbeat after which a rank counts as lost: dead, stopped, or without a network.
         step_timeout: Seconds without any finished batch, in training or evaluation, after which the run counts as hung.
-            Compilation and the preparation of data must fit in.
-        meet_timeout: Seconds in which all processes must have started and found each other.
+            Compilation and data preparation must fit in.
+        meet_timeout: Seconds within which all processes must have started and found each other.
         drift_every_n_steps: Steps between comparisons of all weights' checksums over the ranks; 0 for none.
     """
 
@@ -49,14 +49,14 @@ class Watch(Callback):
         self.timeout, self.step_timeout, self.meet_timeout = timeout, step_timeout, meet_timeout
         self.drift_every_n_steps = drift_every_n_steps
         self.progress = 0
-        """What this rank has begun and finished, counted: batches, and the parts of a step between which ranks wait."""
+        """How much this rank has begun and finished: batches, and the parts of a step between which ranks wait."""
         self.children: list[Any] = []
         """The ranks that this one has started."""
         self._lives: Lives | None = None
         self._meeting: Meeting | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Start this machine's ranks by a launcher that leaves them to this watch; keep Lightning from the signals."""
+        """Set a launcher that leaves this machine's ranks to this watch; keep Lightning from handling signals."""
         lightning_internals.take_no_signals(trainer)
         if isinstance(trainer.strategy.launcher, SubprocessLauncher):
             environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ class Watch(Callback):
             self._meeting, self.children = launcher.meeting, launcher.children
 
     def over(self, trainer: Trainer, work: Callable[[], object]) -> None:
-        """Let a Trainer work, and end what it has started.
+        """Run a Trainer, and end the processes that it has started.
 
         Raises:
             CheckError: Another rank was lost.
@@ -81,7 +81,7 @@ class Watch(Callback):
                 trainer.strategy.launcher.end(patience=min(10, self.timeout / 2))  # before they take this one for lost
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to watch, once the ranks have met."""
+        """Start watching, once all ranks have arrived."""
         if self._meeting is not None:
             self._meeting.over()
         if trainer.world_size == 1 or self._lives is not None:
@@ -122,25 +122,25 @@ class Watch(Callback):
             check_drift(module.net, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Watch no longer where this rank ends by itself; where it lost another one, `name_the_lost` goes on."""
+        """Stop watching where this rank ends by itself; where it lost another one, `name_the_lost` takes over."""
         if not is_lost_contact(exception):
             self.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self.stop()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._lives is not None:
             self._lives.ended.set()
 
     def name_the_lost(self, error: BaseException) -> CheckError:
-        """Wait until it is known which rank was lost, and end; return an error where all seem to live."""
+        """Wait until it is known which rank was lost, and end; return an error where all seem to be alive."""
         take_stops(lambda signum, frame: os._exit(Stopped(signum).exit_code))
         if self._lives is not None:
             time.sleep(self.timeout + 3 * self._lives.interval)  # meanwhile the watching threads end the process
-        if lost := lost_child(self.children):  # before they could begin to watch
+        if lost := lost_child(self.children):  # it was lost before those threads started
             ended = CheckError(lost[0])
             ended.exit_code = lost[1]
             return ended
@@ -148,10 +148,10 @@ class Watch(Callback):
 
 
 class Lives:
-    """What this rank knows of the others' lives.
+    """Tracks which other ranks are alive.
 
-    Times are of a clock that cannot be set, so that a jump of the wall clock ends no run.
-    Two threads: one talks to the store, which may block for ever where a network is cut, the other looks at the time.
+    Times are from the monotonic clock, so that a jump of the wall clock ends no run. Two threads: one talks to the
+    store, which may block for ever when the network is cut; the other checks the times.
 
     Args:
         rank: This one.
@@ -163,8 +163,8 @@ class Lives:
         self.rank, self.world_size, self.watch = rank, world_size, watch
         self.interval = min(1.0, watch.timeout / 5)
         self.others = list(range(1, world_size)) if rank == 0 else [0]
-        self.heard: dict[int, tuple[str, float]] = {}  # the newest sign of life of a rank, and when it was new
-        self.counts: dict[int, tuple[int, float]] = {}  # the same of its progress
+        self.heard: dict[int, tuple[str, float]] = {}  # each rank's newest heartbeat, and when it arrived
+        self.counts: dict[int, tuple[int, float]] = {}  # the same for its progress
         store: Any = _get_default_store()
         self.store = store.clone()  # a connection of its own: another thread's wait must not hold it up
         self.beats = 0
@@ -172,7 +172,7 @@ class Lives:
         self.ended = threading.Event()
 
     def say(self) -> None:
-        """Say that this rank lives, where it is and how far."""
+        """Write this rank's heartbeat: its progress, host and process."""
         self.beats += 1
         sign = f"{self.beats} {self.watch.progress} {socket.gethostname()} {os.getpid()}"
         self.store.set(f"lm/lives/{self.rank}", sign)
@@ -208,7 +208,7 @@ class Lives:
         before = time.monotonic()
         while not self.ended.wait(self.interval):
             now = time.monotonic()
-            if now - before > 3 * self.interval + 1:  # this process was itself stopped; nobody is late yet
+            if now - before > 3 * self.interval + 1:  # this process was itself suspended; nobody is late yet
                 self.heard = {rank: (sign, now) for rank, (sign, _) in self.heard.items()}
                 self.counts = {rank: (count, now) for rank, (count, _) in self.counts.items()}
             before = now
@@ -233,7 +233,7 @@ class Lives:
             )
 
     def _see_progress(self, now: float) -> None:
-        """End where all hang; each shows first where it does."""
+        """End the run where all ranks hang; each first prints where it hangs."""
         limit = self.watch.step_timeout
         if not self.shown and now - self.counts[self.rank][1] > limit:
             self.shown = True
@@ -256,5 +256,5 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wait
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Return whether an error is a collective's that lost another rank."""
+    """Return whether an error is that of a collective operation that lost another rank."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)

@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard events and metrics.csv, without gaps or doubled steps across resumes; metrics.prom."""
+"""Where metrics go: TensorBoard events and metrics.csv, no step missing or doubled after a resume; metrics.prom."""
 
 import csv
 import hashlib
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lm import log, storage
 from lm.errors import UserError
 
-VERSION = b"brain.Event:"  # in the first record of every file of events
+VERSION = b"brain.Event:"  # in the first record of every event file
 
 
 class Removed:
@@ -41,27 +41,27 @@ class Events(TensorBoardLogger):
 
     Args:
         folder: The run's log folder.
-        step: Where training goes on; what an earlier process logged after it is removed.
+        step: The step that training resumes from; what an earlier process logged after it is removed.
         opened: Whether anything may be written yet: a start that is refused leaves no file.
-        removed: Is told of a file that somebody removed.
+        removed: Called with a file that somebody removed.
     """
 
     def __init__(self, folder: Path, step: int = 0, *, opened: bool = True, removed: Removed | None = None) -> None:
-        # purge_step tells a TensorBoard that is watching; what it would hide is cut off by `forget` besides
+        # purge_step makes a running TensorBoard hide later steps; `forget` also cuts them off the files
         purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
         super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
         self.opened, self._removed = opened, removed or Removed()
-        self._file: tuple[Path, bytes] | None = None  # and how it begins: with the time when it was made
+        self._file: tuple[Path, bytes] | None = None  # and its first bytes, which hold its creation time
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The SummaryWriter: a new one where its file was removed, as it would go on writing to none."""
+        """The SummaryWriter: a new one where its file was removed, as the old one would write to a deleted file."""
         if not self.opened:
             return DummyLogger().experiment
         if self._experiment is not None and self._file and _head(self._file[0]) != self._file[1]:
             self._removed(self._file[0])
-            writers: Any = self._experiment.all_writers  # what is there now is another's
+            writers: Any = self._experiment.all_writers  # what is there now is not ours
             for writer in writers.values():
                 writer.event_writer._general_file_writer.filename = os.devnull
             with suppress(OSError):
@@ -77,7 +77,7 @@ class Events(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Wait until all is on the disk; the parent's hparams.yaml would repeat the run's config."""
+        """Flush all to the disk; the parent's hparams.yaml is left out, as it would repeat the run's config."""
         if self._experiment is not None:
             self.experiment.flush()
             if self._file:
@@ -90,7 +90,7 @@ class _File(Logger):
 
     Args:
         path: The file; its folder's name is the run's.
-        removed: Is told where somebody removed it.
+        removed: Called where somebody removed it.
     """
 
     def __init__(self, path: Path, removed: Removed | None) -> None:
@@ -113,19 +113,19 @@ class _File(Logger):
 
 
 class MetricsCSV(_File):
-    """A table of all metrics, one row a step, that a resumed run continues.
+    """A table of all metrics, one row per step, that a resumed run continues.
 
-    Lightning's CSVLogger deletes the file of the process before it.
+    Lightning's CSVLogger deletes the file of an earlier process.
 
     Args:
         folder: The run's log folder.
-        removed: Is told where somebody removed the table.
+        removed: Called where somebody removed the table.
     """
 
     def __init__(self, folder: Path, removed: Removed | None = None) -> None:
         super().__init__(folder / "metrics.csv", removed)
         self._columns: list[str] = []
-        self._rows: list[dict[str, Any]] = []  # the last one, to which more may come, and those the disk refused
+        self._rows: list[dict[str, Any]] = []  # the last one, which may still grow, and those the disk refused
         self._offset = 0  # where the first of them begins in the file
         self._tail = b""  # what was written from there on
         self._sum = hashlib.sha256()  # of what was written before
@@ -154,7 +154,7 @@ class MetricsCSV(_File):
         """Return whether the table is still there, byte for byte as it was written.
 
         Raises:
-            UserError: Something else is: nobody else's bytes are changed.
+            UserError: Something else is there, which must not be changed.
         """
         if not os.path.lexists(self.path):
             return False
@@ -163,11 +163,11 @@ class MetricsCSV(_File):
         data = self.path.read_bytes() if _is_file(self.path) else b""
         if data[self._offset :] != self._tail or hashlib.sha256(data[: self._offset]).digest() != self._sum.digest():
             raise UserError(f"{self.path} is not the table that lm wrote: it is left alone, move it away")
-        self._file = self.path.stat()  # an editor has put it there anew, or it was touched
+        self._file = self.path.stat()  # an editor rewrote it as it was, or it was touched
         return True
 
     def _write(self) -> None:
-        """Write the rows that the file may not have yet."""
+        """Write the rows that the file may still lack."""
         if self._columns and not self._is_there():
             self._removed(self.path)
             self._columns = []
@@ -198,7 +198,7 @@ class MetricsCSV(_File):
         self._rows = self._rows[-1:]
 
     def _add_columns(self) -> None:
-        """Make the table anew with columns for all rows to come; an earlier process may have begun the first."""
+        """Rewrite the table with columns for all pending rows; an earlier process may have begun the first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns, rows = read_csv(self.path)
         if rows and rows[-1]["step"] == self._rows[0]["step"]:
@@ -214,7 +214,7 @@ class MetricsProm(_File):
 
     Args:
         folder: The run's log folder; its name is the label `run`.
-        removed: Is told where somebody removed it.
+        removed: Called where somebody removed it.
     """
 
     def __init__(self, folder: Path, removed: Removed | None = None) -> None:
@@ -224,7 +224,7 @@ class MetricsProm(_File):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write all that is known: train/loss as lm_train_loss, the number of finished steps as lm_step."""
+        """Write all known values: train/loss as lm_train_loss, the number of finished steps as lm_step."""
         self._values |= {"step": step or 0} | {name: float(value) for name, value in metrics.items()}
         names = {name: "lm_" + re.sub(r"\W", "_", name) for name in self._values}
         rows = [
@@ -237,16 +237,16 @@ class MetricsProm(_File):
             raise UserError(f"{self.path} is not what lm wrote: it is left alone, move it away")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(rows).encode()
-        with storage.whole(self.path, flushed=False) as file:  # the next line replaces it: not worth a wait
+        with storage.whole(self.path, flushed=False) as file:  # the next step replaces it: not worth waiting for
             file.write(data)
         self._written = data
 
 
 def check(folder: Path) -> None:
-    """Check that a log folder has nothing that lm did not write in the place of what it writes.
+    """Check that no other program's file is in the place of what lm writes to a log folder.
 
     Raises:
-        UserError: It has.
+        UserError: One is.
     """
     read_csv(folder / "metrics.csv")
     path = folder / "metrics.prom"
@@ -297,7 +297,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _unchanged(path: Path, stat: os.stat_result) -> bool:
-    """Return whether a file is the one that it was, and nothing was written into it since."""
+    """Return whether a file is the same one as before, and nothing was written to it since."""
     with suppress(OSError):
         now = path.lstat()
         return os.path.samestat(now, stat) and (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
@@ -305,7 +305,7 @@ def _unchanged(path: Path, stat: os.stat_result) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """Return the first bytes of a file; none where it is no file."""
+    """Return the first bytes of a file; none where it is not a regular file."""
     with suppress(OSError):
         if _is_file(path):
             with path.open("rb") as file:
@@ -318,7 +318,7 @@ def _event_files(folder: Path) -> list[Path]:
 
 
 def forget(folder: Path, step: int) -> None:
-    """Cut from a log folder what was logged after a step, by a process that died after its last checkpoint."""
+    """Remove from a log folder what was logged after a step, by a process that died after its last checkpoint."""
     table = folder / "metrics.csv"
     columns, rows = read_csv(table)
     kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
@@ -349,7 +349,7 @@ def _cut_events(path: Path, step: int) -> None:
             event = Event.FromString(data[end + 12 : stop - 4])
         except Exception:  # protobuf's DecodeError, which has no type stubs
             break
-        if event.step > step and not event.HasField("session_log"):  # the log of this start says where it begins
+        if event.step > step and not event.HasField("session_log"):  # this start's session_log marks where it begins
             break
         end = stop
     if end < len(data):

@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 
 
 class StepLog:
-    """Averages the loss between two lines of the log, and counts the tokens of the whole run.
+    """Averages the loss between two logged steps, and counts the tokens of the whole run.
 
-    Both are saved, so that a resumed run logs what an undisturbed one would have.
+    Both are saved, so that a resumed run logs what an uninterrupted one would have.
     """
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
         self._begin_average(0.0, 0)
-        self._first = (0, 0)  # the step that training went on from, and the tokens up to there: its batch may differ
+        self._first = (0, 0)  # the step resumed from, and the tokens up to it: the batch size may have changed
         self._clock = (0.0, 0)  # time and step at which the throughput measurement began
         self._targets: list[Tensor] = []  # of the micro-batches of the step in progress
         self._world_size = 1
@@ -29,7 +29,7 @@ class StepLog:
     def start(
         self, trainer: Trainer, targets: list[Tensor], optimizer: Optimizer, settings: list[dict[str, Any]]
     ) -> None:
-        """Begin a training.
+        """Start training.
 
         Args:
             trainer: Knows the step, the device and the number of ranks.
@@ -44,7 +44,7 @@ class StepLog:
         self.restart_clock(trainer.global_step)
 
     def _begin_average(self, total: float, steps: int) -> None:
-        """Begin with the sum of so many losses: on a CPU a float, elsewhere a tensor, as adding must not wait."""
+        """Start with the sum of `steps` losses: a float on a CPU, elsewhere a tensor, so that adding does not wait."""
         self._total: Tensor | float = total
         self._steps = steps
         if self._device.type != "cpu":
@@ -52,12 +52,12 @@ class StepLog:
             self._total = torch.tensor(total, dtype=dtype, device=self._device)
 
     def restart_clock(self, step: int) -> None:
-        """Leave out of tokens_per_second what took time before now, an evaluation say."""
+        """Leave the time before now, an evaluation's for example, out of tokens_per_second."""
         self._clock = (time.monotonic(), step)
 
     def add(self, loss: Tensor | float) -> None:
         """Count the loss of a step: the mean over its predictions, of all ranks and micro-batches."""
-        self._total += loss if isinstance(self._total, Tensor) else float(loss)  # 3 µs and 0.2 µs on a CPU
+        self._total += loss if isinstance(self._total, Tensor) else float(loss)  # on a CPU, 3 µs and 0.2 µs
         self._steps += 1
 
     def line(self, step: int, loss: Tensor | float, gradient_norm: Tensor) -> dict[str, float]:
@@ -65,7 +65,7 @@ class StepLog:
         (began, first), now = self._clock, time.monotonic()
         metrics = {
             "step": step,
-            "loss": float(self._total) / self._steps if self._steps else math.nan,  # nan: all were left out
+            "loss": float(self._total) / self._steps if self._steps else math.nan,  # nan: all were skipped
             "loss_step": float(loss),
             **{name: self._groups[i]["lr"] for name, i in self._rates.items()},
             "gradient_norm": float(gradient_norm),
@@ -81,18 +81,18 @@ class StepLog:
         return self._first[1] + self.tokens_since_start(step)
 
     def tokens_since_start(self, step: int) -> int:
-        """Return how many tokens of these this start has trained on."""
+        """Return how many of these tokens this start of the run has trained on."""
         return (step - self._first[0]) * self._tokens_per_step()
 
     def _tokens_per_step(self) -> int:
         return sum(targets.numel() for targets in self._targets) * self._world_size
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what a run needs to go on after a step."""
+        """Return what a run needs to resume after a step."""
         return {"tokens": self.tokens(step), "loss_total": float(self._total), "loss_steps": self._steps}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
-        """Go on after a step."""
+        """Resume after a step."""
         self._first = (step, state["tokens"])
         self._begin_average(state["loss_total"], state["loss_steps"])
 
@@ -101,9 +101,9 @@ def rate_names(rates: list[float], names: list[str] | None = None) -> dict[str, 
     """Return under which names the learning rates of parameter groups are logged, and the group of each.
 
     Args:
-        rates: Of each group, as configured.
-        names: What the optimizer calls each group, "" for the usual kind: Muon's rate is learning_rate_muon. Without
-            names, the first rate is learning_rate, and another one that group i begins is learning_rate_i.
+        rates: Each group's learning rate, as configured.
+        names: The optimizer's name for each group, "" for the usual kind: Muon's rate is learning_rate_muon. Without
+            names, the first rate is learning_rate, and a different one, first seen in group i, is learning_rate_i.
     """
     if names is None or "" not in names:
         firsts = {rate: rates.index(rate) for rate in rates}
