@@ -1,4 +1,4 @@
-"""The lecture's fourth exercise: what each of today's changes to GPT gives, at equal steps and tokens.
+"""The lecture's fourth exercise: what each modern change to GPT gains, at equal steps and tokens.
 
     LM_DATA_HOME=... python benchmarks/ablation.py [--seeds 1337 …] [--jobs 2] [--folder FOLDER]
 

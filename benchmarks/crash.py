@@ -1,14 +1,14 @@
-"""Let every call that a command makes to the disk fail once, or be its last, and see that nothing is lost.
+"""Make each file-system call of a command fail once, or kill the command there, and check that nothing is lost.
 
     python benchmarks/crash.py --every 5
 
-A command runs once under strace, which says what calls it makes on files of its folder. Then, for each of them, it runs
-again from the same folder, and that call fails with EIO, ENOSPC, EROFS or EACCES, or the process gets SIGKILL there. It
-has survived where it ends in one line, every checkpoint that is there is whole, and the same command, given once more,
-ends with the bytes of an undisturbed run. Last comes the power cut: the trace is replayed on a disk that forgets what
-was not flushed, up to each call, and the command is given once more on what is left.
+A command runs once under strace, which lists the calls it makes on files of its folder. Then, for each of them, it runs
+again from the same folder, and that call fails with EIO, ENOSPC, EROFS or EACCES, or the process gets SIGKILL there. A
+trial is survived if the command ends with one line, every checkpoint is whole, and running the command again gives the
+bytes of an undisturbed run. Last comes the power cut: the trace is replayed, up to each call, on a simulated disk that
+loses what was not flushed, and the command runs again on what is left.
 
-Prints a table: commands and calls by errors, survived of tried. Needs Linux, strace, and the right to trace.
+Prints a table: trials survived of those tried, by command and error. Needs Linux, strace, and the right to trace.
 """
 
 import argparse
@@ -85,7 +85,7 @@ COMMANDS = {
 
 
 class Ended(NamedTuple):
-    """How a command has ended."""
+    """How a command ended."""
 
     code: int
     said: str
@@ -104,7 +104,7 @@ def run(folder: Path, words: tuple[str, ...], strace: Callable[[int], list[str]]
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ["LM_DATA_HOME"] = "data"
-            if strace:  # names have the time in them, or a random number: here always the same ones
+            if strace:  # names contain the time or a random number: here both are fixed
                 event_file_writer.time = SimpleNamespace(time=lambda: 1e9)
                 count = itertools.count()
                 secrets.token_hex = lambda nbytes: f"{next(count):0{2 * nbytes}x}"
@@ -151,7 +151,7 @@ def traced(folder: Path, words: tuple[str, ...]) -> list[Call]:
 
 
 def injected(call: Call, number: int, error: str, folder: Path) -> Callable[[int], list[str]]:
-    """Return strace's options that let the call of that number, among those of its kind on its path, go wrong.
+    """Return strace's options that make the call of that number, among those of its kind on its path, fail.
 
     Args:
         call: One of a traced process.
@@ -186,7 +186,7 @@ def whole(folder: Path) -> str | None:
 
 
 def outcome(folder: Path, result: str) -> Any:
-    """Return all that must be equal of what a command has made."""
+    """Return those results of a command that must be equal."""
     if result == "run":
         kept = {path.name: checkpoint.load(path) for path in sorted(folder.glob("checkpoints/run/*.ckpt"))}
         states = {n: {k: v for k, v in c.items() if k not in ("start", "loops", "lm")} for n, c in kept.items()}
@@ -222,11 +222,11 @@ def difference(found: Any, wanted: Any, where: str = "") -> str | None:
 
 
 def goes_on(folder: Path, command: Command, wanted: Any) -> str | None:
-    """Give the command once more; return what is wrong with what comes of it."""
+    """Run the command again; return what is wrong with the result."""
     if problem := whole(folder):
         return problem
     ended = run(folder, command.words)
-    complete = ended.code == 2 and "--overwrite" in ended.said  # all of it was there
+    complete = ended.code == 2 and "--overwrite" in ended.said  # its result was already complete
     if ended.code and not complete:
         return f"does not go on, {ended.code}: {ended.said[-600:]}"
     unlike = difference(outcome(folder, command.result), wanted)
@@ -277,7 +277,7 @@ def numbered(calls: list[Call]) -> Iterator[tuple[Call, int]]:
 
 
 def disturb(place: Path, name: str, every: int, first: int, faults: str) -> tuple[int, dict[str, list[int]]]:
-    """Try the faults on every so many of a command's calls; return their number; survived and tried by fault."""
+    """Try the faults on one in so many calls of a command; return how many calls, and survived and tried by fault."""
     command = COMMANDS[name]
 
     def say(problem: str) -> None:

@@ -1,4 +1,4 @@
-"""How much faster the dilated convolutions are: WaveNet's logits at every position of a sequence, slid or in one pass.
+"""How much faster the dilated convolutions are: WaveNet's logits at every position, by a sliding window or in one pass.
 
 python benchmarks/dense.py [--length 256] [--rounds 7]
 """

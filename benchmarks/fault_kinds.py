@@ -1,4 +1,4 @@
-"""What happens to a training in the world, done to one by `faults.py`: each fault is a function that hits a job."""
+"""The faults that training runs meet in practice, for `faults.py`: each is a function that hits a job."""
 
 import contextlib
 import glob
@@ -26,7 +26,7 @@ class Job:
         self.start(*words)
 
     def start(self, *words: str) -> None:
-        """Start it, or let it go on, with more words on its command line."""
+        """Start or resume it, with more words on its command line."""
         self.process = self.launch(*words)
 
     def launch(self, *more: str) -> subprocess.Popen[bytes]:
@@ -47,7 +47,7 @@ class Job:
         return [pid, *found]
 
     def signal_a_rank(self, *signals: signal.Signals) -> None:
-        """Send one of them to one of the ranks."""
+        """Send one of the signals to one of the ranks."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(random.choice(self.ranks()), random.choice(signals))
 
@@ -95,7 +95,7 @@ def listens(process: int) -> bool:
 
 
 Fault = Callable[[Job], Iterator[None]]
-"""Does harm, and then yields; mends what is to be mended when it goes on."""
+"""Does the damage, then yields; repairs what must be repaired when it continues."""
 
 
 def kill_a_rank(job: Job) -> Iterator[None]:
@@ -117,7 +117,7 @@ def kill_the_job_in_a_save(job: Job) -> Iterator[None]:
 
 
 def stop_a_rank(job: Job) -> Iterator[None]:
-    while job.process.poll() is None and len(job.ranks()) < 2:  # before that, there is nobody to see it
+    while job.process.poll() is None and len(job.ranks()) < 2:  # before that, no other rank can notice
         time.sleep(0.01)
     job.signal_a_rank(signal.SIGSTOP)
     yield
@@ -209,7 +209,7 @@ FAULTS: dict[str, tuple[Fault, set[int] | None]] = {  # and the exit codes that 
 
 
 def possible(fault: Fault, folder: Path) -> str | None:
-    """Return what a fault lacks here."""
+    """Return what a fault needs that this machine lacks."""
     if fault in (fill_the_disk, forbid_writing) and not os.path.ismount(folder / "checkpoints"):
         return "needs root"
     if fault is jump_in_time and not LIBRARY:

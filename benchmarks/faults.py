@@ -1,11 +1,11 @@
-"""Do to a training what happens to it in the world, let it go on, compare it with an undisturbed one.
+"""Hit a training run with real-world faults, resume it, and compare it with an undisturbed run.
 
     python benchmarks/faults.py --times 50
 
 Every trial is a run of real processes, two ranks over gloo, that is hit at a random moment and started again with
-`--ckpt_path auto` until it ends. It has survived where it ended as it should, without leaving a process behind, and the
-finished run's weights, optimizer, random state and metrics are those of the undisturbed one, to the last bit. Prints a
-table: trials, survivors, and the longest time from a fault to the end of the last process.
+`--ckpt_path auto` until it ends. It survives if it ends as it should, leaves no process behind, and the finished run's
+weights, optimizer state, random state and metrics equal those of the undisturbed one to the last bit. Prints a table:
+trials, survivors, and the longest time from a fault to the end of the last process.
 
 Full and read-only disks need root, to mount a small file system; jumps of the clock need Debian's package faketime.
 """
@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
 
 
 def trial(folder: Path, name: str, fault: Fault, codes: set[int] | None, length: float) -> tuple[str | None, float]:
-    """Do a fault at a random moment of a run, then finish it; return what went wrong, and how long it took to end."""
+    """Inject a fault at a random moment of a run, then finish it; return what went wrong and how long ending took."""
     job = Job(folder, name)
     time.sleep(random.uniform(0.3, length))
     took, problem = 0.0, None
@@ -74,7 +74,7 @@ def go_on(job: Job) -> str | None:
 
 
 def at_forward(number: int, signum: int, rank: int) -> tuple[str, str]:
-    """Return the words that let a rank send itself a signal at a forward pass, counted from 1; 0 for none."""
+    """Return the words that make a rank send itself a signal at a forward pass, counted from 1; 0 for none."""
     arguments = {"number": number, "signum": signum, "rank": rank}
     return "--trainer.callbacks", yaml.safe_dump(
         [{"class_path": "tests.support.stop.StopAtForward", "init_args": arguments}], default_flow_style=True
@@ -102,7 +102,7 @@ WRITERS = {
 
 
 def refuse(folder: Path, command: str, full: bool) -> str | None:
-    """Let the disk refuse what a command writes, then take it; return what went wrong."""
+    """Make the disk refuse what a command writes, then accept it; return what went wrong."""
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
@@ -136,7 +136,7 @@ def call(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
 
 
 def outcome(folder: Path, name: str) -> tuple[dict, list]:
-    """Return all that must be equal of a finished run."""
+    """Return those results of a finished run that must be equal."""
     saved = checkpoint.load(folder / "checkpoints" / name / "last.ckpt")
     with (folder / "logs" / name / "metrics.csv").open() as stream:
         rows = [{key: row[key] for key in row if "tokens_per_second" not in key} for row in csv.DictReader(stream)]
@@ -232,7 +232,7 @@ def run_last_passes(folder: Path, times: int, only: str, wanted: tuple[dict, lis
 
 
 def run_writers(folder: Path, times: int, only: str) -> None:
-    """Let the disk refuse what the other commands write."""
+    """Make the disk refuse what the other commands write."""
     rows = {f"disk {how} under lm {command}": (command, how == "full") for command in WRITERS for how in ("full", "ro")}
     rows = {what.replace("disk ro", "disk read-only"): row for what, row in rows.items() if re.search(only, what)}
     if not rows:

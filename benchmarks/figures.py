@@ -1,4 +1,4 @@
-"""Renew the measured tables of the documents: run a table's commands and put the rows they print in its place.
+"""Update the measured tables of the documents: run a table's commands and put in the rows they print.
 
     python benchmarks/figures.py                  list the names and their commands
     python benchmarks/figures.py scaling          run all commands of a table
@@ -13,8 +13,8 @@ A table stands right below a block of commands whose title names it:
     | what | here | rounds |
 
 A command prints a Markdown table. Its rows replace those of the page that begin with the same cell; new ones go to the
-end. Cells are matched by the names of the columns, and what the page has no column for is left out. Instead of a
-table, a page may have a fenced block, which a command prints as a whole: so the drawing in CONTRIBUTING.md is renewed.
+end. Cells are matched by the names of the columns, and columns that the page lacks are left out. Instead of a
+table, a page may have a fenced block, which a command prints as a whole, such as the drawing in CONTRIBUTING.md.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def cells(line: str) -> list[str]:
 
 
 def merged(old: str, new: str) -> str:
-    """Return a table of Markdown, whose rows are replaced by those of another one that begin with the same cell."""
+    """Return a Markdown table, with rows replaced by those of another that begin with the same cell."""
     columns, *rows = [cells(line) for line in old.splitlines()]
     names, *printed = [cells(line) for line in new.splitlines()]
     known = {row[0]: row for row in rows[1:]}
@@ -71,10 +71,10 @@ def merged(old: str, new: str) -> str:
 
 
 def renewed(old: str, printed: str) -> str:
-    """Return a figure, renewed by what a command has printed.
+    """Return a figure, updated by what a command has printed.
 
     Raises:
-        ValueError: That is no figure of its kind.
+        ValueError: That is not a figure of its kind.
     """
     kind = TABLE if old.startswith("|") else FENCE
     found = kind.search(printed)
@@ -103,7 +103,7 @@ def renew(name: str, number: int | None, pages: tuple[Path, ...] = PAGES) -> Pat
 
 
 def main() -> None:
-    """List the figures, or renew one."""
+    """List the figures, or update one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="Of a table; without it, all names and commands are listed.")
     parser.add_argument("number", nargs="?", type=int, help="Of a command, from 1; all of them by default.")

@@ -3,7 +3,7 @@
     LM_DATA_HOME=... python benchmarks/finetune.py [--steps 100 300 1000]
 
 A GPT is trained on the language reference (configs/quickstart.yaml; a line with tiny Shakespeare's symbols is added, so
-that one vocabulary does for both), then fine-tuned on tiny Shakespeare with `--init_from`; the other one begins there
+that one vocabulary does for both), then fine-tuned on tiny Shakespeare with `--init_from`; the other starts there
 untrained, with the same vocabulary, network and recipe.
 """
 

@@ -4,7 +4,7 @@
 
 Whole steps: gradients, and a fused AdamW's or SGD's update. Both take turns in each round; a figure is the median of
 the rounds' ratios. Memory is the peak of a process's resident memory above what it had with network and data in place.
-What the Trainer costs by hand against a bare autograd loop is for benchmarks/overhead.py with
+For the Trainer's cost with gradients by hand against a bare autograd loop, run benchmarks/overhead.py with
 `--model lm.training.ManualLanguageModel --model.init_args.compile true`.
 """
 
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {
 
 
 def steps(name: str, compiled: bool) -> dict[str, Callable[[], None]]:
-    """Return a training step by autograd and one by hand, of networks that begin alike."""
+    """Return a training step by autograd and one by hand, of networks with equal initial weights."""
     made = {}
     for kind in ("autograd", "by hand"):
         torch.manual_seed(1)
@@ -151,7 +151,7 @@ def main() -> None:
             found = []
             for kind in ("autograd", "by hand"):
                 words = [sys.executable, __file__, "--peak", name, kind]
-                exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and shows
+                exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory returns at once, and shows
                 text = subprocess.run(words, stdout=subprocess.PIPE, env=exact, text=True, check=True).stdout
                 found.append(float(text))
             print(f"{name}: {found[0]:.1f} MiB by autograd, {found[1]:.1f} MiB by hand", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Whether a long training's memory is flat: the process's resident memory every 1,000 steps.
+"""Whether memory stays flat in a long training run: the process's resident memory every 1,000 steps.
 
 Usage: LM_DATA_HOME=... python benchmarks/memory.py [--config configs/bigram.yaml] [--steps 10000]
 

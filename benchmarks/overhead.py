@@ -5,8 +5,8 @@
 Both train the recipe's network on the same batches, with the same optimizer, schedule and clipping, and evaluate the
 whole validation split at the same steps; the Trainer also logs to TensorBoard, metrics.csv and the console, samples
 text, and writes checkpoints. They take turns, each in a process of its own; the time is that of training, without
-imports. Equal validation losses, to the last bit, show that the work was the same. Further words go to `lm fit`:
-`--model lm.training.ManualLanguageModel`; then losses are equal but for rounding.
+imports. Equal validation losses, to the last bit, show that the work was the same. Further words go to `lm fit`,
+such as `--model lm.training.ManualLanguageModel`, with which losses are equal up to rounding.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""A disk that forgets what was not flushed: reads a trace of strace, and does again what it says.
+"""A simulated disk that loses what was not flushed: reads a trace of strace, and replays it.
 
 POSIX promises no more than this: a file's bytes are there after fsync of the file, and its name after fsync of its
-folder. After a power cut, names may be those of the last flush, or as new as can be: both are tried.
+folder. After a power cut, names may be those of the last flush, or the newest: both are tried.
 """
 
 import os
@@ -15,7 +15,7 @@ CALLS = (
     "truncate", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "link", "linkat",
     "symlink", "symlinkat", "sendfile", "copy_file_range",
 )  # fmt: skip
-TIME = 10**9  # of the last change of each file: a power cut leaves that of a source as it was
+TIME = 10**9  # every file's modification time: a power cut does not change a source's
 OPERAND = re.compile(
     r'(?P<fd>AT_FDCWD|\d+)<(?P<at>[^>]*)>(?:\(deleted\))?(?:, "(?P<below>(?:\\x..)*)")?|"(?P<text>(?:\\x..)*)"'
 )
@@ -43,7 +43,7 @@ def trace_options() -> list[str]:
 
 
 def calls_of(trace: Path, folder: Path) -> list[Call]:
-    """Return the calls of a trace that have to do with a folder, those that have failed as well."""
+    """Return the calls of a trace that concern a folder, including failed ones."""
     found = []
     for thread, line in _lines(trace):
         if match := re.fullmatch(r"(\w+)\((.*)\)\s+= (-?\d+).*", line):
@@ -55,7 +55,7 @@ def calls_of(trace: Path, folder: Path) -> list[Call]:
 
 
 def _lines(trace: Path) -> Iterator[tuple[int, str]]:
-    """Yield a trace's calls with their threads; those that another thread came in between are put together."""
+    """Yield a trace's calls with their threads; a call that another thread's output splits is joined."""
     begun: dict[int, str] = {}
     for line in trace.read_text().splitlines():
         thread, _, rest = line.partition(" ")
@@ -123,7 +123,7 @@ class Disk:
         self.fds: dict[int, _Open] = {}
 
     def do(self, call: Call) -> None:
-        """Do again what a call has done."""
+        """Replay a call."""
         if call.result < 0:
             return
         action = getattr(self, "_" + re.sub(r"(at|at2|64)$", "", call.name), None)
@@ -131,9 +131,9 @@ class Disk:
         action(call)
 
     def cuts(self, calls: Iterable[Call]) -> Iterator[tuple[Call, "State"]]:
-        """Do the calls, and yield after each what a power cut would leave there, where it is another state than before.
+        """Replay the calls, and yield after each what a power cut would leave, if that has changed.
 
-        Of files that is what was flushed; of names that too, or all of them: a disk may be ahead with names.
+        Files have their flushed contents; names are the flushed ones or the newest: a disk may write names early.
         """
         seen = set()
         for call in calls:
@@ -260,7 +260,7 @@ def _left(node: _Folder, all_names: bool) -> State:
 
 
 def lay(state: State, folder: Path) -> None:
-    """Make a folder that has what a power cut has left."""
+    """Make a folder that has what a power cut left."""
     folder.mkdir()
     for name, child in state:
         if isinstance(child, bytes):

@@ -54,7 +54,7 @@ def make_corpus(path: Path, megabytes: int) -> None:
 
 
 def tiktoken_alone(path: Path) -> None:
-    """Encode a corpus as tiktoken does; print the seconds, reading left aside."""
+    """Encode a corpus as tiktoken does; print the seconds, without reading."""
     from lm import tokenizers
 
     encoding = tokenizers.make("gpt2", str)._encoding  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
     LM_DATA_HOME=... python benchmarks/reproduce.py [--only TEXT …] [--jobs 2] [--folder FOLDER]
 
 Each recipe is trained by `lm fit`, in a process of its own with one thread, and evaluated by `lm validate`. A row is
-met where the loss of the whole validation split is at most the published one plus the tolerance, or its share of wholly
+met where the loss of the whole validation split is at most the published one plus the tolerance, or its share of fully
 right answers at least the bar. Which of a run's checkpoints counts, the last or the best, is chosen on validation.
 FOLDER keeps the runs: called again, it continues what was interrupted and only evaluates what is finished.
 """
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Row(NamedTuple):
-    """A published figure, or the bar that was set; losses are in nats, at most so much above it."""
+    """A published figure, or the bar that was set; losses, in nats, may exceed it by the tolerance."""
 
     config: str
     published: float
@@ -65,7 +65,7 @@ def run(*words: object, folder: Path) -> dict[str, Any]:
 
 
 def reproduce(row: Row, folder: Path) -> dict[str, Any]:
-    """Train a recipe and evaluate what came of it: the better of its last and best checkpoint, by validation."""
+    """Train a recipe and evaluate the better of its last and best checkpoint, chosen on validation."""
     name = row.config.replace("/", "-")
     fit = run("fit", "--config", CONFIGS / f"{row.config}.yaml", "--name", name, "--ckpt_path", "auto", folder=folder)
     runs = folder / "checkpoints" / name

@@ -97,7 +97,7 @@ def saving() -> None:
         fit(folder, "gpt2-124m.yaml", 2, *words, "--trainer.max_steps", 26, "--checkpoint.every_n_steps", 8)
         _, *ends = [float(one) for one in (Path(folder) / "steps.txt").read_text().split()]
         took = [after - before for before, after in itertools.pairwise(ends)]  # took[k]: step k + 2
-        median, longest = statistics.median(took), max(took[8:])  # the first save takes its memory, too
+        median, longest = statistics.median(took), max(took[8:])  # the first save also allocates its memory
         print("seconds of steps: " + " ".join(f"{one:.2f}" for one in took), file=sys.stderr)
         what = "GPT-2 small, a save every 8 steps: longest step after the first save / median step"
         print_row(what, f"{longest / median:.2f}")

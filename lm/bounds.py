@@ -27,7 +27,7 @@ class Bound:
         whole: Whether it must be a whole number.
         share: Whether a number with a decimal point is a share, at most 1.
         flag: Whether true and false are allowed, too.
-        note: What an error's message says besides.
+        note: What an error's message adds.
     """
 
     low: float = -math.inf
@@ -40,7 +40,7 @@ class Bound:
     note: str = ""
 
     def allows(self, value: Any) -> bool:
-        """Return whether a value is within; of a list or a mapping, whether all are. What is not a number always is."""
+        """Return whether a value is within; of a list or a mapping, whether all are. Anything but a number is."""
         if isinstance(value, Mapping | list | tuple):
             return all(map(self.allows, value.values() if isinstance(value, Mapping) else value))
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -85,7 +85,7 @@ PART = Bound(0, 1, open_low=True)
 INSIDE = Bound(0, 1, open_low=True, open_high=True)
 COUNT = Bound(1, INT64, whole=True)
 COUNT_OR_NONE = Bound(0, INT64, whole=True)
-SIZE = Bound(1, 2**31 - 1, whole=True)  # of a tensor: products of a few of them stay numbers that torch can refuse
+SIZE = Bound(1, 2**31 - 1, whole=True)  # of a tensor: a product of a few is still a number that torch can refuse
 FEW = Bound(1, 2**16, whole=True)
 SEED = Bound(-(2**63), INT64, whole=True, note=": it has 64 bits")
 LIMIT = Bound(0, INT64, share=True)
@@ -103,7 +103,7 @@ BOUNDS = {
     "MLP.momentum": PART,
     "WaveNet.momentum": PART,
     **dict.fromkeys(("document_end", "start_token", "pad_token"), Bound(0, 2**31 - 1, whole=True)),
-    # how they are fitted
+    # training
     "clip_norm": Bound(0, note="; 0 or null never scales"),
     "spike": Bound(1, open_low=True, note="; null for none"),
     "steps_per_call": SIZE,
@@ -116,7 +116,7 @@ BOUNDS = {
     **dict.fromkeys(("lr", "muon_lr", "weight_decay", "eps"), NOT_NEGATIVE),
     **dict.fromkeys(("momentum", "betas"), BELOW_ONE),
     # data
-    "batch_size": Bound(1, 2**20, whole=True),  # published ones go to some thousands
+    "batch_size": Bound(1, 2**20, whole=True),  # published ones are up to some thousands
     "corpus": POSITIVE,  # the weights of several
     "val_fraction": INSIDE,
     **dict.fromkeys(("Preparation.val_fraction", "prepare.val_fraction"), BELOW_ONE),
@@ -181,14 +181,14 @@ def bound(owner: str, name: str) -> Bound | None:
 
     Args:
         owner: Import path of the class, or name of the command, that has the setting. Other packages' classes check
-            their own, Lightning's Trainer and torch's optimizers apart.
+            their own, except Lightning's Trainer and torch's optimizers.
         name: The setting's name.
     """
     path, _, kind = owner.rpartition(".")
     if path.split(".")[0] not in ("", "lm", "torch"):
         return None
     found = BOUNDS.get(f"{kind}.{name}")
-    if path.startswith("torch.optim"):  # torch itself sees to the rest, infinity apart
+    if path.startswith("torch.optim"):  # torch checks the rest itself, except infinity
         return BOUNDS[name] if name in ("lr", "betas", "weight_decay") else FREE
     return None if path.startswith("torch") else found or BOUNDS.get(name)
 
@@ -199,7 +199,7 @@ def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> It
     Args:
         values: Settings, nested as recipes are.
         owner: Whose they are: a class's import path, or a command's name.
-        path: What messages put in front of names: "data." say, or "--".
+        path: What messages put in front of names, such as "data." or "--".
     """
     if isinstance(values.get("class_path"), str):
         owner = values["class_path"]
@@ -227,7 +227,7 @@ def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[
     """Return a decorator that lets a constructor refuse numbers that are out of bounds.
 
     Args:
-        prefix: What messages put in front of names: "data." say.
+        prefix: What messages put in front of names, such as "data.".
         error: What is raised, with one line.
     """
 

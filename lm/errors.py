@@ -9,7 +9,7 @@ STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 
 class CommandError(Exception):
-    """A command cannot go on; its text is the one line that is printed."""
+    """A command cannot continue; its text is the one line that is printed."""
 
     exit_code = 1
     at_boundary = False
@@ -18,7 +18,7 @@ class CommandError(Exception):
     """The run's name, where there is one already."""
 
     def __init__(self, text: str) -> None:
-        # a DataLoader makes the error of a worker process anew, from all of its traceback: the last of it is the text
+        # a DataLoader remakes a worker process's error with the whole traceback as its text: keep the last part
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2] if text.startswith("Caught ") else text)
 
 
@@ -37,7 +37,7 @@ NO_MEMORY = (
     "std::bad_alloc",
     "Invalid buffer size",
 )
-"""What torch's errors say where memory is short, those that have no class of their own."""
+"""Texts of torch's out-of-memory errors that have no class of their own."""
 
 
 def as_user_error(error: Exception) -> UserError | None:
@@ -68,7 +68,7 @@ class Stopped(CommandError):  # noqa: N818
 
     def __init__(self, signum: int, *, at_boundary: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it ahead of that
+        self.exit_code = 128 + (signal.SIGTERM if signum == signal.SIGUSR1 else signum)  # SLURM sends it before SIGTERM
         self.at_boundary = at_boundary
 
 

@@ -29,9 +29,9 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
 
     Args:
         text: What it says to people.
-        level: info, warning or error; people are shown it for errors alone.
+        level: info, warning or error; people see it only for errors.
         run: Name of the run.
-        fields: What a machine would otherwise have to find in the text, step and metrics say. None and numbers that are
+        fields: What a machine would otherwise parse from the text, such as step and metrics. None and numbers that are
             not finite, which JSON lacks, become null.
     """
     text = " ".join(text.split()) if level == "error" else text
@@ -44,14 +44,14 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with null for NaN and infinity, for which JSON has no word."""
+    """Return values with null for NaN and infinity, which JSON lacks."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def shared_memory() -> str | None:
     """Return the path of a file in which a machine's processes note what they have said; None where there can be none.
 
-    It lies in this process's memory, and goes when the process ends.
+    It is in this process's memory, and is gone when the process ends.
     """
     if not hasattr(os, "memfd_create"):
         return None
@@ -59,20 +59,20 @@ def shared_memory() -> str | None:
 
 
 def first_to_say(text: str) -> bool:
-    """Note a text where LM_SAID names a place; return whether no other process has noted the same."""
+    """Note a text in the file that LM_SAID names, if any; return whether no other process has noted the same."""
     try:
         with open(os.environ.get("LM_SAID", ""), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if repr(text) in file.read().splitlines():
                 return False
             file.write(f"{text!r}\n")
-    except OSError:  # nobody else is there
+    except OSError:  # there are no other processes
         pass
     return True
 
 
 def take_over(run: str) -> None:
-    """Print Python's warnings and what its loggers say as JSON, too, where lines are JSON."""
+    """Print Python's warnings and log records as JSON, too, where lines are JSON."""
     if not as_json():
         return
 

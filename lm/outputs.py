@@ -1,4 +1,4 @@
-"""Where a command may write what `--output` names: nothing that lm did not write itself is ever replaced."""
+"""Where a command may write its `--output`: nothing that lm did not write itself is ever replaced."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def check_place(output: Path, *, made: str) -> None:
         made: What is to be written, in a word or two.
 
     Raises:
-        UserError: It has no name of its own ('', '.', '/'), is a link or a device, or a parent is no folder.
+        UserError: It has no name of its own ('', '.', '/'), is a link or a device, or a parent is not a folder.
     """
     if output.name in ("", ".."):
         raise UserError(f"--output {str(output)!r}: say the name of a new {made}")
@@ -40,8 +40,8 @@ def check_free(output: Path, *, made: str, ours: Callable[[Path], bool], overwri
     Args:
         output: What `--output` says.
         made: What is to be written, in a word or two.
-        ours: Whether what is there is such, and written by lm.
-        overwrite: Whether such may be replaced.
+        ours: Returns whether a path holds such a thing, written by lm.
+        overwrite: Whether that may be replaced.
 
     Raises:
         UserError: It is not free; or see `check_place`.

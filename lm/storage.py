@@ -1,4 +1,4 @@
-"""Where data files live, and how one that is missing is had: once, with a timeout, under a pinned hash."""
+"""Where data files live, and downloading a missing one: once, with a timeout and a pinned hash."""
 
 import errno
 import fcntl
@@ -39,7 +39,7 @@ def data_home() -> Path:
 
 
 def default_home() -> Path:
-    """Return ~/.cache/lm, where an empty or missing HOME means what the system's list of users says.
+    """Return ~/.cache/lm; if HOME is empty or missing, the system's user database gives the home folder.
 
     Raises:
         UserError: No home folder is known.
@@ -56,7 +56,7 @@ def default_home() -> Path:
 def tokens_home() -> Path:
     """Return the folder for prepared token files: in data_home(), or in ~/.cache/lm where that is read-only.
 
-    A folder whose write bits are all off is left alone even by root, who could write it all the same.
+    A folder without any write permission bit counts as read-only even for root, who could write to it.
     """
     for find in (data_home, default_home):
         home = find()
@@ -67,7 +67,7 @@ def tokens_home() -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """Return the path, or the nearest of its parents that is there."""
+    """Return the path, or the nearest of its parents that exists."""
     return next(p for p in (path, *path.parents) if os.path.lexists(p) or not p.name)
 
 
@@ -76,13 +76,13 @@ def sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:  # of one that opens and cannot be read, the system does not say the name
+    except OSError as error:  # for a file that opens but cannot be read, the system gives no name
         error.filename = str(path)
         raise
 
 
 def plain(path: Path) -> Path:
-    """Return the path of a file that is to be read.
+    """Return the path of a file to read.
 
     Raises:
         OSError: It is a pipe or a device, which could keep its reader waiting for ever.
@@ -108,12 +108,12 @@ def whole(
     """Open a new file beside path; once it is written, it takes path's place. After an error it is removed.
 
     Args:
-        path: What is to be there whole or not at all.
+        path: The file, which is always there whole or not at all.
         take_place: Puts the new file where path is.
-        flushed: Whether that holds where the machine stops, too: it waits for the disk.
+        flushed: Whether that holds after a power cut, too, which means waiting for the disk.
     """
     part = part_of(path)
-    opened = part.open("xb")  # never over what is there
+    opened = part.open("xb")  # never overwrites a file
     try:
         with opened as file:
             yield file
@@ -124,7 +124,7 @@ def whole(
         if flushed:
             flush(path.parent)
     except BaseException:
-        with suppress(OSError):  # the error that led here is the one to be told
+        with suppress(OSError):  # the first error is the one to report
             part.unlink()
         raise
 
@@ -135,7 +135,7 @@ def part_of(path: Path) -> Path:
 
 
 def parts(folder: Path, name: str) -> list[Path]:
-    """Return the unfinished files in a folder: of processes that were killed, and of those that still write.
+    """Return the unfinished files in a folder: of processes that were killed, or are still writing.
 
     Args:
         folder: Where they wrote.
@@ -146,13 +146,13 @@ def parts(folder: Path, name: str) -> list[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even where the machine stops."""
+    """Write a file so that it is there whole or not at all, even after a power cut."""
     with whole(path) as file:
         file.write(data)
 
 
 def holds_only(folder: Path, names: str) -> bool:
-    """Return whether a folder, and no link to one, has nothing but files with such names, a regular expression."""
+    """Return whether a folder (not a link to one) has only files whose names match a regular expression."""
     return (
         folder.is_dir()
         and not folder.is_symlink()
@@ -161,10 +161,10 @@ def holds_only(folder: Path, names: str) -> bool:
 
 
 def remove_folder(folder: Path, names: str) -> None:
-    """Remove a folder that has nothing but files with such names, a regular expression: file by file, no tree.
+    """Remove a folder, file by file, if it has only files whose names match a regular expression.
 
     Raises:
-        UserError: It has others, too.
+        UserError: It has other files, too.
     """
     if not holds_only(folder, names):
         raise UserError(f"{folder} is in the way and has other files than lm writes there: move it away")
@@ -174,9 +174,9 @@ def remove_folder(folder: Path, names: str) -> None:
 
 
 def replace_folder(part: Path, folder: Path, names: str) -> None:
-    """Put a new folder where there may be an old one that has nothing but files with such names.
+    """Put a new folder in place of an old one, if any, which may have only files whose names match.
 
-    A folder cannot be replaced in one go: `put_back` finishes what a killed process has left between two renames.
+    A folder cannot be replaced atomically: `put_back` repairs what a process killed between the two renames left.
 
     Raises:
         UserError: The old one has other files, too.
@@ -199,7 +199,7 @@ def replace_folder(part: Path, folder: Path, names: str) -> None:
 
 
 def put_back(folder: Path, names: str) -> None:
-    """Put a folder back that a killed process had moved aside and not replaced yet."""
+    """Put back a folder that a killed process had moved aside but not yet replaced."""
     if not os.path.lexists(folder) and holds_only(_aside(folder), names):
         _aside(folder).rename(folder)
 
@@ -210,12 +210,12 @@ def _aside(folder: Path) -> Path:
 
 @contextmanager
 def folder_made(*folders: Path) -> Iterator[None]:
-    """Make folders; at the end, those that were made and are empty go again, so that a refused start leaves nothing."""
+    """Make folders; at the end, remove the new ones that are empty, so that a refused start leaves nothing."""
     made = [p for folder in folders for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        for path in made:  # what is written in them is only there after a power cut if they are
+        for path in made:  # their files survive a power cut only if they do
             flush(path.parent)
         yield
     finally:
@@ -226,11 +226,11 @@ def folder_made(*folders: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock that no other process can have meanwhile; a process that dies, however, leaves none behind.
+    """Hold an exclusive lock, released even when the process is killed.
 
     Args:
-        path: A folder, or a file that is made where it is missing: NFS locks files only.
-        refusal: What is said where another process holds it.
+        path: A folder, or a file, which is made if it is missing: NFS locks only files.
+        refusal: The error's text where another process holds it.
 
     Raises:
         UserError: Another process holds it.
@@ -250,7 +250,7 @@ def alone(path: Path, refusal: str) -> Iterator[None]:
             break
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             break
-        os.close(descriptor)  # the file went with its last holder between the two calls: that lock keeps nobody out
+        os.close(descriptor)  # its last holder removed it between the two calls: this lock excludes nobody
     try:
         yield
     finally:
@@ -269,7 +269,7 @@ def fetch(name: str, url: str, digest: str) -> Path:
         digest: SHA-256 of the whole file, in hexadecimal.
 
     Raises:
-        UserError: It cannot be had, or a file of that name with other contents is in the way.
+        UserError: It cannot be downloaded, or a file of that name with other contents is in the way.
     """
     target = data_home() / name
     if os.path.lexists(target):

@@ -1,4 +1,4 @@
-"""The one front door: `lm COMMAND`. Nothing heavy is imported until a command is chosen."""
+"""The entry point: `lm COMMAND`. Nothing heavy is imported until a command is chosen."""
 
 import difflib
 import gc
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _naming_the_option(found: UserError, error: Exception, words: list[str]) -> UserError:
-    """Return what is said of a file, with the option in front that named it or the folder it is in."""
+    """Return an error about a file, prefixed with the option that named the file or its folder."""
     from lm.cli import messages
 
     file = getattr(error, "filename", None)
@@ -99,9 +99,9 @@ def _end(error: CommandError) -> int:
 
 
 def write_exit_code(code: int) -> None:
-    """Leave the exit code in the empty file that LM_EXIT_CODE names: torchrun itself ends with 1, whatever it was.
+    """Write the exit code to the empty file that LM_EXIT_CODE names: torchrun itself always exits with 1.
 
-    The first process of a job to fail says why; what it is that makes the others end is its end.
+    Only the first process of a job to fail writes its code; the others end because it did.
     """
     path = os.environ.get("LM_EXIT_CODE")
     if path and os.path.exists(path) and not os.path.getsize(path):
@@ -110,7 +110,7 @@ def write_exit_code(code: int) -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    # an exception here would come up inside whatever is being imported, and be taken for that code's own
+    # an exception here would be raised inside whatever is being imported, and look like that code's error
     stop = Stopped(signum)
     with suppress(OSError):  # nobody reads it any more
         os.write(2, f"{log.line(str(stop), level='warning')}\n".encode())
@@ -137,11 +137,11 @@ def _run(words: list[str]) -> int:
     if name in help.PAGES and {"-h", "--help"} & set(rest):
         print(help.page(name))
         return 0
-    if name not in help.PAGES:  # what there is fits on a screen
+    if name not in help.PAGES:  # all of their help fits on a screen
         rest = ["--help" if word == "--help.all" else word for word in rest]
     module, function = COMMANDS[name][0].split(":")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come with fifty lines of stack each
-    gc.disable()  # what is imported stays; to search it for garbage, again and again, takes half a second
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each of its warnings brings fifty lines of stack
+    gc.disable()  # imported objects stay; searching them for garbage takes half a second
     command = getattr(importlib.import_module(module), function)
     gc.enable()
     command(rest)

@@ -1,4 +1,4 @@
-"""What all commands share and costs nothing to import: options, output, errors in one line."""
+"""What all commands share, and is cheap to import: options, output, errors in one line."""
 
 import json
 import os
@@ -33,10 +33,10 @@ def one_line_errors(
     """Turn what jsonargparse raises into a UserError that names the key, what was found, and the nearest known name.
 
     Args:
-        parser: Returns the parser, once it is there.
+        parser: Returns the parser, once there is one.
         words: The words of the command line.
-        meant: Returns what can be meant where all that was said is this text: names, and classes for keys that take
-            them; the parser's own options by default.
+        meant: Returns what can be meant, given all that was said: names, and classes for keys that take them; the
+            parser's own options by default.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def one_line_errors(
                 raise cause from error
         if not isinstance(error, ArgumentError) and os.environ.get("LM_DEBUG"):
             raise
-        from lm.cli import messages  # here: most command lines have no fault
+        from lm.cli import messages  # imported here: most command lines have no error
 
         names = known_names(parser())
         classes: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""`lm doctor`: what of this machine matters to training, and what to change."""
+"""`lm doctor`: check what matters for training on this machine, and say what to change."""
 
 import ctypes
 import math
@@ -59,7 +59,7 @@ def versions() -> Iterator[Finding]:
 
 
 def locked(lock: Path) -> Finding:
-    """Hold the installed packages against a lock: each of its version, none besides, but lm and what installs.
+    """Compare the installed packages with a lock: each at its version, and no others but lm and installers.
 
     Raises:
         UserError: There is no such lock.
@@ -86,7 +86,7 @@ def locked(lock: Path) -> Finding:
 
 
 def devices() -> Iterator[Finding]:
-    """Look at what computes, and try it."""
+    """Check the devices, and compute on each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     verdict: Literal["ok", "note"] = "note" if threads > cores else "ok"
@@ -132,7 +132,7 @@ def _compiler(device: torch.device) -> Finding:
 
 
 def memory() -> Iterator[Finding]:
-    """Look at memory, shared memory and open files."""
+    """Check memory, shared memory and open files."""
     total, free = compute.memory()
     if total == math.inf:
         return
@@ -152,7 +152,7 @@ def memory() -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    """See whether what a run writes can be written."""
+    """Check that a run can write its files."""
     for folder in (Path("checkpoints"), Path("logs"), storage.data_home()):
         there = folder.exists()
         try:
@@ -176,7 +176,7 @@ def folders() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
-    """See whether processes of this machine, and of others, can meet."""
+    """Check that processes of this machine, and of others, can connect."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
@@ -215,7 +215,7 @@ def _read(path: str) -> str:
 
 
 def clock() -> Iterator[Finding]:
-    """See whether the clock can be right: logs, TensorBoard and downloads' certificates go by it."""
+    """Check that the clock can be right: logs, TensorBoard and downloads' certificates depend on it."""
     now, installed = time.time(), Path(torch.__file__).stat().st_ctime
     written = max((path.stat().st_mtime for path in Path("logs").glob("*/metrics.csv")), default=0.0)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
@@ -235,7 +235,7 @@ def clock() -> Iterator[Finding]:
 def _kept_right() -> bool | None:
     """Return whether the kernel thinks its clock is synchronized; None where it cannot be asked."""
     try:
-        answer = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # a struct timex of zeros only asks
+        answer = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # a struct timex of zeros only queries
     except (AttributeError, OSError, TypeError):
         return None
     return answer != 5 if answer >= 0 else None  # TIME_ERROR

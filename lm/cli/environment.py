@@ -15,7 +15,7 @@ def check() -> None:
     """Refuse variables that give this process no place among the others.
 
     Raises:
-        UserError: One is no number, or some do not go together.
+        UserError: One is not a number, or some contradict each other.
     """
     found = {}
     for name in NUMBERS:

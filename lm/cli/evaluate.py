@@ -23,7 +23,7 @@ class Evaluate(parsing.Recipes):
         split: Which split is the default.
     """
 
-    classes = ()  # the checkpoint says them
+    classes = ()  # the checkpoint names them
 
     def __init__(self, arguments: list[str], split: str) -> None:
         self.split, self.command = split, "test" if split == "test" else "validate"
@@ -49,7 +49,7 @@ class Evaluate(parsing.Recipes):
         parser.set_defaults({"trainer.devices": 1, "trainer.logger": False, "trainer.enable_checkpointing": False})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer without what the recipe says of checkpoints and samples."""
+        """Make the Trainer without the recipe's settings for checkpoints and samples."""
         settings = {**self.config_init.trainer, **kwargs}
         self.files = AtomicCheckpointIO(Path(self.config.ckpt_path))
         trainer = self._instantiate_trainer(settings | {"plugins": [self.files]}, [self.config_init.watch])

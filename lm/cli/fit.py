@@ -113,7 +113,7 @@ class Fit(parsing.Recipes):
             raise UserError("trainer.sync_batchnorm: each rank normalises by its own batch here: set it to false")
         self.files = AtomicCheckpointIO(self.ckpt_path)
         settings["plugins"] = [*_listed(settings["plugins"]), self.files]
-        settings["default_root_dir"] = str(self.logs)  # where Lightning's own parts put what they write
+        settings["default_root_dir"] = str(self.logs)  # where Lightning's own parts write
         keeper: Checkpoints = self.config_init.checkpoint
         keeper.folder, keeper.start = self.checkpoints, self.start
         callbacks = [
@@ -137,11 +137,11 @@ class Fit(parsing.Recipes):
             harmless.guard(logger)
         lightning_internals.begin_and_end_always(trainer)
         self.config_init.watch.attach(trainer)
-        # Lightning asks SLURM's variables only where it is to start several processes: four tasks would be four runs
+        # Lightning reads SLURM's variables only when it starts several processes: four tasks would be four runs
         with parsing.trainer_errors(None):
             lightning_internals.check_environment(trainer)
         if trainer.strategy.root_device.type == "cpu" and str(settings["precision"]) in ("16-mixed", "16", "16-true"):
-            raise UserError(  # Lightning would take bf16-mixed instead, without a word
+            raise UserError(  # Lightning would silently use bf16-mixed instead
                 f"trainer.precision {settings['precision']} is for GPUs, and this is a CPU: use bf16-mixed or 32-true"
             )
         if isinstance(trainer.strategy, DDPStrategy):
@@ -174,7 +174,7 @@ class Fit(parsing.Recipes):
             settings["val_check_interval"] = batches // steps
 
     def _hand_over(self, settings: dict[str, Any]) -> None:
-        """Give a module that optimizes by itself what the Trainer would refuse to do for it."""
+        """Give a module with manual optimization the settings that the Trainer would refuse."""
         module = self.config_init.model
         if getattr(module, "automatic_optimization", True):
             return
@@ -193,7 +193,7 @@ class Fit(parsing.Recipes):
         if self.config.init_from is not None and self.ckpt_path is None:
             module.init_from = self.config.init_from
         self._inherit_tokenizer()
-        if isinstance(self.datamodule, TokenData):  # known before other processes are started: said once
+        if isinstance(self.datamodule, TokenData):  # checked before other processes start: one message
             accumulate = max(getattr(module, "accumulate", 1), self.trainer.accumulate_grad_batches)
             self.datamodule.divided(self.trainer.world_size, accumulate)
         lock: AbstractContextManager[None] = nullcontext()
@@ -208,7 +208,7 @@ class Fit(parsing.Recipes):
                 runs.clear(self.checkpoints)
                 if self.config.ckpt_path in ("last", "auto"):
                     runs.renew_last(self.checkpoints, self.ckpt_path)
-            # Lightning's bars and tables go where ours do
+            # send Lightning's bars and tables where ours go
             with redirect_stdout(self.stream), restored(self.files):
                 self.config_init.watch.over(
                     self.trainer,
@@ -230,7 +230,7 @@ class Fit(parsing.Recipes):
         }
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint, last.ckpt unless another's file is in its place; None where none is kept."""
+        """Return the newest checkpoint, last.ckpt unless a foreign file is in its place; None where none is kept."""
         if not any(isinstance(one, Checkpoints) for one in self.trainer.checkpoint_callbacks):
             return None
         return next(iter(checkpoint.newest_first(self.checkpoints)), None)
@@ -253,7 +253,7 @@ class Fit(parsing.Recipes):
         data.tokenizer = from_state(checkpoint.peek(origin)["tokenizer"])
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
-        """Cut what was logged after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
+        """Drop log entries after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
         self.logs.mkdir(parents=True, exist_ok=True)
         log_files.forget(self.logs, self.first_step)
         for logger in self.trainer.loggers:
@@ -266,7 +266,7 @@ class Fit(parsing.Recipes):
 
 
 class _Opening(Callback):
-    """Opens the run's logs when training begins, and not before: a start that is refused must leave them alone."""
+    """Opens the run's logs only when training begins: a start that is refused must leave them alone."""
 
     def __init__(self, cli: Fit) -> None:
         self.cli = cli
@@ -287,7 +287,7 @@ def _listed(value: Any) -> list[Any]:
 def fit(arguments: list[str]) -> None:
     """Run `lm fit`."""
     parsing.quiet()
-    with streams.losable():  # a step is worth more than a line
+    with streams.losable():  # losing a line of output must not stop training
         cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
         try:
             result = cli.run()
@@ -301,7 +301,7 @@ def fit(arguments: list[str]) -> None:
 
 
 def _done(cli: Fit, result: dict[str, Any]) -> None:
-    """Print the result; raise an error where standard output was lost on the way."""
+    """Print the result; raise an error if standard output was lost during training."""
     if cli.config.json:
         common.print_json(result)
     else:
@@ -315,7 +315,7 @@ def _done(cli: Fit, result: dict[str, Any]) -> None:
 
 
 def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
-    """Return the error of a stop that says at which step, and what is saved."""
+    """Return the stop's error, with the step it came after and what is saved."""
     stop.run = cli.name
     io: Any = cli.trainer.strategy.checkpoint_io
     io.writer.finish()  # a second signal may have come while it wrote

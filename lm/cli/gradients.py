@@ -1,4 +1,4 @@
-"""`lm gradients`: gradients by hand beside autograd's, or beside central differences."""
+"""`lm gradients`: compare gradients by hand with autograd's, or with central differences."""
 
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,13 +19,13 @@ from lm.training.compute import compiler_missing
 from lm.training.parts import make_net
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-BATCHES = {  # of a step
+BATCHES = {  # micro-batches in a step
     "autograd": 4,  # one process accumulates them all, or two accumulate two each
-    "differences": 1,  # BatchNorm over a few rows is no smooth function
+    "differences": 1,  # BatchNorm over a few rows is not smooth
 }
-TOKENS = {  # compared at a time, in all
-    "autograd": 1024,  # enough for every kind of term, and GPT-2 small has its answer in some minutes
-    "differences": 64,  # among more, some ReLU passes its kink between the two losses
+TOKENS = {  # compared at a time, in total
+    "autograd": 1024,  # enough for every kind of term, and GPT-2 small takes only minutes
+    "differences": 64,  # with more, some ReLU crosses its kink between the two losses
 }
 
 
@@ -59,7 +59,7 @@ class Compare(parsing.Untrained):
         parser.add_argument("--mode", type=Literal["train", "eval"], default="train", help="Of the network.")
 
     def batches(self, dtype: torch.dtype) -> tuple[nn.Module, list[audit.Batch]]:
-        """Return the recipe's network, stirred so that no term is zero, and its first batches, cut to some tokens."""
+        """Return the recipe's network, perturbed so that no term is zero, and its first batches, cut to some tokens."""
         config, data = self.config, self.datamodule
         if config.seed is not None:
             data.seed = config.seed
@@ -76,12 +76,12 @@ class Compare(parsing.Untrained):
         number = BATCHES[config.against]
         count = TOKENS[config.against] // number
         batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(number)]
-        for i, (_, targets) in enumerate(batches):  # micro-batches of other weights, as some data has
+        for i, (_, targets) in enumerate(batches):  # micro-batches with different numbers of targets, as in some data
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches
 
     def run(self) -> dict[str, list[compare.Row]]:
-        """Compare, in each way in which training finds gradients."""
+        """Compare, in each way that training computes gradients."""
         config = self.config
         dtype = DTYPES[config.dtype]
         if config.against == "differences" and (config.dtype != "float64" or config.level != "fused"):
@@ -106,7 +106,7 @@ class Compare(parsing.Untrained):
             raise UserError(f"--level {config.level}: {error}") from error
         except CommandError:
             raise
-        except Exception as error:  # a rule may be wrong in any way
+        except Exception as error:  # a wrong rule may raise anything
             found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise CheckError(f"the gradients by hand could not be found: {found}: LM_DEBUG=1 shows where") from error
 
@@ -122,7 +122,7 @@ def gradients(arguments: list[str]) -> None:
     stream = common.output(cli.config.json)
     tables = cli.run()
     table = next(iter(tables.values()))
-    for found in tables.values():  # a row that is wrong in one way is shown as it is there
+    for found in tables.values():  # a row that disagrees in one table is shown from that table
         table = [b if a.approximate and not b.approximate else a for a, b in zip(table, found, strict=True)]
     width = max(len(row.name) for row in table)
     print(f"{'gradient':<{width}}  {'shape':<16}  agrees  {'difference':>10}  {'relative':>9}", file=stream)

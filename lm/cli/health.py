@@ -38,7 +38,7 @@ def health(arguments: list[str]) -> None:
 
 
 def served_by(command_line: Path) -> str | None:
-    """Return the address of the server that a process is; None where it is none.
+    """Return the address that a process serves; None where it is not a server.
 
     Args:
         command_line: The process's words, each ended by a zero byte.

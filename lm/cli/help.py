@@ -1,6 +1,6 @@
 """What `--help` of the commands that take recipes shows: the options that matter first, without importing torch.
 
-The rest is found by `--help.SECTION` and `--help.all`, from the parser itself; a test holds these pages against it.
+`--help.SECTION` and `--help.all` show the rest, from the parser itself; a test compares these pages with it.
 """
 
 SECTIONS = {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import yaml
 
 LONGEST = 300  # characters of a message
-FOREIGN = {  # what other programs call it
+FOREIGN = {  # other programs' names
     "epochs": "trainer.max_steps",
     "steps": "trainer.max_steps",
     "max_iters": "trainer.max_steps",
@@ -58,7 +58,7 @@ OTHER_COMMANDS = {  # options that only some commands have
 
 
 class Said(NamedTuple):
-    """An option or a key that somebody said."""
+    """An option or a key on the command line or in a config."""
 
     key: str
     value: str | None
@@ -115,7 +115,7 @@ def explain(
         words: The words of the command line.
         names: The full names of all options and keys that can be meant.
         classes: For each key that takes a class, the import paths of those that can be meant.
-        command: As which the command is called.
+        command: The command's name as it was called.
     """
     return shortened(_explain(" ".join(message.split()), words, names, classes or {}, command), LONGEST)
 
@@ -209,7 +209,7 @@ SIMPLE = (  # what needs nothing but the message's own words
 
 
 def unknown(key: str, there: Sequence[Said], names: Sequence[str], command: str) -> str:
-    """Return the line for an option or a key that nobody knows, with the full name that may have been meant."""
+    """Return the line for an unknown option or key, with the full name that may have been meant."""
     plain = {_plain(name): name for name in names}
     one = next((one for one in there[::-1] if _plain(one.key) == _plain(key)), Said(key, None))
     name = one.key.replace("-", "_")
@@ -217,13 +217,13 @@ def unknown(key: str, there: Sequence[Said], names: Sequence[str], command: str)
     if meant is None and name in OTHER_COMMANDS:
         return f"unknown option or key {one}: it is an option of lm {OTHER_COMMANDS[name]}, not of {command}"
     meant = meant or _near(_plain(key), plain)
-    meant = None if meant == one.key else meant  # it is no name of this recipe's class
+    meant = None if meant == one.key else meant  # the class in this recipe has no such name
     hint = f"did you mean {meant}?" if meant else f"see {command} --help"
     return f"{one.place}unknown option or key {shortened(one.key, 100)}: {hint}"
 
 
 def _same(key: str, known: dict[str, str]) -> str | None:
-    """Return the full name of what was said in another spelling, at another place, or in other programs' words."""
+    """Return the full name of a key in another spelling, at another place, or under another program's name."""
     leaf = key.split(".")[-1]
     if key in known:  # --max-steps
         return known[key]
@@ -234,7 +234,7 @@ def _same(key: str, known: dict[str, str]) -> str | None:
 
 
 def _near(key: str, known: dict[str, str]) -> str | None:
-    """Return the full name whose last part is nearest to a wrong one's, of several that at the nearest place."""
+    """Return the full name whose last part is nearest to the wrong one's; of several, the nearest in full."""
     leaves = sorted({path.split(".")[-1] for path in known})
     near = difflib.get_close_matches(key.split(".")[-1], leaves, n=1, cutoff=0.65)
     return _same(".".join([*key.split(".")[:-1], *near]), known) if near else None
@@ -258,7 +258,7 @@ def _stray(word: str, names: Sequence[str], command: str) -> str:
 
 
 def _no_value(words: Sequence[str], text: str) -> str:
-    """Return the line for an option at which a value is missing; parsers name what the option is a part of."""
+    """Return the line for an option without its value; parsers name only what the option is part of."""
     named = re.match(r"argument (?:-\w/)?--([\w.]+)", text)
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         if (
@@ -308,7 +308,7 @@ def _wrong_value(
 
 
 def config_fault(words: Sequence[str]) -> str | None:
-    """Return what is wrong with the first config that cannot be one: its name, the line, what to do."""
+    """Return what is wrong with the first invalid config: its name, the line, what to do."""
     for one in said(words):
         if one.key in ("c", "config") and one.value is not None and not one.place:
             fault = _file_fault(one.value)
@@ -335,7 +335,7 @@ def _file_fault(file: str) -> str | None:
         if line <= len(lines) and "\t" in lines[line - 1][: len(lines[line - 1]) - len(lines[line - 1].lstrip())]:
             return f", line {line}: it is indented by a tab: YAML wants spaces"
         return f", line {line}: the config is no YAML mapping: {error.problem or error.context}"
-    except yaml.YAMLError as error:  # a byte that no text has
+    except yaml.YAMLError as error:  # a byte that text never has
         return f": the config is no YAML text: {' '.join(str(error).split())}"
     if node is None or (isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")):
         return ": the config is empty: see configs/quickstart.yaml"
@@ -357,7 +357,7 @@ def _where(key: str, there: Sequence[Said]) -> str:
 
 
 def _joined(keys: Sequence[str]) -> str:
-    """Return a full key from those of parsers inside each other, of which the last may be full itself."""
+    """Return a full key from those of nested parsers, of which the last may already be full."""
     *above, last = keys
     path = ".".join(above)
     return last if not path or last.startswith(f"{path}.") else f"{path}.{last}"

@@ -28,7 +28,7 @@ from lm.training.callbacks.samples import SampleText
 from lm.training.distributed.watch import Watch
 
 TRAINER_DEFAULTS = {
-    "max_epochs": -1,  # a run's length is said in steps
+    "max_epochs": -1,  # a run's length is given in steps
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # our loaders divide the data themselves, each token once
@@ -48,7 +48,7 @@ def quiet() -> None:
         ".*_pytree.*",
         ".*`isinstance\\(treespec.*",
         ".*It is recommended to use .self.log.*sync_dist.*",  # our metric has summed over the ranks already
-        ".*fp16 is not supported on CPU.*",  # it is refused, in a line
+        ".*fp16 is not supported on CPU.*",  # lm refuses it in one line
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*you need to define a `flops_per_batch` attribute.*",  # throughput is measured without it
     ):
@@ -66,7 +66,7 @@ class Recipes(LightningCLI):
     """
 
     classes: tuple[str, ...] = ("--model=lm.training.LanguageModel", "--data=lm.data.TextData")
-    """What is trained where no recipe says it."""
+    """What is trained where no recipe says otherwise."""
 
     command = "fit"
 
@@ -79,7 +79,7 @@ class Recipes(LightningCLI):
         deny_what_runs_code()
         environment.check()
         values.prepare(arguments)
-        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns where both are there
+        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns if it gets both
         try:
             with common.one_line_errors(lambda: self.parser, arguments, recipe_names), trainer_errors(None):
                 super().__init__(
@@ -111,7 +111,7 @@ class Recipes(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and hold all numbers against their bounds; or print the help that was asked for, and stop."""
+        """Parse, and check all numbers against their bounds; or print the requested help, and stop."""
         if asked := [word.removeprefix("--help.") for word in args if word.startswith("--help.")]:
             print(section_help(parser, asked[0], args), end="")
             raise SystemExit(0)
@@ -120,7 +120,7 @@ class Recipes(LightningCLI):
         check_devices(self.config.get("trainer"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say the recipe's own defaults, name and seed."""
+        """Add the run's name, lm's own sections and the seed."""
         parser.add_argument("--name", type=str | None, default=None, help="The run's name, else the config file's.")
         parser.add_argument("--json", action="store_true", help="Print the result as JSON; progress goes to stderr.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -130,7 +130,7 @@ class Recipes(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def instantiate_classes(self) -> None:
-        """Make the recipe's parts, and see that they are such as lm trains and trains on."""
+        """Make the recipe's parts, and check that lm can train the module on the data."""
         super().instantiate_classes()
         language_model(self.model)
         if not all(hasattr(type(self.datamodule), name) for name in ("vocab_size", "text_tokenizer", "divided")):
@@ -139,7 +139,7 @@ class Recipes(LightningCLI):
             )
 
     def resolved(self) -> dict[str, Any]:
-        """Return the recipe as plain values, defaults filled in, without what concerns this command alone."""
+        """Return the recipe as plain values, defaults filled in, without settings of this command alone."""
         text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
         return {
             key: value
@@ -149,17 +149,17 @@ class Recipes(LightningCLI):
 
 
 class Untrained(Recipes):
-    """Parses a recipe that is looked at and not trained: without a Trainer, and without a checkpoint."""
+    """Parses a recipe that is inspected, not trained: without a Trainer, and without a checkpoint."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make no trainer."""
         return None  # type: ignore[return-value]
 
     def set_up_data(self) -> None:
-        """Let the data be read and tokenized.
+        """Read and tokenize the data.
 
         Raises:
-            UserError: It is to inherit a tokenizer.
+            UserError: It would inherit a checkpoint's tokenizer.
         """
         if getattr(self.datamodule, "tokenizer", None) == "inherit":
             raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
@@ -167,7 +167,7 @@ class Untrained(Recipes):
 
 
 class _Parser(LightningArgumentParser):
-    """Writes settings that a class has an enum for, as Lightning's Timer, as the string that a recipe would say."""
+    """Writes enum settings, such as those of Lightning's Timer, as the strings that a recipe would have."""
 
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """Return a recipe as text."""
@@ -191,7 +191,7 @@ def _seed(value: int | bool) -> int:
 
 
 def check_devices(trainer: Any) -> None:
-    """Refuse a number of processes that is none: Lightning does not say what it found.
+    """Refuse an invalid number of processes: Lightning's own error does not show it.
 
     Args:
         trainer: The Trainer's arguments; None where there is no Trainer.
@@ -207,7 +207,7 @@ def check_devices(trainer: Any) -> None:
 
 
 def section_help(parser: LightningArgumentParser, section: str, words: list[str]) -> str:
-    """Return what `--help.SECTION` prints: all options of a section; of a class, those that the words name.
+    """Return what `--help.SECTION` prints: all options of a section, and of the classes that the words name.
 
     Raises:
         UserError: There is no such section.
@@ -308,7 +308,7 @@ def run_name(config: Namespace) -> str:
     """Return the run's name: said, or the config's file name.
 
     Raises:
-        UserError: It is no name of a folder.
+        UserError: It cannot be a folder's name.
     """
     files = [str(path) for path in config.get("config") or [] if path]
     name = config.name or (Path(files[-1]).stem if files else "run")

@@ -1,4 +1,4 @@
-"""`lm plan`: what a recipe will need of a cluster, before anything is started."""
+"""`lm plan`: what a recipe will need from a cluster, before anything is started."""
 
 import difflib
 from functools import partial

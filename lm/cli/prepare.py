@@ -95,7 +95,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    # once: what is under way ends the worker processes, and is not to be stopped itself
+    # once only: the shutdown, which ends the worker processes, must not be interrupted itself
     take_stops(signal.SIG_IGN)
     raise Stopped(signum)
 

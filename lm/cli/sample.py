@@ -67,7 +67,7 @@ def sample(arguments: list[str]) -> None:
             if not stream.done:
                 made += 1
                 text = stream.add(token)
-                if i == 0 and answer is str:  # the first is shown as it is made, the others when all are done
+                if i == 0 and answer is str:  # the first is shown as it is generated, the others at the end
                     print(text, end="", file=out, flush=True)
         if all(stream.done for stream in streams):
             break
@@ -84,10 +84,10 @@ def sample(arguments: list[str]) -> None:
 
 
 def _task(data: Any) -> "TaskData | None":
-    """Return what wrote the problems that a network was trained on; None where that was text."""
+    """Return the task that a network was trained on; None where that was text."""
     if not isinstance(data, dict) or data.get("class_path") in TEXT:
         return None
-    from lm.data.tasks import task_of  # brings Lightning: a second
+    from lm.data.tasks import task_of  # imports Lightning, which takes a second
 
     deny_what_runs_code()
     return task_of(data)
@@ -104,7 +104,7 @@ def _question(task: "TaskData | None", prompt: str) -> tuple[str, str]:
 
 
 def _prompt(prompt: str, file: Path | None) -> str:
-    """Return the prompt that was said or is in the file.
+    """Return the prompt, given directly or in the file.
 
     Raises:
         UserError: Both were given, or the file cannot be read as UTF-8.
@@ -114,7 +114,7 @@ def _prompt(prompt: str, file: Path | None) -> str:
     if prompt:
         raise UserError("--prompt and --prompt_file: say one of them")
     try:
-        opened = str(file) == "/dev/stdin" or str(file).startswith("/dev/fd/")  # by the shell: no wait without end
+        opened = str(file) == "/dev/stdin" or str(file).startswith("/dev/fd/")  # by the shell: opening it cannot block
         return (file if opened else storage.plain(file)).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error

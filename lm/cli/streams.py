@@ -1,4 +1,4 @@
-"""Standard streams that cannot surprise: one that is closed, full, or of a narrow encoding is no traceback."""
+"""Safe standard streams: one that is closed, full, or of a narrow encoding causes no traceback."""
 
 import errno
 import io
@@ -12,17 +12,17 @@ from lm.errors import UserError, causes
 
 
 class Output(io.TextIOWrapper):
-    """Standard output, whose failure is a user's to mend, and not blamed on whatever file is being written."""
+    """Standard output, whose failure is a UserError of its own, not blamed on whatever file is being written."""
 
     def write(self, text: str) -> int:
-        """Write; what the encoding lacks is written as an escape."""
+        """Write, with escapes for what the encoding lacks."""
         try:
             return super().write(text)
         except OSError as error:
             raise _told(error) from error
 
     def flush(self) -> None:
-        """Hand over what was written."""
+        """Flush what was written."""
         try:
             super().flush()
         except OSError as error:
@@ -30,14 +30,14 @@ class Output(io.TextIOWrapper):
 
 
 def _told(error: OSError) -> Exception:
-    if isinstance(error, BrokenPipeError):  # who reads has gone, which is no fault
+    if isinstance(error, BrokenPipeError):  # the reader has gone, which is not an error
         return error
     drop(1)
     return UserError(f"standard output cannot be written to ({error.strerror}): free its disk, or send it elsewhere")
 
 
 class Losable:
-    """A standard stream that work goes on without: once a write to it fails, what is written to it is dropped.
+    """A standard stream that work can do without: once a write to it fails, later writes are dropped.
 
     Args:
         stream: The stream.
@@ -49,7 +49,7 @@ class Losable:
         """Why a write failed."""
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the stream's own."""
+        """Return any other attribute of the stream."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
@@ -67,7 +67,7 @@ class Losable:
     def _losing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, UserError) as error:  # `Output` makes the latter of the former
+        except (OSError, UserError) as error:  # `Output` turns the former into the latter
             self.error = next(cause for cause in causes(error) if isinstance(cause, OSError))
             drop(self.stream.fileno())  # what is buffered must go somewhere
 
@@ -79,14 +79,14 @@ class Losable:
 
 @contextmanager
 def losable() -> Iterator[None]:
-    """Let work go on without standard output and standard error where they are lost, by `| head` say."""
+    """Let work continue without standard output and standard error where they are lost, by `| head` say."""
     with redirect_stdout(Losable(sys.stdout)), redirect_stderr(Losable(sys.stderr)):
         yield
 
 
 def prepare() -> None:
     """Make the process's standard streams safe to write to."""
-    for number in range(3):  # the lowest number that is free is the stream's own: no file must come to have it
+    for number in range(3):  # reopen a closed stream's number, or the next file opened would get it
         try:
             os.fstat(number)
         except OSError:
@@ -99,7 +99,7 @@ def prepare() -> None:
 
 
 def drop(descriptor: int) -> None:
-    """Let what is still to be written to a stream go nowhere."""
+    """Discard what is still written to a stream."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -13,10 +13,10 @@ from lm.errors import UserError
 
 PATHS = ("config", "ckpt_path", "init_from", "corpus", "prompt_file")
 READ_ONCE = ("prompt", "stop", "prompt_file", "source", "output")
-"""Texts, and paths that are looked at where they are used."""
+"""Texts, and paths that are checked where they are used."""
 
 DEEP = re.compile(r"(?:[\[{]\s*){100}")
-"""More brackets than a setting has; a parser would go as deep as Python's stack."""
+"""More nested brackets than any setting has; a parser would exhaust Python's stack."""
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -33,9 +33,9 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Let parsers read YAML by lm's rules, and look at the files that are named before they do.
+    """Let parsers read YAML by lm's rules, and check the named files before they do.
 
-    Parsers do not say in which config a fault is, and wait for ever for a pipe that nobody writes to.
+    Parsers do not say which config has an error, and wait forever for a pipe that nobody writes to.
 
     Args:
         arguments: The words of the command line.
@@ -58,8 +58,8 @@ def check(options: Namespace, command: str = "") -> None:
     """Refuse numbers that are out of bounds, and text with a zero byte, which no file or program takes.
 
     Args:
-        options: What was parsed, a whole recipe perhaps.
-        command: Its name, for bounds of its own.
+        options: What was parsed, possibly a whole recipe.
+        command: The command's name, for its own bounds.
     """
     values = options.as_dict()
     bounds.check(values, command, "--", UserError)

@@ -1,4 +1,4 @@
-"""YAML as lm reads it: no key twice, no aliases that grow without end; top-level holders of anchors are left out."""
+"""YAML as lm reads it: no duplicate keys, no exploding aliases; top-level holders of anchors are left out."""
 
 import os
 import stat
@@ -13,15 +13,15 @@ import yaml
 from lm.cli.help import SECTIONS
 from lm.errors import UserError
 
-LARGEST = 100_000  # values, aliases written out; a recipe has some dozens
+LARGEST = 100_000  # values, with aliases expanded; a recipe has some dozens
 
 
 class Refused(yaml.YAMLError):
-    """A text is YAML, and not one that lm reads."""
+    """A text is YAML that lm does not read."""
 
 
 def use() -> None:
-    """Let all parsers read YAML by `load`."""
+    """Let all parsers read YAML by `parse`."""
     jsonargparse.set_loader("yaml", parse, (yaml.YAMLError,))
 
 
@@ -32,7 +32,7 @@ def parse(text: str) -> Any:
     """Return the values of a YAML text, a file's or an option's.
 
     Raises:
-        yaml.YAMLError: It is none, has a key twice, or too many values; the cause is a UserError where that is known.
+        yaml.YAMLError: It is not YAML, or has a duplicate key or too many values; its cause may be a UserError.
     """
     try:
         node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -43,17 +43,17 @@ def parse(text: str) -> Any:
         raise Refused("nested too deeply" if isinstance(error, RecursionError) else str(error)) from error
     if not isinstance(node, yaml.MappingNode) or node.flow_style:  # an option's value
         return _without_empty(values)
-    if isinstance(values, str) and text.strip(": \n") in SECTIONS:  # theirs takes `trainer:` alone for a text
+    if isinstance(values, str) and text.strip(": \n") in SECTIONS:  # theirs reads `trainer:` alone as a text
         values = {}
     return _without_holders(values) if isinstance(values, dict) else values
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file by its name, which parsers do not say, where `load` refuses what is in it.
+    """Refuse a file that `parse` would refuse, and name it, which parsers do not.
 
     Raises:
-        UserError: It is a pipe or a device, which parsers would wait for; a key is there twice; aliases stand for too
-            much.
+        UserError: It is a pipe or a device, which parsers would wait for; a key is duplicated; aliases expand to
+            too much.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"--config {path}: a pipe or a device, which cannot be read twice: say a YAML file")
@@ -75,7 +75,7 @@ def is_pipe(path: str) -> bool:
 
 
 def _texts(values: Any) -> Iterator[str]:
-    left = [values]  # a loop, as they may be nested as deeply as Python can recurse
+    left = [values]  # not recursive: they may be nested as deeply as Python can recurse
     while left:
         one = left.pop()
         if isinstance(one, dict | list):
@@ -85,7 +85,7 @@ def _texts(values: Any) -> Iterator[str]:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
-    """Return how many values a node has, aliases written out; each node is looked at once."""
+    """Return how many values a node has, with aliases expanded; each node is visited once."""
     if id(node) in above:
         _refuse(f"line {node.start_mark.line + 1} has an alias of what it is part of: write it out")
     if id(node) not in sizes:
@@ -118,13 +118,13 @@ def _refuse(text: str) -> None:
 
 
 def _without_holders(values: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a file's mapping without what only holds anchors, and without sections that have nothing in them."""
+    """Return a file's mapping without keys that only hold anchors, and without empty sections."""
     kept = {key: value for key, value in values.items() if not str(key).startswith((".", "x-"))}
     return _without_empty({key: value for key, value in kept.items() if value is not None or key not in SECTIONS})
 
 
 def _without_empty(values: Any) -> Any:
-    """Return values without `init_args:` that has nothing in it."""
+    """Return values without an empty `init_args:`."""
     if isinstance(values, list):
         return [_without_empty(each) for each in values]
     if not isinstance(values, dict):

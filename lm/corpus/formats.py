@@ -1,6 +1,6 @@
 """Reading text from anywhere, a piece at a time: text files, JSON lines and Parquet, compressed or not.
 
-To add a format, write a function from an open file to its documents and enter it in FORMATS.
+To add a format, write a function that yields an open file's documents and add it to FORMATS.
 """
 
 import codecs
@@ -27,9 +27,9 @@ else:
     from backports import zstd
 
 BLOCK = 1 << 18  # bytes read at a time
-PIECE = 1 << 20  # characters of a long text that are handed on together
-LONGEST = 16 * PIECE  # of a piece, where no good place to cut it comes
-CUT = re.compile(r"\S(?= )|[^\W\d_](?=\n)")  # a word of every published encoding ends here
+PIECE = 1 << 20  # characters in a piece of a long text
+LONGEST = 16 * PIECE  # characters of a piece in which no good place to cut is found
+CUT = re.compile(r"\S(?= )|[^\W\d_](?=\n)")  # every published encoding ends a word here
 REPLACEMENT = "\ufffd"
 
 
@@ -39,10 +39,10 @@ class Settings:
 
     Args:
         text_key: The key, or the column, of the text in JSON lines and Parquet.
-        errors: What is done about bytes that are not UTF-8, and rows without text: strict stops; replace puts U+FFFD
-            for such bytes and counts them; skip leaves out and counts rows of JSON lines and Parquet with either, and
-            what cannot be read in a folder.
-        format: What files hold: auto goes by their suffix.
+        errors: What to do about bytes that are not UTF-8 and rows without text: strict stops; replace puts U+FFFD for
+            such bytes and counts them; skip leaves out and counts rows of JSON lines and Parquet that have either, and
+            leaves out what it cannot read in a folder.
+        format: The files' format; auto goes by their suffix.
         replaced: How many bytes were replaced so far.
         skipped: How many rows were left out so far.
     """
@@ -55,21 +55,21 @@ class Settings:
 
     @property
     def unread(self) -> list[str] | None:
-        """A new list for sources that cannot be read and are left out; None where they stop."""
+        """A new list for unreadable sources, which skip leaves out; None where one is an error."""
         return [] if self.errors == "skip" else None
 
     @property
     def decoding(self) -> str:
-        """How bytes are decoded, by Python's name for it."""
+        """How Python's decoder treats invalid bytes."""
         return "replace" if self.errors == "replace" else "strict"
 
 
 class TextError(UserError):
-    """Text that cannot be read as it was asked for.
+    """Text that cannot be read as requested.
 
     Args:
-        text: What was found where.
-        option: What mends it in a command that has the options of `Settings`.
+        text: What was found, and where.
+        option: The option that helps, in a command that has the options of `Settings`.
     """
 
     def __init__(self, text: str, option: str = "") -> None:
@@ -81,10 +81,10 @@ Reader = Callable[[IO[bytes], str, Settings], Iterator[str]]
 
 
 def text_blocks(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]:
-    """Yield the characters of a UTF-8 file, its line ends as they are.
+    """Yield the characters of a UTF-8 file, line ends unchanged.
 
     Raises:
-        UserError: It is not UTF-8; the offset of the first wrong byte is named.
+        UserError: It is not UTF-8; the message gives the offset of the first invalid byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(settings.decoding)
     offset = file.tell()
@@ -121,7 +121,7 @@ def json_lines(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]:
     """Yield the texts of JSON objects, one a line.
 
     Raises:
-        TextError: A line is no JSON object with text under the key; its number is named.
+        TextError: A line is not a JSON object with text under the key; the message gives its number.
     """
     offset = file.tell()
     for number, line in enumerate(file, 1):
@@ -145,7 +145,7 @@ def _text_of(line: bytes, place: str, settings: Settings) -> str | None:
     """Return the text of a JSON object; None where the line is empty."""
     decoded = line.decode(errors=settings.decoding)
     settings.replaced += decoded.count(REPLACEMENT) - line.count(REPLACEMENT.encode())
-    decoded = decoded.strip().removeprefix("\ufeff")  # files with a mark may have been joined
+    decoded = decoded.strip().removeprefix("\ufeff")  # files that begin with a BOM may have been joined
     if not decoded:
         return None
     key = settings.text_key
@@ -176,7 +176,7 @@ def parquet_rows(file: IO[bytes], name: str, settings: Settings) -> Iterator[str
     """Yield the rows of one column of a Parquet file. Needs the extra `parquet`.
 
     Raises:
-        TextError: There is no such column, or a row of it has no text; its number is named.
+        TextError: There is no such column, or a row of it has no text; the message gives its number.
     """
     try:
         import pyarrow
@@ -185,7 +185,7 @@ def parquet_rows(file: IO[bytes], name: str, settings: Settings) -> Iterator[str
         raise UserError(f"{name}: reading Parquet needs pyarrow: pip install 'lm[parquet]'") from error
     key, number = settings.text_key, 0
     try:
-        # without pre_buffer=False a thread of Arrow's still reads the file when an error closes it: abort
+        # without pre_buffer=False, an Arrow thread still reads the file when an error closes it, and aborts
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
             columns = table.schema_arrow.names
             if key not in columns:
@@ -210,14 +210,14 @@ FORMATS: dict[str, Reader] = {
     ".json": json_lines,
     ".parquet": parquet_rows,
 }
-"""By suffix, whatever its case; every other file is one text."""
+"""By lower-case suffix; every other file is one text."""
 TEXTS = (".txt", ".md")
-IN_FOLDERS = (*(kind for kind in FORMATS if kind != ".json"), *TEXTS)  # .json is settings and the like as often
+IN_FOLDERS = (*(kind for kind in FORMATS if kind != ".json"), *TEXTS)  # a .json is as often settings
 COMPRESSED = (".gz", ".zst")
 
 
 def suffix(path: Path) -> str:
-    """Return the suffix that says a file's format, what compressed it left aside."""
+    """Return the suffix that tells a file's format, without the compression's."""
     compressed = path.suffix.lower() in COMPRESSED
     return (Path(path.stem) if compressed else path).suffix.lower()
 
@@ -230,12 +230,12 @@ def reader_of(path: Path, settings: Settings) -> Reader | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file for reading; yield it decompressed, and as it lies on the disk, whose position shows progress.
+    """Open a file for reading; yield it decompressed, and the raw file, whose position shows progress.
 
-    A byte order mark at its beginning is no text: it is passed over.
+    A byte order mark at its beginning is skipped.
 
     Raises:
-        UserError: It cannot be read, is in UTF-16 or UTF-32, or what compressed it was cut short.
+        UserError: It cannot be read, is in UTF-16 or UTF-32, or its compressed data is truncated.
     """
     try:
         with path.open("rb") as raw:
@@ -258,7 +258,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Yield a long text in pieces of about PIECE characters, cut where no token of a published encoding would reach."""
+    """Yield a long text in pieces of about PIECE characters, cut where no published encoding's token would cross."""
     text = ""
     for block in blocks:
         text += block
@@ -276,14 +276,14 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
 def find(sources: Iterable[str], unread: list[str] | None = None) -> list[Path]:
     """Return the files that paths, folders and globs stand for, in an order that depends on their names alone.
 
-    In a folder, files of known formats count; a glob or a path takes any file, one of unknown suffix as text.
+    A folder stands for its files of known formats; a glob or a path takes any file, one of unknown suffix as text.
 
     Args:
         sources: Paths, folders and globs.
-        unread: Takes what cannot be read in folders and under globs, each with the reason; None raises it.
+        unread: Collects what cannot be read in folders and under globs, with the reason; if None, that is an error.
 
     Raises:
-        UserError: One stands for no file, or for a pipe or a device, or goes round in a loop of symbolic links.
+        UserError: A source matches no file, is a pipe or a device, or is a loop of symbolic links.
     """
     found: dict[Path, None] = {}
     for source in sources:
@@ -322,7 +322,7 @@ def left_out(sources: Iterable[str]) -> str | None:
 
 
 def not_read(sources: Iterable[str]) -> str | None:
-    """Return a line that counts and names what `find` could not read; None where there is nothing such."""
+    """Return a line that counts and names what `find` could not read; None where it read all."""
     unread: list[str] = []
     find(sources, unread)
     if not unread:
@@ -346,7 +346,7 @@ def _reason(path: Path, error: OSError | ValueError) -> str:
 
 
 def _walk(folder: Path, above: tuple[str, ...], unread: list[str] | None) -> Iterator[Path]:
-    """Yield all files below a folder; what is neither file nor folder, a pipe say, is passed over."""
+    """Yield all files below a folder; anything else, such as a pipe, is skipped."""
     real = os.path.realpath(folder)
     if real in above:
         _leave(folder, f"a loop of symbolic links leads back to {real}", unread)
@@ -369,7 +369,7 @@ def _walk(folder: Path, above: tuple[str, ...], unread: list[str] | None) -> Ite
 
 
 def _readable(path: Path, unread: list[str] | None) -> bool:
-    """Return whether a file may be read; a link that leads nowhere is an error, not a file less."""
+    """Return whether a file may be read; a dangling link is an error, not silently left out."""
     try:
         path.stat()
         if os.access(path, os.R_OK):

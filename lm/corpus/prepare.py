@@ -1,7 +1,7 @@
-"""Preparing a corpus: text from anywhere to shards of tokens, in parallel, the same bytes whatever happens on the way.
+"""Preparing a corpus: text to shards of tokens, in parallel, to the same bytes even after interruptions.
 
-One process reads and writes, others encode. What they hand back is written in the order it was read, so that neither
-their number nor an interruption changes a byte.
+One process reads and writes, others encode. Results are written in the order of reading, so neither the number of
+processes nor an interruption changes a byte.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from lm.corpus.shard_writer import FILES, ShardWriter, save_tokenizer
 from lm.corpus.workers import DocumentBatch, Encode, Piece, ordered, split_of
 from lm.errors import UserError
 
-LINE_SECONDS = 60.0  # between lines of progress where standard error is no terminal
-COMMIT_SECONDS = 2.0  # work that a kill may undo
+LINE_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
+COMMIT_SECONDS = 2.0  # of work that a kill may lose
 COUNTS = ("documents", "bytes", "replaced", "skipped")
 BATCH_PIECES = 2048  # most documents that are encoded together
 
@@ -40,14 +40,14 @@ class Preparation:
         source: Files, folders, globs, or - for standard input.
         tokenizer: char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file.
         output: The folder of the prepared corpus.
-        val_fraction: Share that validates.
-        test_fraction: Share that tests.
-        split: documents goes by a hash of each document's content; characters cuts one text, as TextData does with
-            text; auto is characters where the source is one text, else documents.
+        val_fraction: Share for validation.
+        test_fraction: Share for testing.
+        split: documents assigns each document by a hash of its content; characters cuts one text, as TextData does;
+            auto is characters where the source is one text, else documents.
         reading: How text is read.
-        dtype: What ids are stored as; auto is the smallest that holds them.
+        dtype: Integer type of the stored ids; auto is the smallest that holds them.
         shard_tokens: Tokens in a shard.
-        workers: Processes that encode; by default one a core.
+        workers: Processes that encode; by default one per core.
         overwrite: Replace another corpus that lm prepare wrote there.
     """
 
@@ -72,7 +72,7 @@ class Preparation:
 
 
 def prepare(job: Preparation) -> dict[str, Any]:
-    """Prepare a corpus; go on where it was begun, do nothing where it is whole.
+    """Prepare a corpus; resume one that was interrupted, do nothing if it is complete.
 
     Returns:
         tokens, documents, bytes (of UTF-8), shards, replaced bytes, and skipped rows where there are any.
@@ -89,7 +89,7 @@ def prepare(job: Preparation) -> dict[str, Any]:
             storage.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
         ):
             return _Run(job).result()
-    except OSError as error:  # most of a source's are told apart before
+    except OSError as error:  # most errors of a source are caught before
         named = Path(os.fsdecode(error.filename or job.output)).absolute()
         if job.output.absolute() not in (named, *named.parents):
             raise UserError(f"{error.filename}: {error.strerror}") from error
@@ -116,7 +116,7 @@ class _Run:
         self.sizes = [path.stat().st_size for path in self.files]
 
     def result(self) -> dict[str, Any]:
-        """Do what is left to do, and return the summary."""
+        """Do what is left, and return the summary."""
         try:
             progress = self._progress()
         except UserError:
@@ -142,7 +142,7 @@ class _Run:
         return summary(manifest)
 
     def _progress(self) -> dict[str, Any] | None:
-        """Return where to go on from, at first the start; None where all is done."""
+        """Return where to resume, for a new corpus the start; None where all is done."""
         plan = self._plan()
         for name in ("manifest.json", "progress.json"):
             path = self.folder / name
@@ -169,7 +169,7 @@ class _Run:
         return {"plan": plan, "place": [0, 0, 0, 0], "counts": dict.fromkeys(COUNTS, 0)}
 
     def _plan(self) -> dict[str, Any]:
-        """Return what must be equal for a run to go on where another stopped."""
+        """Return what must be equal for one run to resume another."""
         job, digest = self.job, hashlib.sha256()
         for path in self.files:
             stat = path.stat()
@@ -233,7 +233,7 @@ class _Run:
         return counts
 
     def _batches(self, first_file: int, skip: int, replaced: int, skipped: int = 0) -> Iterator[DocumentBatch]:
-        """Yield what is left of the source in batches, from a `Batch.place` on; older ones have three numbers."""
+        """Yield the rest of the source in batches, from a `DocumentBatch.place`; older ones have three numbers."""
         batch: list[Piece] = []
         size, before = 0, sum(self.sizes[:first_file])
         for k in range(first_file, len(self.files)):
@@ -251,7 +251,7 @@ class _Run:
                 if size >= formats.PIECE or len(batch) >= BATCH_PIECES:
                     yield made(before + position)
                     batch, size = [], 0
-            if k == len(self.files) - 1:  # the last, even where it has nothing but rows that were skipped
+            if k == len(self.files) - 1:  # the last, even if all its rows were skipped
                 yield made(before + self.sizes[k])
             replaced, skipped = replaced + settings.replaced, skipped + settings.skipped
             before += self.sizes[k]
@@ -271,7 +271,7 @@ class _Run:
                 yield piece, raw.tell()
 
     def _long(self, path: Path, parts: Iterator[str]) -> Iterator[Piece]:
-        """Yield a text as one document; one of many pieces is read once more, before, for its hash."""
+        """Yield a text as one document; one of several pieces is first read once for its hash."""
         text = next(parts, "")
         following = next(parts, None)
         if following is None:
@@ -310,7 +310,7 @@ class _Run:
             shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
 
     def _is_tokenizer(self, path: Path) -> bool:
-        """Return whether a file is a tokenizer that lm wrote, before it was stopped, and not another program's."""
+        """Return whether a file is a tokenizer that an interrupted lm left, not another program's file."""
         with suppress(UserError, OSError, LookupError, ValueError, TypeError, AttributeError):
             return path.name == "tokenizer.json" and bool(tokenizers.load_tokenizer(path))
         return False
@@ -328,7 +328,7 @@ def _texts(path: Path, settings: formats.Settings) -> Iterator[str]:
 
 
 def _bar() -> dict[str, Any]:
-    """Return the settings of progress bars: bytes, speed, time left; off a terminal they are only shown on request."""
+    """Return the settings of progress bars: bytes, speed, time left; without a terminal, shown only on request."""
     never = {} if sys.stderr.isatty() else {"delay": float("inf")}
     return {"unit": "B", "unit_scale": True, "mininterval": 0.5, **never}
 

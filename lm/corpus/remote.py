@@ -1,8 +1,8 @@
 """Prepared corpora on S3, GCS, HTTP or any other storage that fsspec knows: each shard is copied when it is first read.
 
-fsspec, because it reaches every storage by one interface and comes with Lightning; LitData would bring a format and a
-client of its own. Its caches take a half-copied file, left by a killed process, for a whole one, and let two processes
-copy over each other, so the copying is ours: to a name of its own, checked against the manifest's SHA-256, renamed.
+fsspec reaches every storage through one interface and comes with Lightning; LitData would bring a format and a client
+of its own. But fsspec's caches take a partial copy, left by a killed process, for a complete one, and let two processes
+overwrite each other's. So lm copies itself: to a temporary name, checked against the manifest's SHA-256, then renamed.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from lm.errors import UserError
 
 
 def is_remote(corpus: str) -> bool:
-    """Return whether a corpus is said by URL."""
+    """Return whether a corpus is given by URL."""
     return "://" in corpus
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder at a URL, and its copy here.
+    """A folder at a URL, and its local copy.
 
     Args:
         url: Where it is.
-        folder: Where copies lie, under a hash of the manifest: a corpus that was prepared anew is another.
+        folder: The local copy, named by a hash of the manifest: a corpus that is prepared again gets a new one.
     """
 
     url: str
@@ -49,14 +49,14 @@ class Remote:
         return cls(url, folder)
 
     def fetch(self, path: Path, header: Header) -> None:
-        """Copy a shard where that has not been done.
+        """Copy a shard if there is no copy yet.
 
         Args:
-            path: Where to; its name is the shard's.
-            header: What it must hold by the manifest.
+            path: Where to; the file name is the shard's.
+            header: Its header according to the manifest.
 
         Raises:
-            UserError: It cannot be had, or is another than the manifest says.
+            UserError: It cannot be downloaded, or is not the shard in the manifest.
         """
         if path.exists():
             return

@@ -1,4 +1,4 @@
-"""The first 128 bytes of a shard: what it says of itself."""
+"""The header of a shard, its first 128 bytes."""
 
 import os
 import struct
@@ -10,12 +10,12 @@ from lm import storage
 from lm.errors import UserError
 
 MAGIC, VERSION = b"LMTOKENS", 1
-LAYOUT = struct.Struct("<8sIIQQI32s32s")  # of the header, before the CRC-32 of itself
-HEADER = 128  # bytes, the rest zero
+LAYOUT = struct.Struct("<8sIIQQI32s32s")  # of the header, up to its CRC-32
+HEADER = 128  # bytes, padded with zeros
 
 
 class Header(NamedTuple):
-    """What a shard says of itself."""
+    """The fields of a shard's header."""
 
     itemsize: int
     """Bytes of a token: 2 or 4."""
@@ -40,10 +40,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Return a shard's header, checked against itself and the file's size.
+    """Return a shard's header, after checking its CRC-32 and the file's size.
 
     Raises:
-        UserError: It is missing, no shard, of another version, or shorter or longer than it says.
+        UserError: It is missing, not a shard, of another version, or not as long as its header says.
     """
     try:
         with storage.plain(path).open("rb") as file:

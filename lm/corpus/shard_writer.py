@@ -1,4 +1,4 @@
-"""Writing shards so that no moment of being killed, nor a full disk, loses or doubles a token."""
+"""Writing shards so that neither a kill at any moment nor a full disk loses or duplicates a token."""
 
 import json
 import os
@@ -15,20 +15,20 @@ from lm.corpus import shards, verification
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""
 PARTS = r"|\.[\w.]+\.part"
-"""Besides, those of a process that was killed while it wrote one of them."""
+"""Also the temporary files of a process that was killed while writing one of them."""
 
 
 class ShardWriter:
-    """Writes the shards of a corpus so that it can be killed at any moment and go on from its last `commit`.
+    """Writes the shards of a corpus; a process killed at any moment can resume from its last `commit`.
 
     A shard grows in NAME.part, its document starts in NAME.starts; it gets its name when it is full and committed.
 
     Args:
-        folder: Where to.
-        tokenizer: Whose tokens they are.
+        folder: The corpus' folder.
+        tokenizer: The one that made the tokens.
         shard_tokens: Tokens in a shard; only a split's last has fewer.
-        committed: What `commit` wrote under that name, to go on from there.
-        dtype: What ids are stored as; the smallest that holds them by default.
+        committed: What `commit` wrote under that name, to resume from.
+        dtype: Integer type of the stored ids; by default the smallest that holds them.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ShardWriter:
             at += take
 
     def commit(self, state: dict[str, Any]) -> None:
-        """Write all to the disk, and with it, in progress.json, where to go on from; name the shards that are full.
+        """Flush all files, record in progress.json where to resume, and give full shards their names.
 
         Args:
-            state: What the caller needs to go on, plain values.
+            state: What the caller needs to resume, as plain values.
         """
         for path in self._dirty:
             storage.flush(path)
@@ -84,7 +84,7 @@ class ShardWriter:
         self._name_full_ones()
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Name the last shards, write the manifest, and return it. All must be committed."""
+        """Name the last shards, write the manifest, and return it. Everything must be committed."""
         for split in shards.SPLITS:
             k, place = divmod(self.tokens[split], self.shard_tokens)
             if place:
@@ -127,12 +127,12 @@ class ShardWriter:
         self._dirty.add(path)
 
     def _go_back(self) -> None:
-        """Cut files to what was committed, and drop what is later."""
+        """Truncate files to what was committed, and delete later ones."""
         self._name_full_ones()
         for split in shards.SPLITS:
             k, place = divmod(self.tokens[split], self.shard_tokens)
             keep = set()
-            if place and not self._path(split, k).exists():  # it does where `finish` was broken off
+            if place and not self._path(split, k).exists():  # it exists if `finish` was interrupted
                 before = sum(shards.read_header(self._path(split, i)).documents for i in range(k))
                 os.truncate(self._part(split, k), shards.HEADER + place * self.itemsize)
                 os.truncate(self._starts(split, k), (self.documents[split] - before) * 8)
@@ -148,7 +148,7 @@ class ShardWriter:
                     self._name(split, k, self.shard_tokens)
 
     def _name(self, split: str, k: int, tokens: int) -> None:
-        """Turn the parts of a shard into the shard; can be done again where it was broken off."""
+        """Turn the parts of a shard into the shard; safe to repeat after an interruption."""
         path, part, starts = self._path(split, k), self._part(split, k), self._starts(split, k)
         if path.exists():
             return
@@ -169,7 +169,7 @@ class ShardWriter:
 
 
 def write_corpus(folder: Path, ids: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer, size: int) -> None:
-    """Write token ids that are in memory, a document a split, as a corpus of so many bytes of text."""
+    """Write token ids from memory as a corpus, one document per split; size is the text's length in bytes."""
     folder.mkdir(parents=True)
     save_tokenizer(folder, tokenizer)
     writer = ShardWriter(folder, tokenizer, shards.SHARD_TOKENS)

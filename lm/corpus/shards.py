@@ -1,7 +1,7 @@
-"""Shards: a prepared corpus on the disk, as files of tokens that are read where they lie.
+"""Shards: a prepared corpus on disk, as files of tokens that are read in place.
 
 A folder holds tokenizer.json, SPLIT-NNNNN.tokens for each split, and manifest.json, written last: without it the
-folder is not whole. A shard is a header, its tokens (16 or 32 bits each), and the places in it where documents start
+corpus is incomplete. A shard is a header, its tokens (16 or 32 bits each), and the places in it where documents start
 (64 bits each). All numbers are little-endian.
 """
 
@@ -22,13 +22,15 @@ from lm.corpus.shard_header import VERSION, Header, read_header
 from lm.errors import UserError
 
 SPLITS = ("train", "val", "test")
-SHARD_TOKENS = 100_000_000  # in a shard: 200 MB of GPT-2's
-HELD = 32 << 20  # bytes of a split that are read into memory rather than piece by piece
+SHARD_TOKENS = 100_000_000  # in a shard: 200 MB with GPT-2's tokenizer
+HELD = 32 << 20  # splits of at most so many bytes are read into memory
 OPEN_FILES = 256
 
 
 class Shard:
-    """An open shard, read by offset: nothing is mapped, so no cut file can kill a process, nor memory seem to grow.
+    """An open shard, read by offset.
+
+    It is not memory-mapped: a truncated file would kill the process, and mapped pages would look like growing memory.
 
     Args:
         path: The file.
@@ -68,10 +70,10 @@ class Location(NamedTuple):
     """Where it is copied from when it is first read."""
 
     def check(self) -> None:
-        """Read it through where nobody has yet, see `verification`; a damaged copy of a remote one is copied anew.
+        """Verify it once per machine, see `verification`; a damaged copy of a remote shard is copied again.
 
         Raises:
-            UserError: It is damaged, or cannot be had.
+            UserError: It is damaged, or cannot be downloaded.
         """
         if self.origin:
             self.origin.fetch(self.path, self.header)
@@ -100,7 +102,7 @@ class Tokens:
         self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards}  # open files do not travel to a worker process
+        return {"shards": self.shards}  # open files cannot be sent to a worker process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["shards"])  # type: ignore[misc]
@@ -114,13 +116,13 @@ class Tokens:
         return int(self.document_ends[-1]) if len(self.document_ends) else 0
 
     def __getitem__(self, span: slice) -> np.ndarray:
-        """Return tokens start … stop - 1, uint16 or uint32, read over the borders of shards."""
+        """Return tokens start … stop - 1, uint16 or uint32, read across shard borders."""
         start, stop, step = span.indices(len(self))
         if step != 1:
             raise ValueError("tokens are read in order: no step")
         stop = max(start, stop)
         k = int(np.searchsorted(self.ends, start, side="right"))
-        if k < len(self.ends) and stop <= self.ends[k]:  # as nearly always
+        if k < len(self.ends) and stop <= self.ends[k]:  # nearly always
             return self._part(k, start, stop)
         pieces = []
         while start < stop:
@@ -166,26 +168,26 @@ class Corpus(NamedTuple):
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Return whether a prepared corpus lies, or is being made, in a folder."""
+    """Return whether a folder has a prepared corpus, complete or in progress."""
     return any((Path(folder) / name).is_file() for name in ("manifest.json", "progress.json"))
 
 
 def open_corpus(folder: Path, origin: remote.Remote | None = None) -> Corpus:
-    """Open a prepared corpus: its manifest and headers are read, its tokens when they are asked for.
+    """Open a prepared corpus: its manifest and headers are read now, its tokens on demand.
 
     Args:
         folder: Where it is.
-        origin: Where its shards are copied from; then their headers are read when they are.
+        origin: Where its shards are copied from; each header is then read once its shard is copied.
 
     Raises:
-        UserError: It is not whole, or a file of it is damaged or missing; the file is named.
+        UserError: It is incomplete, or one of its files is damaged or missing; the message names it.
     """
     manifest = read_manifest(folder)
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
     identity = tokenizers.identity(tokenizer.state())
     if manifest["tokenizer"] != identity:
         places = [] if origin else [folder / entry["name"] for split in SPLITS for entry in manifest["splits"][split]]
-        if places and read_header(places[0]).tokenizer.hex() == identity:  # an older manifest, that has no sum
+        if places and read_header(places[0]).tokenizer.hex() == identity:  # an older manifest, without a checksum
             raise UserError(f"{folder / 'manifest.json'}: damaged (names another tokenizer): prepare the corpus again")
         raise UserError(f"{folder / 'tokenizer.json'}: not the tokenizer that the shards were made with")
     splits = {}
@@ -217,7 +219,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Any) -> dict[str, Any]:
-    """Return a manifest; raises ValueError where it has not the form that `finish` writes."""
+    """Return a manifest; raises ValueError if it does not have the form that `finish` writes."""
     if not isinstance(manifest, dict) or manifest.get("format") != "lm tokens" or manifest.get("version") != VERSION:
         raise ValueError(f"not version {VERSION} of the manifest")
     if manifest.get("sha256", (known := manifest_sum(manifest))) != known:
@@ -236,7 +238,7 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
 
 
 def manifest_sum(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 of what a manifest says, its own sum left aside; those of earlier releases have none."""
+    """Return the SHA-256 of a manifest without its own checksum; manifests of earlier releases have none."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -248,7 +250,7 @@ def _entries(shards: Any) -> list[dict]:
 
 
 def _expected(manifest: dict[str, Any], entry: dict[str, Any], n_vocab: int) -> Header:
-    """Return the header that a shard must have by the manifest."""
+    """Return the header that a shard must have according to the manifest."""
     try:
         itemsize = np.dtype(manifest["dtype"]).itemsize
         tokenizer, checksum = bytes.fromhex(manifest["tokenizer"]), bytes.fromhex(entry["sha256"])
@@ -268,10 +270,10 @@ def describe(path: Path, header: Header) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> Corpus:
-    """Open a corpus and read all its shards through.
+    """Open a corpus and verify all its shards.
 
     Raises:
-        UserError: One is wrong; the file is named.
+        UserError: One is damaged; the message names the file.
     """
     corpus = open_corpus(folder)
     for tokens in corpus.splits.values():
@@ -282,7 +284,7 @@ def verify(folder: Path) -> Corpus:
 
 
 def in_memory(tokens: Tokens) -> np.ndarray | Tokens:
-    """Return a split as an array where it is small: nothing is faster, nor safer from a file that changes."""
+    """Return a small split as an array, the fastest way and safe from changes to the file; a large one as it is."""
     return tokens[:] if len(tokens) * tokens.dtype.itemsize <= HELD else tokens
 
 

@@ -1,7 +1,7 @@
 """Corpora: where text comes from, by name or by path.
 
-A corpus is a `Source`: a fingerprint, cheap to take, and a function that reads its text. To add a named corpus, write
-a function that returns a Source and enter it in NAMED; for a file format see lm.corpus.formats.
+A corpus is a `Source`: a cheap fingerprint, and a function that reads its text. To add a named corpus, write a
+function that returns a Source and add it to NAMED; for a file format see lm.corpus.formats.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def find(corpus: str) -> Source:
 
 
 def left_out(corpus: str) -> str | None:
-    """Return a line on the files of a folder that are no text for a corpus; None where there are none."""
+    """Return a line on the files of a folder that are left out as not text; None where there are none."""
     return None if corpus in NAMED else formats.left_out([corpus])
 
 
@@ -51,7 +51,7 @@ def _from_files(paths: list[Path]) -> Source:
     def read() -> str:
         return "\n".join(text for path in paths for text in formats.documents(path, formats.Settings()))
 
-    # the same bytes read otherwise are another text
+    # the same bytes in another format are another text
     digests = [formats.suffix(path) + storage.sha256(path) for path in paths]
     return Source(hashlib.sha256("".join(digests).encode()).hexdigest(), read)
 

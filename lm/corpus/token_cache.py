@@ -1,4 +1,4 @@
-"""Corpora as tokens: prepared ones as they lie, others tokenized once, under a hash of their content."""
+"""Corpora as tokens: prepared ones as they are, others tokenized once and cached under a hash of their content."""
 
 import os
 import sys
@@ -20,20 +20,20 @@ def load_tokens(
     val_fraction: float,
     test_fraction: float,
 ) -> shards.Corpus:
-    """Open a corpus as token ids, tokenizing it first where that has not been done.
+    """Open a corpus as token ids, tokenizing it first if necessary.
 
     A text is cut by characters: the first part trains, then comes validation, then test. Each part is tokenized by
-    itself, so no token straddles a border. A prepared corpus has its splits and its tokenizer.
+    itself, so no token straddles a border. A prepared corpus has its own splits and tokenizer.
 
     Args:
         corpus: A name or path, see `corpora.find`, or the folder or URL of a prepared corpus.
-        tokenizer: A name for `tokenizers.make`, or a tokenizer already at hand; None is a prepared corpus' own, or
+        tokenizer: A name for `tokenizers.make`, or an existing tokenizer; None is a prepared corpus' own, or
             char.
-        val_fraction: Share of a text's characters that validates.
-        test_fraction: Share of a text's characters that tests.
+        val_fraction: Share of a text's characters for validation.
+        test_fraction: Share of a text's characters for testing.
 
     Raises:
-        UserError: The corpus cannot be had, is empty, has symbols that the tokenizer lacks, or was prepared with
+        UserError: The corpus cannot be read, is empty, has symbols that the tokenizer lacks, or was prepared with
             another tokenizer.
     """
     corpus = corpus.removeprefix("file://")
@@ -67,7 +67,7 @@ def load_tokens(
 
 
 def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.Tokenizer | None) -> shards.Corpus:
-    """Return a prepared corpus, after a look at whether its tokenizer is the one that was asked for."""
+    """Return a prepared corpus after checking that its tokenizer is the requested one."""
     own = prepared.tokenizer.state()
     if tokenizer is None or (tokenizer == "char" and own["kind"] == "char"):
         return prepared
@@ -82,11 +82,11 @@ def _checked(prepared: shards.Corpus, corpus: str, tokenizer: str | tokenizers.T
 
 
 def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer) -> None:
-    """Write a tokenized text in one step: it is there whole, or not at all."""
+    """Write a tokenized text atomically."""
     ids = {name: tokenizer.encode(text) for name, text in parts.items()}
     part = storage.part_of(folder)
     try:
-        if os.path.lexists(folder) and _open(folder) is None:  # torn, by a full disk say
+        if os.path.lexists(folder) and _open(folder) is None:  # incomplete, after a full disk say
             storage.remove_folder(folder, FILES + PARTS)
         write_corpus(part, ids, tokenizer, sum(len(text.encode()) for text in parts.values()))
         os.rename(part, folder)
@@ -103,7 +103,7 @@ def _write(folder: Path, parts: dict[str, str], tokenizer: tokenizers.Tokenizer)
 
 
 def _open(folder: Path) -> shards.Corpus | None:
-    """Open what was tokenized before; None where there is nothing, or it is not whole: then it is made anew."""
+    """Open what was tokenized before; None where there is nothing or it is incomplete: then it is made again."""
     try:
         opened = shards.open_corpus(folder)
         for tokens in opened.splits.values():

@@ -1,6 +1,6 @@
 """Training a byte-level byte-pair encoding on a corpus.
 
-The `tokenizers` library counts and merges; what it finds is written as a .tiktoken file, which tiktoken runs.
+The `tokenizers` library learns the merges; they are written as a .tiktoken file, which tiktoken runs.
 """
 
 import re
@@ -14,7 +14,7 @@ from lm.errors import UserError
 from lm.tokenizers import BytePairTokenizer
 from lm.tokenizers.merges import from_text, to_text
 
-SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends where a word does, if one does
+SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends at the end of a word, if there is one
 SAMPLE = 32 << 20  # characters on which bytes per token are counted
 
 
@@ -25,7 +25,7 @@ def train(
 
     Args:
         source: Files, folders or globs.
-        vocab_size: Tokens, the 256 bytes among them; the end-of-text token comes on top.
+        vocab_size: Number of tokens with the 256 bytes; the end-of-text token comes in addition.
         output: The .tiktoken file, a new one.
         settings: How text is read.
         overwrite: Whether it may replace another .tiktoken file.
@@ -106,7 +106,7 @@ def measure(tokenizer: BytePairTokenizer, corpus: Iterator[str]) -> float:
 
 
 def byte_table() -> dict[str, int]:
-    """Return the byte of each character by which `tokenizers`, as GPT-2 did, writes bytes printably."""
+    """Return the byte for each printable character by which `tokenizers`, like GPT-2, represents it."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}

@@ -1,7 +1,7 @@
-"""Whether a shard is what was written: its checksum, and ids within the vocabulary. Found out once a machine.
+"""Verifying shards, once per machine: the checksum, and that ids are within the vocabulary.
 
-A shard is read through when it is first opened, not all of a corpus at the start. What was found whole is noted under
-its place, inode and time of change in LM_DATA_HOME, so that other ranks, workers and runs need not read it again.
+A shard is verified when it is first opened, so that a run need not read the whole corpus first. An intact one is noted
+in LM_DATA_HOME by its path, inode and time of change, so that other ranks, workers and runs need not read it again.
 """
 
 import fcntl
@@ -21,11 +21,11 @@ BLOCK = 8 << 20  # bytes read at a time; whole tokens
 
 
 def check(path: Path, header: Header) -> None:
-    """Read a shard through.
+    """Verify a shard.
 
     Args:
         path: The file.
-        header: What it should hold.
+        header: The header it should have.
 
     Raises:
         UserError: Its checksum is wrong, or an id is not in the vocabulary, or documents start outside of it.
@@ -44,7 +44,7 @@ def check(path: Path, header: Header) -> None:
                     left -= len(block)
                 else:
                     starts += block
-    except (OSError, ValueError) as error:  # ValueError: it was cut inside a token
+    except (OSError, ValueError) as error:  # ValueError: it was truncated inside a token
         raise UserError(f"shard {path}: could not be read ({error}): copy or prepare it again") from error
     if digest.digest() != header.checksum:
         raise UserError(f"shard {path}: its checksum is wrong: copy or prepare it again")
@@ -58,7 +58,7 @@ def check(path: Path, header: Header) -> None:
 
 
 def check_once(path: Path, header: Header) -> None:
-    """Read a shard through, see `check`, unless this machine has before, and found it whole."""
+    """Verify a shard, see `check`, unless this machine has done so before."""
     with _alone(path, header) as note:
         if note is None or not note.exists():
             check(path, header)
@@ -66,8 +66,8 @@ def check_once(path: Path, header: Header) -> None:
 
 
 def remember(path: Path, header: Header) -> None:
-    """Note that a shard was read through and is whole."""
-    with suppress(OSError, UserError):  # read-only: then each process reads it through
+    """Note that a shard was verified."""
+    with suppress(OSError, UserError):  # read-only: then each process verifies it
         note = _note(path, header)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
@@ -81,7 +81,7 @@ def _note(path: Path, header: Header) -> Path:
 
 @contextmanager
 def _alone(path: Path, header: Header) -> Iterator[Path | None]:
-    """Let one process at a time read a shard through: the others wait for what it finds. Yields the shard's note."""
+    """Let one process at a time verify a shard; others wait for its result. Yields the path of the shard's note."""
     with path.open("rb") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Encoding in parallel: batches of documents to tokens, handed back in the order they came."""
+"""Encoding in parallel: batches of documents to tokens, returned in order."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
     text: str
     split: str | None
-    """None where the document is whole, and a hash of it says."""
+    """None for a whole document, whose split follows from its hash."""
     starts: bool
     ends: bool
 
@@ -37,9 +37,9 @@ class DocumentBatch(NamedTuple):
 
     pieces: list[Piece]
     place: tuple[int, int, int, int]
-    """Where reading goes on: the file, how many pieces of it are done, replaced bytes and skipped rows before it."""
+    """Where reading resumes: the file, how many of its pieces are done, replaced bytes and skipped rows before it."""
     position: int
-    """Bytes of all files read so far, as they lie on the disk."""
+    """Bytes read so far of all files, as on disk (compressed)."""
     replaced: int
     skipped: int
 
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
 
 
 def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
-    """Return the split of a document from a hash of its content: equal documents are on one side, in any order."""
+    """Return the split of a document from a hash of its content: equal documents share a split, in any order."""
     share = int.from_bytes(digest) / 2 ** (8 * len(digest))
     if share < test_fraction:
         return "test"
@@ -68,9 +68,9 @@ class Encode:
     Args:
         folder: Where tokenizer.json is.
         identity: Its hash.
-        dtype: What ids are stored as.
-        val_fraction: Share that validates.
-        test_fraction: Share that tests.
+        dtype: Integer type of the stored ids.
+        val_fraction: Share for validation.
+        test_fraction: Share for testing.
     """
 
     folder: str
@@ -117,7 +117,7 @@ def _tokenizer(folder: str, identity: str) -> tokenizers.Tokenizer:
 def ordered(
     encode: Callable[[DocumentBatch], Encoded], batches: Iterable[DocumentBatch], workers: int
 ) -> Iterator[Iterator[tuple[DocumentBatch, Encoded]]]:
-    """Yield an iterator of batches with what is made of them, in order, few of them ahead."""
+    """Yield an iterator of batches with their encodings, in order, encoding only a few ahead."""
     if workers == 1:
         yield ((batch, encode(batch)) for batch in batches)
         return
@@ -145,8 +145,8 @@ def ordered(
 
 
 def _follow_parent() -> None:
-    """Leave signals to the parent, and end with it, however it ended."""
-    for signum in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all; a pool that fails sends SIGTERM
+    """Leave signals to the parent, and end when it ends, however it does."""
+    for signum in (signal.SIGINT, signal.SIGHUP):  # a terminal sends these to all; a failing pool sends SIGTERM
         signal.signal(signum, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None

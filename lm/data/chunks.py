@@ -1,4 +1,4 @@
-"""Chunks of block_size tokens: which of them a step sees depends on the seed and on how many were seen before, alone.
+"""Chunks of block_size tokens: which ones a step sees depends only on the seed and on how many came before.
 
 Shapes: B sequences in a micro-batch, T block_size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 Batch = tuple[Tensor, Tensor]
-"""tokens and targets, int64 (B, T); targets are the tokens one later."""
+"""tokens and targets, int64 (B, T); targets are the tokens shifted by one."""
 
 
 def draw(seed: int, first: int, count: int, below: int) -> np.ndarray:
@@ -23,7 +23,7 @@ def draw(seed: int, first: int, count: int, below: int) -> np.ndarray:
 def draw_at(seed: int, numbers: np.ndarray, below: int) -> np.ndarray:
     """Return the pseudo-random numbers of some indices, each in [0, below).
 
-    Number i depends on (seed, i) alone, so that any process can have any of them: SplitMix64 (Steele, Lea and Flood,
+    Number i depends on (seed, i) alone, so that any process can compute any of them: SplitMix64 (Steele, Lea and Flood,
     "Fast Splittable Pseudorandom Number Generators", 2014) read as a counter-based generator.
 
     Returns:
@@ -47,15 +47,15 @@ IGNORED = -100  # a target that is not predicted; torch's own ignore_index
 
 
 class Stream(Dataset[Batch]):
-    """Item k is one rank's micro-batch k of an endless training, or a stack of whole batches.
+    """Item k is one rank's micro-batch k of endless training, or a stack of whole batches.
 
     Example j of the global batch of step s is number s × batch_size + shift + j, whatever the number of ranks or
     micro-batches.
 
     Args:
-        examples: Returns tokens and targets of training examples number first and on, from (first, count).
+        examples: Given (first, count), returns tokens and targets of training examples first … first + count - 1.
         micro_batch_size: Examples of a step in an item, B.
-        steps: Above 1, an item has the whole batches of so many steps, K: (K, B, …).
+        steps: Above 1, an item stacks the whole batches of so many steps, K: (K, B, …).
         shift: Other than 0 where earlier steps had another batch size, see `TokenData.go_on`.
         rank: This process.
         world_size: Number of processes.
@@ -90,7 +90,7 @@ def random_rows(tokens: Tensor, targets: Tensor, seed: int, first: int, count: i
 
 
 class From(Sampler[int]):
-    """Counts up without end from a number asked for when the iteration starts.
+    """Counts up endlessly from a number that is read when iteration starts.
 
     Args:
         start: Returns the first number: on resume, the micro-batches already trained on.

@@ -1,7 +1,7 @@
-"""Evaluation sets: each example of a split once, divided over the ranks so that all of them have equally many batches.
+"""Evaluation sets: each example of a split once, divided so that all ranks have equally many batches.
 
-Ranks add up their sums together, and compute together where a network is sharded: one that had a batch more than
-another would wait for it for ever.
+Ranks reduce their sums together, and a sharded network runs each forward pass on all ranks together: a rank with one
+batch more than another would wait forever.
 
 Shapes: B examples in a batch, T block_size.
 """
@@ -18,12 +18,12 @@ from lm.data.chunks import IGNORED, Batch, Sliced
 
 
 class EvaluationSet(Dataset[Batch]):
-    """The batches of one rank; the ranks take turns, a batch each.
+    """The batches of one rank; batches go to the ranks in turn.
 
-    A rank that has one fewer than others gets the first batch of all once more, with nothing to predict in it.
+    A rank that has one batch fewer than others gets the very first batch again, with all targets ignored.
 
     Args:
-        read: Returns examples start … stop - 1 of the split, from (start, stop).
+        read: Given (start, stop), returns examples start … stop - 1 of the split.
         count: How many examples it has.
         batch_size: Most examples in a batch, B.
         short_last: Whether the last example is shorter than the others, and so a batch of its own.
@@ -43,7 +43,7 @@ class EvaluationSet(Dataset[Batch]):
     ) -> None:
         self.read = read
         equal = count - short_last
-        size = max(1, min(batch_size, equal // world_size))  # rounded down: no rank is without a batch if it can be
+        size = max(1, min(batch_size, equal // world_size))  # rounded down: every rank gets a batch if possible
         spans = [(start, min(start + size, equal)) for start in range(0, equal, size)]
         if short_last:
             spans.append((equal, count))
@@ -74,7 +74,7 @@ def _rows(tokens: Tensor, targets: Tensor, start: int, stop: int) -> Batch:
 
 
 def of_chunks(ids: Sliced, *, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> EvaluationSet:
-    """Return the evaluation set of a running text: every token but the first is a target once.
+    """Return the evaluation set of a continuous text: every token but the first is a target once.
 
     Args:
         ids: Token ids of the split (N,).

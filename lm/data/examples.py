@@ -22,9 +22,9 @@ ROUND = 1000  # examples in which every corpus of a mixture has exactly its shar
 def permuted(seed: int, numbers: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the epoch of each number, and its place in that epoch's permutation of 0 … below - 1.
 
-    Any place is had without the others, so the permutation of a corpus of any size costs no memory: a Feistel network
-    of four rounds over the next power of four, walked until it falls below (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002).
+    Any place is computed without the others, so a permutation of any size costs no memory: a Feistel network of four
+    rounds over the next power of four, repeated until the result is in range (cycle walking: Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002).
 
     Returns:
         Both int64, of the shape of numbers.
@@ -46,13 +46,13 @@ def permuted(seed: int, numbers: np.ndarray, below: int) -> tuple[np.ndarray, np
 
 
 class Running:
-    """Chunks of one running text, whatever documents it has.
+    """Chunks of one continuous text, regardless of its documents.
 
     Args:
         tokens: The split (N,).
         block_size: Tokens in a sequence, T.
-        order: random draws any offset; permutation gives each of the (N - 1) // T chunks once an epoch.
-        seed: Chooses.
+        order: random draws any offset; permutation gives each of the (N - 1) // T chunks once per epoch.
+        seed: Determines the order.
     """
 
     def __init__(self, tokens: Sliced, block_size: int, order: Order, seed: int) -> None:
@@ -66,7 +66,7 @@ class Running:
         else:
             chunks, rest = divmod(size - 1, T)
             epochs, places = permuted(self.seed, numbers, chunks)
-            # the tokens that do not fill a chunk are at the end once, at the beginning once, so that none is never seen
+            # each epoch shifts its chunks at random, so that the tokens left over are not always the same
             offsets = places * T + draw_at(self.seed, epochs, rest + 1)
         rows = np.empty((len(numbers), T + 1), dtype=np.int64)  # (B, T + 1)
         for row, offset in zip(rows, offsets.tolist(), strict=True):
@@ -76,14 +76,14 @@ class Running:
 
 
 class Documents:
-    """Chunks that lie in one document each; what a short one leaves free is ignored as a target.
+    """Chunks that each lie within one document; the padding after a short one is ignored as a target.
 
     Args:
         tokens: The split.
         held: The same, read into memory where it is small.
         block_size: Tokens in a sequence, T.
-        order: random draws chunks with replacement; permutation gives each once an epoch.
-        seed: Chooses.
+        order: random draws chunks with replacement; permutation gives each once per epoch.
+        seed: Determines the order.
     """
 
     def __init__(self, tokens: shards.Tokens, held: Sliced, block_size: int, order: Order, seed: int) -> None:
@@ -96,7 +96,7 @@ class Documents:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def _chunks(self, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where a group's documents start, and the end of the last; how many chunks each has."""
+        """Return where a group's documents start and the last one ends, and how many chunks each has."""
         last = min((group + 1) * self.group, self.tokens.documents)
         starts = self.tokens.starts(group * self.group, last + 1)
         return starts, -(-(np.diff(starts) - 1) // self.block_size)
@@ -143,9 +143,9 @@ class Mixture:
     """Examples of several corpora, each with its share of every thousand.
 
     Args:
-        parts: What gives the examples of each, by number.
+        parts: The examples of each corpus, by number.
         weights: Their shares, of any sum.
-        seed: Chooses which comes when.
+        seed: Determines which corpus comes when.
     """
 
     def __init__(self, parts: list[Examples], weights: list[float], seed: int) -> None:
@@ -158,7 +158,7 @@ class Mixture:
             raise UserError(f"data.corpus: its weights are {weights}: each must be at least a thousandth of their sum")
 
     def assign(self, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return of each of a turn's thousand examples the corpus, and its number among that corpus' examples."""
+        """Return, for each of a turn's thousand examples, its corpus and its number among that corpus' examples."""
         order = np.argsort(draw_at(self.seed, np.arange(turn * ROUND, (turn + 1) * ROUND), 1 << 62), kind="stable")
         which, number = np.empty(ROUND, np.int64), np.empty(ROUND, np.int64)
         which[order] = np.repeat(np.arange(len(self.quotas)), self.quotas)

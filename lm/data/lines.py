@@ -1,4 +1,4 @@
-"""LinesData: one document a line, names say, each ended by a mark that the network learns to write.
+"""LinesData: one document per line, such as names, each ended by a mark that the network learns to write.
 
 Shapes: N examples, T block_size.
 """
@@ -25,7 +25,7 @@ EVAL_TOKENS = 1 << 16
 
 
 class LinesData(TokenData):
-    """Documents from a named corpus or a text file, one a line, a symbol a character.
+    """Documents from a named corpus or a text file, one per line, tokenized by characters.
 
     The split is by lines: shuffled with a fixed seed, then cut into train, validation and test.
 
@@ -33,11 +33,11 @@ class LinesData(TokenData):
         corpus: names (downloaded once), or the path of a text file.
         targets: last serves each symbol as an example of its own, with the block_size symbols before it, for networks
             of fixed context; all serves each line once, with all of its symbols as targets.
-        end: The mark, one character that no line contains: it pads what is before a line and ends it.
+        end: The end mark, one character that no line contains: it ends each line, and pads the context before it.
         block_size: Tokens in a sequence; the network's context.
         batch_size: Sequences per optimizer step, over all processes and accumulated micro-batches.
-        val_fraction: Share of the lines, before the test share, that validates.
-        test_fraction: Share of the lines that tests.
+        val_fraction: Share of the lines for validation, before the test share.
+        test_fraction: Share of the lines for testing.
         num_workers: Processes that prepare batches; indexing tensors rarely needs one.
         seed: Chooses the training sequences; set from seed_everything.
     """
@@ -65,7 +65,7 @@ class LinesData(TokenData):
         self.examples: dict[str, Batch] = {}
 
     def prepare_data(self) -> None:
-        """Download the corpus where it is a named one; say what a folder has that is left out."""
+        """Download a named corpus; report files of a folder that are left out."""
         sources.find(self.corpus)
         if note := sources.left_out(self.corpus):
             print(note, file=sys.stderr)
@@ -74,8 +74,8 @@ class LinesData(TokenData):
         """Read, split and encode the lines.
 
         Raises:
-            UserError: There are too few different lines, or one has a symbol that the vocabulary lacks, the end mark,
-                or does not fit.
+            UserError: There are too few different lines, or one is too long, or contains the end mark or a symbol
+                that the vocabulary lacks.
         """
         _ = self.micro_batch_size
         if self.examples:
@@ -112,14 +112,14 @@ class LinesData(TokenData):
         """Return every symbol and end mark (N,) with the block_size symbols before it in its line (N, T)."""
         T = self.block_size  # noqa: N806
         ids = torch.from_numpy(self.text_tokenizer.encode("".join(self.end * T + line + self.end for line in lines)))
-        # of the T marks before each line, none is a target
+        # none of the T marks before a line is a target
         shown = np.concatenate([[False] * T + [True] * (len(line) + 1) for line in lines] or [[]]).astype(bool)
         places = torch.from_numpy(shown).nonzero().squeeze(1)  # (N,): where the targets are
         before = torch.arange(-T, 0)  # (T,)
         return ids[places.unsqueeze(1) + before], ids[places]  # (N, T), (N,)
 
     def _whole(self, lines: list[str]) -> Batch:
-        """Return each line after a mark (N, T), and its targets: itself and a mark, then nothing (N, T)."""
+        """Return each line after a mark (N, T), and its targets: the line and a mark, the rest ignored (N, T)."""
         T, mark = self.block_size, self.text_tokenizer.eot  # noqa: N806
         longest = max(lines, key=len, default="")
         if len(longest) + 1 > T:
@@ -137,7 +137,7 @@ class LinesData(TokenData):
         return tokens, targets
 
     def training_examples(self) -> Callable[[int, int], Batch]:
-        """Return what gives rows of the training split, drawn with replacement."""
+        """Return a function that draws rows of the training split with replacement."""
         return partial(random_rows, *self.examples["train"], self.seed)
 
     def eval_dataset(self, split: str) -> EvaluationSet:

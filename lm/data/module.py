@@ -1,4 +1,4 @@
-"""TokenData: what all LightningDataModules here share: the global batch, its division, loaders that go on anywhere."""
+"""TokenData: what all LightningDataModules here share: the global batch, its division, loaders that can resume."""
 
 import atexit
 import multiprocessing
@@ -20,19 +20,19 @@ from lm.tokenizers import Tokenizer
 
 
 class Rank(TypedDict):
-    """This process among all."""
+    """This process's rank, and the number of processes."""
 
     rank: int
     world_size: int
 
 
 class TokenData(LightningDataModule, ABC):
-    """Serves batches of (tokens, targets); training is endless, and goes on after the sequences it has consumed.
+    """Serves batches of (tokens, targets); training is endless, and resumes after the sequences it has consumed.
 
-    The batch of a step is sequences n … n + batch_size - 1 of an order that the seed fixes, where n is how many the
-    steps before it had: step × batch_size, unless a part of the run had another batch size.
+    The batch of a step is sequences n … n + batch_size - 1 in an order that the seed fixes, where n is the number of
+    sequences in earlier steps: step × batch_size, unless part of the run had another batch size.
 
-    Works without a Trainer too: then it is one process that does not accumulate.
+    Works without a Trainer too, as one process without gradient accumulation.
 
     Args:
         block_size: Tokens in a sequence; the network's context.
@@ -52,14 +52,14 @@ class TokenData(LightningDataModule, ABC):
 
     @abstractmethod
     def training_examples(self) -> Callable[[int, int], Batch]:
-        """Return what gives the training examples number first … first + count - 1, from (first, count).
+        """Return a function that gives training examples first … first + count - 1, from (first, count).
 
-        It depends on the seed and the numbers alone.
+        Its result depends only on the seed and the numbers.
         """
 
     @abstractmethod
     def eval_dataset(self, split: str) -> Dataset[Batch]:
-        """Return the batches that cover a split (train, val or test) once, this process's share of them."""
+        """Return this process's share of the batches that cover a split (train, val or test) once."""
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +100,7 @@ class TokenData(LightningDataModule, ABC):
         return getattr(module, "steps_per_call", 1)
 
     def items_done(self) -> int:
-        """Return how many training batches each process has finished: where the training data goes on."""
+        """Return how many training batches each process has finished: where the training data resumes."""
         if not self.trainer:
             return 0
         return self.trainer.global_step * self.trainer.accumulate_grad_batches // self.steps_per_call
@@ -110,16 +110,16 @@ class TokenData(LightningDataModule, ABC):
         return step * self.batch_size + self._shift
 
     def go_on(self, step: int, sequences: int) -> None:
-        """Let training go on after a step by which so many sequences were consumed, with whatever batch size."""
+        """Resume training after a step by which so many sequences were consumed, at whatever batch size."""
         self._shift = sequences - step * self.batch_size
 
     def train_dataset(self, steps: int = 1) -> Stream:
-        """Return this process's training batches, so many steps in an item."""
+        """Return this process's training batches, so many steps per item."""
         size, shift = self.micro_batch_size, self._shift
         return Stream(self.training_examples(), micro_batch_size=size, steps=steps, shift=shift, **self._place())
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of training batches: endless, going on where training stands."""
+        """Return the loader of training batches: endless, from where training stands."""
         return self._loader(self.train_dataset(self.steps_per_call), sampler=From(self.items_done))
 
     def val_dataloader(self) -> DataLoader:
@@ -135,7 +135,7 @@ class TokenData(LightningDataModule, ABC):
         return Rank(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
 
     def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
-        # items are whole batches; the own generator keeps the loader's hands off the global one, which dropout uses
+        # items are whole batches; with a generator of its own the loader leaves dropout's, the global one, alone
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_workers:
             self._check_shared_memory()
@@ -152,7 +152,7 @@ class TokenData(LightningDataModule, ABC):
         )
 
     def _check_shared_memory(self) -> None:
-        # tokens and targets, in whole pages, of the batches that each worker has ready, for training and for evaluation
+        # tokens and targets, in whole pages, of the batches that each worker prefetches, in training and evaluation
         tensor = self.micro_batch_size * self.steps_per_call * (self.block_size + 1) * 8 + 4096
         needed = max(1 << 20, self.num_workers * 2 * 2 * 2 * tensor)
         try:
@@ -175,12 +175,12 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 
 
 def _end_workers() -> None:
-    """Kill the workers that are left when this process ends: they ignore the SIGTERM that it would wait for."""
+    """Kill the workers that are left when this process exits: they ignore SIGTERM, so it would wait forever."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Let a signal to the whole process group stop the trainer, which then ends its workers, and not them first."""
+    """Ignore stop signals in a worker: one to the whole process group stops the trainer, which ends its workers."""
     take_stops(signal.SIG_IGN)

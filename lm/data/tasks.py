@@ -1,4 +1,4 @@
-"""Tasks made on the fly: problems whose answers can be checked, arithmetic and strings to reverse.
+"""Tasks generated on the fly: problems whose answers can be checked, arithmetic and strings to reverse.
 
 Shapes: B sequences, T block_size.
 """
@@ -33,13 +33,13 @@ class TaskData(TokenData):
     Args:
         block_size: Tokens in a sequence; at least as many as the longest problem, its answer and a mark.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
-        held_out: Problems that validate, and as many others that test; training never draws one of them.
+        held_out: Problems for validation, and as many others for testing; training never draws one of them.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
 
     exact_match = True
-    """Whether the share of problems with a wholly right answer is measured."""
+    """Whether the share of problems with an entirely correct answer is measured."""
 
     @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, held_out: int, num_workers: int, seed: int) -> None:
@@ -59,9 +59,9 @@ class TaskData(TokenData):
 
     @abstractmethod
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem number index, with the sign that asks for the answer at its end, and the answer.
+        """Return problem number index, which ends with the sign that asks for the answer, and the answer.
 
-        Two numbers are never one text: what is held out is not trained on under another number.
+        No two numbers give the same text, so training never sees a held-out problem under another number.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class TaskData(TokenData):
         """Return a problem as people write it, up to its sign, and as the network was trained to read it.
 
         Raises:
-            UserError: The prompt is no such problem; the form is named.
+            UserError: The prompt is not such a problem; the message shows the form.
         """
 
     def readable(self, answer: str) -> str:
@@ -112,7 +112,7 @@ class TaskData(TokenData):
         return np.sort(self._held) - np.arange(len(self._held))
 
     def problems(self, first: int, count: int) -> np.ndarray:
-        """Return the problem numbers (count,) of training examples first and on: a pure function of (seed, first)."""
+        """Return the problem numbers (count,) of training examples from first on: a pure function of (seed, first)."""
         rank = draw(self.seed, first, count, self.size - len(self._held))  # among those that are not held out
         return rank + np.searchsorted(self._gaps, rank, side="right")
 
@@ -130,7 +130,7 @@ class TaskData(TokenData):
         return tokens, targets
 
     def training_examples(self) -> Callable[[int, int], Batch]:
-        """Return what makes the training problems."""
+        """Return a function that makes the training problems."""
         return lambda first, count: self.batch(self.problems(first, count))
 
     def eval_dataset(self, split: str) -> EvaluationSet:
@@ -148,16 +148,16 @@ class ArithmeticData(TaskData):
     """Sums, differences, products, and quotients with remainder, of numbers below 10^digits: 17/5=3r2.
 
     Lee et al., "Teaching Arithmetic to Small Transformers" (2023): results with their digits reversed are learned
-    sooner, as then each digit depends on what has been written.
+    sooner, as each digit then depends only on what has been written.
 
     Args:
         digits: Most digits of an operand.
         operators: Some of + - * /.
         reverse: Whether the digits of each number in the result are written from the last to the first.
-        pad: Whether operands have leading zeros, so that digits of equal weight stand in equal places.
+        pad: Whether operands have leading zeros, so that digits of equal place value have equal positions.
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
-        held_out: Problems that validate, and as many others that test.
+        held_out: Problems for validation, and as many others for testing.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -192,11 +192,11 @@ class ArithmeticData(TaskData):
 
     @property
     def size(self) -> int:
-        """All pairs of operands, with each operator; nothing is divided by zero."""
+        """The number of pairs of operands, for each operator; nothing is divided by zero."""
         return len(self.operators) * 10 ** (2 * self.digits) - ("/" in self.operators) * 10**self.digits
 
     def example(self, index: int) -> tuple[str, str]:
-        """Return problem and answer number index; divisions have the last numbers."""
+        """Return problem and answer number index; divisions come last."""
         others, numbers = self.operators.replace("/", ""), 10**self.digits
         if (division := index - len(others) * numbers**2) >= 0:
             a, b = divmod(division, numbers - 1)
@@ -218,7 +218,7 @@ class ArithmeticData(TaskData):
         return "-" * (number < 0) + (text[::-1] if self.reverse else text)
 
     def question(self, prompt: str) -> tuple[str, str]:
-        """Return a problem without and with the leading zeros that it was trained with, 12+34= and 012+034=."""
+        """Return a problem without and with the leading zeros used in training, 12+34= and 012+034=."""
         found = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=?\s*", prompt)
         if found is None or any(len(found[k].lstrip("0")) > self.digits for k in (1, 3)):
             raise UserError(
@@ -248,11 +248,11 @@ class ReverseData(TaskData):
 
     Args:
         alphabet: Letters of the strings.
-        shortest_length: Least letters in a string.
+        shortest_length: Fewest letters in a string.
         longest_length: Most letters in a string.
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
-        held_out: Problems that validate, and as many others that test.
+        held_out: Problems for validation, and as many others for testing.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -288,7 +288,7 @@ class ReverseData(TaskData):
 
     @property
     def size(self) -> int:
-        """All strings of the lengths."""
+        """The number of strings of all lengths."""
         return sum(len(self.alphabet) ** n for n in range(self.shortest_length, self.longest_length + 1))
 
     def example(self, index: int) -> tuple[str, str]:
@@ -301,7 +301,7 @@ class ReverseData(TaskData):
         return f"{text}>", text[::-1]
 
     def question(self, prompt: str) -> tuple[str, str]:
-        """Return the string and the sign after it, abcd>, twice: it is read as it is written."""
+        """Return the string and the sign after it, abcd>, twice: people and the network read the same."""
         text = prompt.strip().removesuffix(">")
         if not self.shortest_length <= len(text) <= self.longest_length or set(text) - set(self.alphabet):
             raise UserError(
@@ -316,7 +316,7 @@ class ReverseData(TaskData):
 
 
 def task_of(data: dict[str, Any]) -> TaskData | None:
-    """Return the task that a recipe's data names; None where it is none, or none that can be made here."""
+    """Return the task that a recipe's data names; None if it names none, or one that cannot be made here."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TaskData, "data")
     try:

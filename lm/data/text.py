@@ -13,7 +13,7 @@ from lm.data.module import TokenData, check_fractions
 from lm.errors import UserError
 from lm.tokenizers import Tokenizer
 
-EVAL_TOKENS = 8192  # in a batch of evaluation: large enough to be fast, small enough for logits of GPT-2's vocabulary
+EVAL_TOKENS = 8192  # in an evaluation batch: large enough to be fast, small enough for logits of GPT-2's vocabulary
 
 
 class TextData(TokenData):
@@ -29,11 +29,11 @@ class TextData(TokenData):
             corpus' own, and char for a text.
         block_size: Tokens in a sequence; the network's context.
         batch_size: Sequences per optimizer step, over all processes and accumulated micro-batches.
-        val_fraction: Share of a text, before the test share, that validates; a prepared corpus has its own splits.
-        test_fraction: Share of a text, at its end, that tests; where it is 0, validation stands in for it.
-        order: random draws sequences with replacement; permutation serves each chunk once an epoch.
-        across_documents: Whether a sequence may go on into the next document. If not, what a short document leaves
-            free of its sequence is no target.
+        val_fraction: Share of a text for validation, before the test share; a prepared corpus has its own splits.
+        test_fraction: Share of a text for testing, at its end; if it is 0, validation stands in for it.
+        order: random draws sequences with replacement; permutation serves each chunk once per epoch.
+        across_documents: Whether a sequence may continue into the next document. If not, the padding after a short
+            document is ignored as a target.
         num_workers: Processes that prepare batches; tokens on a disk rarely need one.
         seed: Chooses the training sequences; set from seed_everything.
     """
@@ -60,7 +60,7 @@ class TextData(TokenData):
             raise UserError("data.corpus: it names none")
         self.corpus = " + ".join(self.weights)
         self.order, self.across_documents = order, across_documents
-        self.tokenizer: str | Tokenizer = tokenizer or ""  # or, set from outside, the one of a checkpoint
+        self.tokenizer: str | Tokenizer = tokenizer or ""  # or a checkpoint's own, set from outside
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.corpora: list[shards.Corpus] = []
 
@@ -98,7 +98,7 @@ class TextData(TokenData):
             )
 
     def training_examples(self) -> Callable[[int, int], Batch]:
-        """Return what gives training sequences by number."""
+        """Return a function that gives training sequences by number."""
         parts = [self._examples(corpus.splits["train"], self.seed + k) for k, corpus in enumerate(self.corpora)]
         if len(parts) == 1:
             return partial(numbered, parts[0])

@@ -1,4 +1,4 @@
-"""What a fitted network is for: sampling and evaluation."""
+"""Using a trained network: sampling and evaluation."""
 
 from lm.checkpoints.restore import load_network
 from lm.generation.sampling import Sampler, generate

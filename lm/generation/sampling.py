@@ -82,14 +82,14 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
         net: A network of `lm.models`.
         prompt: int64 (B, T), T at least 1.
         sampler: Chooses among the logits.
-        generator: Its random numbers; the global ones are left alone. On the CPU, so that a seed gives the same text
+        generator: Its random numbers; the global generator is not used. On the CPU, so that a seed gives the same text
             on every device that computes the same logits.
 
     Yields:
         int64 (B,).
 
     Raises:
-        CheckError: What the network computes is not finite.
+        CheckError: A logit is not finite.
     """
     text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
     while True:
@@ -103,7 +103,7 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") -> list[int]:
-    """Return the ids of a prompt; for an empty one, what text begins after: end-of-text, a newline, or the first id.
+    """Return the ids of a prompt; for an empty one, a token to start from: end-of-text, a newline, or the first id.
 
     Raises:
         UserError: The vocabulary lacks a symbol of the prompt.
@@ -121,7 +121,7 @@ def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") ->
 
 
 class TextStream:
-    """Turns one sample's tokens into text as they come: whole characters, and nothing of a stop string.
+    """Turns one sample's tokens into text as they come: whole characters, without any part of a stop string.
 
     Args:
         tokenizer: Gives the bytes of each token.
@@ -131,7 +131,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: list[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text = ""  # decoded so far
-        self.shown = 0  # characters of it that were handed out
+        self.shown = 0  # characters of it that were returned
         self.done = False
         self._decoder = tokenizer.decoder()
 
@@ -162,7 +162,7 @@ class TextStream:
         return new
 
     def _held_back(self) -> int:
-        """Return the length of the longest end of the text that begins a stop string."""
+        """Return the length of the text's longest suffix that is a prefix of a stop string."""
         waiting = self.text[self.shown :]
         longest = max((len(stop) for stop in self.stops), default=1) - 1
         sizes = range(min(longest, len(waiting)), 0, -1)

@@ -1,4 +1,4 @@
-"""Self-attention that looks back: all heads from one projection, or head by head, written out.
+"""Causal self-attention: all heads from one projection, or head by head, written out.
 
 Vaswani et al., "Attention Is All You Need" (2017). Parameter names are GPT-2's (c_attn, c_proj).
 
@@ -18,7 +18,7 @@ Attention = Literal["batched", "separate"]
 
 
 def same_document(tokens: Tensor, document_end: int) -> Tensor:
-    """Return who may look at whom, bool (B, 1, T, T): at itself and what came before it in its own document.
+    """Return the attention mask, bool (B, 1, T, T): each position may see itself and its own document's past.
 
     Args:
         tokens: int64 (B, T).
@@ -39,7 +39,7 @@ def causal_weights(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tenso
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and at what came before it; all heads come from one projection."""
+    """Every position attends to itself and to earlier ones; all heads come from one projection."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
         return causal_weights(q, k, allowed)
 
     def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C); allowed, bool (B, 1, T, T), says who may look at whom, else the past is."""
+        """Map (B, T, C) to (B, T, C); allowed, bool (B, 1, T, T), is the attention mask, by default causal."""
         q, k, v = self.qkv(x)  # each (B, H, T, D)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)

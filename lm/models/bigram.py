@@ -9,13 +9,13 @@ from lm.bounds import checked
 
 
 class Bigram(nn.Module):
-    """A table of logits, one row a token.
+    """A table of logits, one row per token.
 
-    It starts at zero, so the untrained loss is ln V exactly and the first step already moves every row that it saw.
+    It starts at zero, so the untrained loss is ln V exactly and the first step already updates every row that it saw.
 
     Args:
         vocab_size: Number of different tokens, V.
-        block_size: Longest sequence it is asked for; the table itself only ever looks at one token.
+        block_size: Longest sequence; the table itself only ever uses one token.
     """
 
     @checked()

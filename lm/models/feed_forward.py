@@ -79,7 +79,7 @@ def make_feed_forward(
     if hidden_size is not None and hidden_size < 1:
         raise ValueError(f"hidden_size is {hidden_size}: it must be at least 1, or null for the default")
     if kind == "swiglu":
-        hidden_size = hidden_size or -(-(8 * n_embd // 3) // 8) * 8  # three matrices weigh what two of 4C do
+        hidden_size = hidden_size or -(-(8 * n_embd // 3) // 8) * 8  # three matrices have as many weights as two of 4C
         return SwiGLU(n_embd=n_embd, hidden_size=hidden_size, dropout=dropout, bias=bias)
     activations = {"gelu": nn.GELU(approximate="tanh"), "relu": nn.ReLU(), "relu_squared": ReLUSquared()}
     hidden_size = hidden_size or 4 * n_embd

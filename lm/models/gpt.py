@@ -52,17 +52,17 @@ class Block(nn.Module):
         return norm(y) if self.post else y
 
     def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
-        """Map the residual stream (B, T, C) to (B, T, C); a mask is attention's."""
+        """Map the residual stream (B, T, C) to (B, T, C); a mask goes to attention."""
         x = self.branch(x, self.ln_1, self.attn, *mask)
         return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Those settings of a `GPT` that must go together; see there. `lm.bounds` has looked at each number by itself.
+    """The settings of a `GPT` that depend on each other; see there. `lm.bounds` has checked each number by itself.
 
     Raises:
-        ValueError: Which setting, its value and what to do.
+        ValueError: Names a setting, its value and what to do.
     """
 
     n_embd: int
@@ -130,18 +130,18 @@ class GPT(nn.Module):
         feed_forward: "gelu", "relu" and "relu_squared" are two layers with that activation, "swiglu" is gated,
             "single" one layer and a ReLU, "none" leaves the feed-forward network out.
         hidden_size: Width inside the feed-forward network; by default 4 n_embd, with swiglu 8/3 n_embd rounded up to a
-            multiple of 8, which weighs the same.
+            multiple of 8, which has as many weights.
         residual: Whether a block adds its results to its input rather than replacing it.
         norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019), "none" for none.
         norm_position: "pre" normalises what each part of a block reads, and the last block's result; "post" normalises
             each sum, as in Vaswani et al.
-        positions: "learned" adds an embedding of the position, "rotary" turns queries and keys (Su et al. 2021), "none"
-            leaves order to the causal mask.
+        positions: "learned" adds an embedding of the position, "rotary" rotates queries and keys (Su et al. 2021),
+            "none" leaves order to the causal mask.
         rope_theta: The base of rotary angles.
         logit_soft_cap: Bounds logits to ±this by cap · tanh(logits / cap) (Gemma 2: 30); None leaves them.
         head_bias: Whether the output head has a bias.
         document_end: Id of the end-of-text token, after which attention starts anew, so that no document sees another;
-            None lets it see all that came before.
+            None lets a token see all earlier ones.
         init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
             embeddings of deviation 1 do not suit tie_weights.
 
@@ -226,7 +226,7 @@ class GPT(nn.Module):
             initialise(self, self.init_std, {self.h: 2 * len(self.h)})
 
     def mask(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Return the mask that blocks are given of tokens (B, T): none where attention is only causal."""
+        """Return the blocks' attention mask for tokens (B, T): an empty tuple where attention is only causal."""
         return () if self.document_end is None else (same_document(tokens, self.document_end),)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class GPT(nn.Module):
     def attention_maps(self, tokens: Tensor) -> list[Tensor]:
         """Return each block's attention weights (B, H, T, T) over tokens (B, T), without dropout.
 
-        They are read off an ordinary forward pass, from what each block's attention was given.
+        They are computed from the inputs of each block's attention in an ordinary forward pass.
         """
         maps: list[Tensor] = []
 

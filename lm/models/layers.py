@@ -106,8 +106,8 @@ def _collecting(layers: list[BatchNorm]) -> Iterator[None]:
 def calibrate(net: nn.Module, batches: Iterable[Tensor]) -> int:
     """Set every BatchNorm's running statistics to those of a whole data set, in one pass over it.
 
-    Each layer sees what the layers before it make in training mode, from batch to batch. The statistics of the first
-    are exactly the data set's; behind it they are as exact as large batches make them. Karpathy, "makemore" part 3.
+    Each layer sees the outputs of the layers before it in training mode, batch by batch. The first layer's statistics
+    are exactly the data set's; later layers' get closer as batches get larger. Karpathy, "makemore" part 3.
 
     Args:
         net: A network; its mode is as before when this returns.
@@ -184,7 +184,7 @@ def initialise(net: nn.Module, std: float, branches: dict[nn.Module, int]) -> No
 def padded(tokens: Tensor, size: int) -> Tensor:
     """Return tokens (B, T) with zeros, the padding symbol, in front, so that T is at least size.
 
-    What a network of fixed context reads at the beginning of a text.
+    Fills the fixed context of a network at the beginning of a text.
     """
     missing = size - tokens.shape[1]
     return nn.functional.pad(tokens, (missing, 0)) if missing > 0 else tokens  # (B, T) -> (B, size)

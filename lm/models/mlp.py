@@ -55,7 +55,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             linear = nn.Linear(fan_in, fan_out, bias=bias)
-            nn.init.normal_(linear.weight, std=5 / 3 / fan_in**0.5)  # 5/3: what tanh takes of the spread
+            nn.init.normal_(linear.weight, std=5 / 3 / fan_in**0.5)  # 5/3: tanh's gain
             norm = [BatchNorm(n_hidden, momentum=momentum, bessel=bessel)] if batch_norm else []
             layers += [linear, *norm, nn.Tanh()]
         self.hidden = nn.Sequential(*layers)

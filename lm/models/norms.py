@@ -8,7 +8,7 @@ Norm = Literal["layer", "rms", "none"]
 
 
 def make_norm(kind: Norm, size: int, *, bias: bool) -> nn.Module:
-    """Return a normalisation of the last dimension; both kinds begin as mere normalisation, weight one."""
+    """Return a normalisation of the last dimension; both kinds begin with weight one."""
     if kind == "layer":
         return nn.LayerNorm(size, bias=bias)
     return nn.RMSNorm(size, eps=1e-5) if kind == "rms" else nn.Identity()

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class Rotary(nn.Module):
-    """Turns each pair of a head's channels by an angle that grows with the position.
+    """Rotates each pair of a head's channels by an angle that grows with the position.
 
-    Channel i is paired with channel i + D/2, and at position t the pair is turned by t · theta^(-2i/D). A product of a
-    query and a key turned so depends on their distance alone, and no length changes.
+    Channel i is paired with channel i + D/2, and at position t the pair is turned by t · theta^(-2i/D). The dot
+    product of a rotated query and key depends only on their distance, and no length changes.
 
     Args:
         head_size: Channels of a head, D; even.
         block_size: Number of positions.
-        theta: The base of the angles: the slowest pair turns almost 1/theta a position.
+        theta: The base of the angles: the slowest pair turns by almost 1/theta per position.
 
     Raises:
         ValueError: head_size is odd, or theta is not positive.
@@ -40,7 +40,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn x (…, T, D), whose first position is 0."""
+        """Rotate x (…, T, D), whose first position is 0."""
         T = x.shape[-2]  # noqa: N806
         first, second = x.chunk(2, dim=-1)  # (…, T, D) -> each (…, T, D/2)
         quarter = torch.cat([-second, first], dim=-1)  # (…, T, D): each pair turned by 90 degrees

@@ -3,7 +3,7 @@
 Vaswani et al., "Attention Is All You Need" (2017); its blocks are pre-norm and its positions learned, as in GPT-2.
 Source and target share the token embedding, and the output head is that embedding too (the paper's section 3.4).
 
-Shapes: B batch, T time (the stream's), S keys looked at, C channels (n_embd), H heads, V vocabulary.
+Shapes: B batch, T time (the stream's), S keys, C channels (n_embd), H heads, V vocabulary.
 """
 
 import torch
@@ -16,7 +16,7 @@ from lm.models.layers import check_heads, check_length, initialise
 
 
 class Attention(nn.Module):
-    """Every position of x looks at the positions of a memory that its mask allows; x itself may be the memory."""
+    """Every position of x attends to the positions of memory that the mask allows; x itself may be the memory."""
 
     def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Attention(nn.Module):
         """Map (B, T, C) to (B, T, C).
 
         Args:
-            x: What asks, (B, T, C).
-            memory: What is looked at, (B, S, C).
-            mask: bool, broadcastable to (B, H, T, S); true where T may look at S. Who may look at nothing gets zeros
-                for its heads, never NaN.
+            x: Source of the queries, (B, T, C).
+            memory: Source of the keys and values, (B, S, C).
+            mask: bool, broadcastable to (B, H, T, S); true where T may attend to S. A position that may attend to
+                nothing gets zeros from its heads, never NaN.
         """
         B, T, C = x.shape  # noqa: N806
         S = memory.shape[1]  # noqa: N806
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         blind = ~mask.any(dim=-1, keepdim=True)  # (…, T, S) -> (…, T, 1)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, dropout_p=dropout_p)
-        y = y.masked_fill(blind, 0.0)  # a softmax over nothing is NaN, so the blind saw everything: forget it
+        y = y.masked_fill(blind, 0.0)  # blind positions attended to everything, as a softmax over nothing is NaN
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -56,7 +56,7 @@ def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> BlockMLP:
 
 
 class EncoderBlock(nn.Module):
-    """The source looks at all of itself, then computes."""
+    """Self-attention over the whole source, then a feed-forward network."""
 
     def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """The target looks at its own past, then at the encoded source, then computes."""
+    """The target's causal self-attention, then attention to the encoded source, then a feed-forward network."""
 
     def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Seq2Seq(nn.Module):
     """An encoder-decoder transformer with learned positions and pre-norm blocks.
 
     What comes before a row's first start_token is its source, which the encoder reads in both directions. The start
-    token and what follows is the decoder's input: it looks at its own past and at the encoder's output. Both stacks
+    token and what follows is the decoder's input: it attends to its own past and the encoder's output. Both stacks
     run over the whole stream and masks keep them apart, so shapes do not depend on where the sources end. A row
     without start token is all source. Logits at source positions are finite and mean nothing.
 
@@ -110,7 +110,7 @@ class Seq2Seq(nn.Module):
         dropout: Probability of dropping an element after the embeddings, in attention and on each residual branch.
         bias: Whether linear layers and LayerNorms have biases.
         start_token: The token whose first occurrence in a row begins the decoder's input.
-        pad_token: The token that nobody looks at in a source; without it every source token counts.
+        pad_token: The token that attention ignores in a source; without it every source token counts.
 
     Raises:
         ValueError: A size is not positive, n_head does not divide n_embd, dropout is outside [0, 1), a special token
@@ -163,16 +163,16 @@ class Seq2Seq(nn.Module):
         initialise(self, 0.02, {self.encoder: 2 * len(self.encoder), self.decoder: 3 * len(self.decoder)})
 
     def masks(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's position in the target (B, T), and who may look at whom.
+        """Return each token's position in the target (B, T), and the attention masks.
 
         Returns:
-            Positions, counted from the start token, where the source is too; whom all may see of the source,
-            (B, 1, 1, T); and whom the target may see of itself, (B, 1, T, T).
+            Positions, counted from the start token, 0 in the source; the mask of the source for all queries,
+            (B, 1, 1, T); and the target's mask of itself, (B, 1, T, T).
         """
         T = tokens.shape[1]  # noqa: N806
         is_target = (tokens == self.start_token).cumsum(dim=1) > 0  # (B, T): from the first start token on
         is_source = ~is_target if self.pad_token is None else ~is_target & (tokens != self.pad_token)  # (B, T)
-        source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): who asks does not matter
+        source_mask = is_source[:, None, None, :]  # (B, T) -> (B, 1, 1, T): the same for all queries
         past = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()  # (T, T)
         target_mask = past & is_target[:, None, None, :]  # (T, T) & (B, 1, 1, T) -> (B, 1, T, T)
         at = (is_target.cumsum(dim=1) - 1).clamp(min=0)  # (B, T): the start token is at 0, like all sources

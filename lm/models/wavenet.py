@@ -28,7 +28,7 @@ class WaveNet(nn.Module):
         n_embd: Width of an embedding.
         n_hidden: Width of the layers.
         fuse: n.
-        depth: d; by default as many as block_size has. To be said with dense=True, where the context is n^d.
+        depth: d; by default such that n^d is block_size. Required with dense=True, where the context is n^d.
         dense: Whether the logits of all positions are computed, by dilated convolutions.
         norm_over_time: Whether BatchNorm's statistics are over batch and time, or for each position of a layer alone.
         momentum: Weight of a batch in BatchNorm's running statistics.
@@ -36,7 +36,7 @@ class WaveNet(nn.Module):
         head_scale: Factor on the head's initial weights.
 
     Raises:
-        ValueError: block_size is no power of n, or settings do not go together.
+        ValueError: block_size is not a power of n, or settings do not go together.
     """
 
     @checked()
@@ -79,7 +79,7 @@ class WaveNet(nn.Module):
         """Return the logits of the token after a context, or with dense of the token after each position.
 
         Args:
-            tokens: int64 (B, T). What is missing before the first is padded with token 0.
+            tokens: int64 (B, T), padded in front with token 0 where a context is incomplete.
 
         Returns:
             Logits (B, V), or with dense (B, T, V).

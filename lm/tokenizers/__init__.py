@@ -1,6 +1,6 @@
 """Tokenizers: text to token ids and back. They are saved as plain strings, never pickled.
 
-To add one, write a subclass of `Tokenizer` and enter it in KINDS.
+To add one, write a subclass of `Tokenizer` and add it to KINDS.
 """
 
 import codecs
@@ -31,7 +31,7 @@ class Tokenizer(ABC):
     eot: int | None = None
     """Id of the end-of-text token, where there is one."""
     begins_with_eot: bool = False
-    """Whether every text was trained on after that token, so that a prompt follows it too."""
+    """Whether that token precedes every text in training, so that a prompt needs it too."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -62,12 +62,12 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decoder(self) -> "Decoder":
-        """Return what decodes one text id by id."""
+        """Return a decoder for one text, id by id."""
         return Decoder(self)
 
     @property
     def dtype(self) -> np.dtype:
-        """What ids are stored as: the smallest of 16 and 32 bits, little-endian, that holds them."""
+        """The type of stored ids: the smaller of 16 and 32 bits, little-endian, that holds them."""
         return np.dtype("<u2" if self.n_vocab <= 1 << 16 else "<u4")
 
 
@@ -92,14 +92,14 @@ class Decoder:
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character, in the order of their code points.
+    """One id per character, in the order of their code points.
 
     A symbol that the vocabulary lacks is an error that names it: it is never dropped, nor taken for another.
 
     Args:
         symbols: The characters that it knows.
-        end: One more, that stands before and after each text and gets id 0.
-        end_of_text: Whether there is an end-of-text token, that is no character; it gets the last id.
+        end: One more character, which stands before and after each text and gets id 0.
+        end_of_text: Whether there is an end-of-text token, which is not a character; it gets the last id.
     """
 
     def __init__(self, symbols: Iterable[str], end: str | None = None, end_of_text: bool = False) -> None:
@@ -142,7 +142,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of UTF-8, and the end-of-text token after them."""
+    """One id per byte of UTF-8, and the end-of-text token after them."""
 
     n_vocab, eot = 257, 256
 
@@ -155,19 +155,19 @@ class ByteTokenizer(Tokenizer):
         return [bytes([i]) for i in range(256)] + [b""]
 
     def state(self) -> dict[str, Any]:
-        """Return its kind, which says all."""
+        """Return its kind, which is all there is."""
         return {"kind": "byte"}
 
 
 class BytePairTokenizer(Tokenizer):
     """A byte-level byte-pair encoding, run by tiktoken.
 
-    The ranks are parsed when they are first needed, so that opening a tokenized corpus costs nothing.
+    The merge table is parsed on first use, so that opening a tokenized corpus costs nothing.
 
     Args:
-        ranks: Lines of base64 bytes and rank, the contents of a .tiktoken file.
+        ranks: The merge table, lines of base64 bytes and rank: the contents of a .tiktoken file.
         pattern: The regular expression that cuts text into words; GPT-2's by default.
-        special: Ids of the special tokens, `<|endoftext|>` among them; by default that one alone, after the last rank.
+        special: Ids of the special tokens, `<|endoftext|>` among them; by default that one alone, after the last merge.
     """
 
     def __init__(self, ranks: str, pattern: str = GPT2_PATTERN, special: dict[str, int] | None = None) -> None:
@@ -178,7 +178,7 @@ class BytePairTokenizer(Tokenizer):
 
     @cached_property
     def _ranks(self) -> dict[bytes, int]:
-        """The parsed ranks; raises UserError where a line is not of their form."""
+        """The parsed merge table; raises UserError where a line is malformed."""
         try:
             return published.from_text(self.ranks)
         except ValueError as error:
@@ -188,7 +188,7 @@ class BytePairTokenizer(Tokenizer):
     def _encoding(self) -> "tiktoken.Encoding":
         import tiktoken
 
-        # special tokens are ours to write; without them no text can be taken for one
+        # only lm itself adds special tokens; an encoding without them takes no text for one
         return tiktoken.Encoding("lm", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     def encode(self, text: str) -> np.ndarray:
@@ -196,12 +196,12 @@ class BytePairTokenizer(Tokenizer):
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def token_bytes(self) -> list[bytes]:
-        """Return the bytes of each token; none for special ones and ids that no token has."""
+        """Return the bytes of each token; none for special ones and unused ids."""
         table = sorted(self._ranks, key=self._ranks.__getitem__)
         return table + [b""] * (self.n_vocab - len(table))
 
     def state(self) -> dict[str, Any]:
-        """Return the ranks, the pattern, and the special tokens where they are not the default."""
+        """Return the merge table, the pattern, and the special tokens where they are not the default."""
         special = {"special": self.special} if self.special else {}
         return {"kind": "bytepair", "ranks": self.ranks, "pattern": self.pattern} | special
 
@@ -214,7 +214,7 @@ KINDS: dict[str, Callable[..., Tokenizer]] = {
 
 
 def well_formed(text: str) -> str:
-    """Return a text with U+FFFD for lone surrogates, which UTF-8 has no bytes for; tiktoken does the same."""
+    """Return a text with U+FFFD for lone surrogates, which UTF-8 cannot encode; tiktoken does the same."""
     try:
         text.encode()
         return text
@@ -237,7 +237,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that a prepared corpus holds as JSON.
 
     Raises:
-        UserError: The file is missing, or holds none.
+        UserError: The file is missing, or holds no tokenizer.
     """
     try:
         state = json.loads(storage.plain(path).read_text())
@@ -250,7 +250,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def make(name: str, symbols: Callable[[], Iterable[str]], *, documents: bool = False) -> Tokenizer:
-    """Return the tokenizer of a name: `char`, `byte`, a published encoding, or the path of a .tiktoken file.
+    """Return the tokenizer with that name: `char`, `byte`, a published encoding, or the path of a .tiktoken file.
 
     Args:
         name: Which one.

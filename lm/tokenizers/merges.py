@@ -1,8 +1,8 @@
-"""The published byte-pair encodings: where their ranks are had, and the pattern that cuts text into words.
+"""The published byte-pair encodings: where their merge tables come from, and the pattern that cuts text into words.
 
-tiktoken itself asks the network without a timeout, so it is asked for nothing: ranks come from the data folder, from
-tiktoken's cache where that surely has them, or from a download under a timeout and a pinned hash. A machine without a
-network needs one file, NAME.tiktoken, in $LM_DATA_HOME.
+tiktoken itself downloads without a timeout, so lm never lets it: merge tables come from tiktoken's cache if their hash
+is right, from the data folder, or from a download with a timeout and a pinned hash. A machine without a network needs
+one file, NAME.tiktoken, in $LM_DATA_HOME.
 """
 
 import base64
@@ -34,19 +34,19 @@ class Encoding(NamedTuple):
 
     name: str
     url: str
-    """Where its ranks are downloaded from."""
+    """Where its merge table is downloaded from."""
     sha256: str
-    """Of the file of ranks."""
+    """Of the merge table's file."""
     pattern: str
     """The regular expression that cuts text into words."""
     special: dict[str, int] | None = None
-    """Ids of its special tokens; None where that is the end of text alone, after the last rank."""
+    """Ids of its special tokens; None for the end-of-text token alone, after the last merge."""
 
     def ranks(self) -> str:
-        """Return its ranks, the text of a .tiktoken file.
+        """Return its merge table, the text of a .tiktoken file.
 
         Raises:
-            UserError: They are nowhere to be had; the file that is missed is named.
+            UserError: It is not here and cannot be downloaded; the message names the missing file.
         """
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
         cache = Path(folder or Path(tempfile.gettempdir()) / "data-gym-cache")
@@ -93,7 +93,7 @@ PUBLISHED = {
 
 
 def _gpt2_from_pair(cache: Path) -> str | None:
-    """Return the ranks from the vocab.bpe and encoder.json that tiktoken's own `gpt2` leaves in its cache."""
+    """Return the merge table from the vocab.bpe and encoder.json that tiktoken's own `gpt2` leaves in its cache."""
     pair = {
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -112,10 +112,10 @@ def to_text(ranks: dict[bytes, int]) -> str:
 
 
 def from_text(text: str) -> dict[bytes, int]:
-    """Return the ranks that a .tiktoken file holds.
+    """Return the merge table that a .tiktoken file holds.
 
     Raises:
-        ValueError: They are not 0, 1, 2, …, or one of the 256 single bytes has none.
+        ValueError: Its ranks are not 0, 1, 2, …, or one of the 256 single bytes has none.
     """
     pairs = [line.split() for line in text.splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -127,7 +127,7 @@ def from_text(text: str) -> dict[bytes, int]:
 
 
 def main(name: str = "gpt2") -> None:
-    """Put an encoding's ranks into tiktoken's cache, $TIKTOKEN_CACHE_DIR, where an image's build can download them."""
+    """Put an encoding's merge table into tiktoken's cache, $TIKTOKEN_CACHE_DIR, while an image is built."""
     encoding, folder = PUBLISHED[name], Path(os.environ["TIKTOKEN_CACHE_DIR"])
     with tempfile.TemporaryDirectory() as home:
         os.environ["LM_DATA_HOME"] = home
