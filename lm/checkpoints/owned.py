@@ -89,7 +89,8 @@ def take_place(part: Path, path: Path) -> None:
     check(path)
     old = path.with_name(f".{path.name}.old.part")
     if path.is_dir() or (path.exists() and part.is_dir()):
-        remove(old)
+        if os.path.lexists(old):
+            remove(old)
         path.rename(old)
     try:
         part.replace(path)
@@ -98,4 +99,6 @@ def take_place(part: Path, path: Path) -> None:
             old.rename(path)
         raise
     storage.flush(path.parent)
-    remove(old)
+    if os.path.lexists(old):
+        with suppress(OSError, UserError):  # the new one is there; the next start, or save, removes what is left
+            remove(old)

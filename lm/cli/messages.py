@@ -321,6 +321,8 @@ def _file_fault(file: str) -> str | None:
     try:
         text = Path(file).read_bytes().decode()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        return ": nested too deeply to be a config"
     except UnicodeDecodeError as error:
         line = 1 + error.object[: error.start].count(b"\n")
         return f", line {line}: byte {error.object[error.start]:#04x} is not UTF-8: a config is a YAML text"

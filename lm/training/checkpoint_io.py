@@ -31,7 +31,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self, whole: Path | None = None) -> None:
         self.writer, self.whole = BackgroundWriter(), whole
-        self._checkpoint: dict[str, Any] | None = None  # what was saved last; not of a sharded one
+        self._state: dict[str, Any] | None = None  # what was saved last; not of a sharded one
         self._folders: set[Path] = set()  # in which something was written
         self.restoring: Path | None = None  # the checkpoint that was read, until the first step after it
         self._ahead: Future[dict[str, Any]] | None = None
@@ -56,6 +56,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def _write(self, path: Path) -> None:
         """Write the state saved last; try again, once, if somebody removed the folder meanwhile."""
+        assert self._state is not None
         self.see(path.parent)
         try:
             write(self._state, path)

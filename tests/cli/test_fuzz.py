@@ -260,6 +260,6 @@ def test_some_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "20")))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_thousand_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, 2000)

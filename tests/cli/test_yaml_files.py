@@ -76,3 +76,10 @@ def test_a_section_alone_and_init_args_alone() -> None:
     assert yaml_files.parse("trainer:\n") == {}
     assert yaml_files.parse("data:\n  class_path: a.B\n  init_args:\n") == {"data": {"class_path": "a.B"}}
     assert yaml_files.parse("checkpoint:\n  keep_last:\n") == {"checkpoint": {"keep_last": None}}
+
+
+def test_brackets_without_end_are_one_line(lm, workplace: Path) -> None:
+    Path("more.yaml").write_text("trainer.barebones: " + "[" * 900 + "\n")
+    code, _, err = lm("fit", "--config", "tiny.yaml", "--config", "more.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "more.yaml: nested too deeply" in err
