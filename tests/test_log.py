@@ -16,6 +16,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LM_LOG", "json")
 
 
+@pytest.mark.slow
 def test_all_that_a_run_prints_is_an_object_a_line(as_json: None, workplace: Path) -> None:
     words = ("--model.init_args.compile", "true", "--name", "one", "--trainer.log_every_n_steps", 5)
     no_compiler = {"CXX": "/no/compiler"}

@@ -64,6 +64,7 @@ def walk(lm, last: Path, words: tuple[object, ...], places: list[Keys]) -> set[K
     return refused
 
 
+@pytest.mark.slow
 def test_sample_and_export_of_a_checkpoint_with_any_harm(lm, last: Path) -> None:
     places = [
         place for place in keys(torch.load(last, weights_only=True)) if place[0] in ("global_step", "state_dict", "lm")
@@ -186,6 +187,7 @@ def test_a_sharded_checkpoint_whose_sums_are_right_and_whose_files_are_not(lm, l
     assert not Path("ran").exists() and not Path("out").exists() and not Path("checkpoints/on").exists()
 
 
+@pytest.mark.slow
 def test_an_export_with_any_harm_is_not_imported(lm, last: Path) -> None:
     assert lm("export", "--ckpt_path", last, "--output", "exported")[0] == 0
     rest, weights = Path("exported/lm.json"), Path("exported/model.safetensors")

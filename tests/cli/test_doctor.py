@@ -45,6 +45,7 @@ def test_a_folder_that_cannot_be_written_to_fails(lm, read_only: Path) -> None:
     assert "checkpoints cannot be written to (Read-only file system)" in line
 
 
+@pytest.mark.slow
 def test_too_few_open_files_fail(workplace: Path) -> None:
     few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))}
     process = start("doctor", "--json", cwd=workplace, fresh=True, **few)

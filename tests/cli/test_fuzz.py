@@ -256,6 +256,7 @@ def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], count: int) -> None:
     assert not found, "\n".join(f"{fault}\n    {case}" for fault, case in found.items())
 
 
+@pytest.mark.slow
 def test_some_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "20")))
 

@@ -54,6 +54,7 @@ def test_so_it_does_where_a_worker_reads_it(corpus: Path, lm: Run, monkeypatch: 
     assert "Traceback" not in error and len(last) < 300
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_vocabulary_are_refused_though_their_checksum_is_right(workplace: Path, lm: Run) -> None:
     Path("corpus").mkdir()
     save_tokenizer(Path("corpus"), ByteTokenizer())

@@ -19,6 +19,7 @@ def test_a_fork_says_and_returns_what_an_interpreter_does(workplace: Path, words
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_fork_has_its_own_folder_environment_group_and_end(workplace: Path) -> None:
     words = ("fit", "--config", "tiny.yaml", "--trainer.max_steps", 10**6)
     process = start(*words, cwd=workplace, start_new_session=True, environment={"LM_LOG": "json"})

@@ -499,6 +499,7 @@ def test_a_logger_that_fails_is_said_once_and_costs_nothing(fit: Run) -> None:
     assert equal(weights(), weights(Path("checkpoints/other/last.ckpt")))
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_logs_costs_no_step(fit: Run, workplace: Path) -> None:
     (workplace / "logs").mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "logs"]

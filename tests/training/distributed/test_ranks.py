@@ -142,6 +142,7 @@ SLURM = {"SLURM_JOB_ID": 7, "SLURM_JOB_NAME": "lm", "SLURM_NTASKS": 2, "SLURM_NT
 SLURM |= {"SLURM_NODEID": 0, "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
 
 
+@pytest.mark.slow
 def test_slurms_tasks_are_ranks_and_its_signal_saves_without_lightnings_requeue(lm, workplace: Path) -> None:
     """srun is played by this test: it starts two tasks with the variables of theirs. scontrol is a stand-in."""
     (workplace / "scontrol").write_text("#!/bin/sh\ntouch scontrol.txt\n")

@@ -138,6 +138,7 @@ def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) 
     assert checkpoint.peek(Path("checkpoints/slow/step=0000005.ckpt"))["step"] == 5
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_shards_are_written(workplace: Path) -> None:
     write_recipe(val_check_interval=100)
     finish(run("whole", 2, *SHARDED, cwd=workplace))
