@@ -69,7 +69,7 @@ COPY --from=dependencies-cuda /opt/lm /opt/lm
 COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
-RUN ["python", "-m", "lm.data.ranks"]
+RUN ["python", "-m", "lm.tokenizers.merges"]
 USER 1000:1000
 
 FROM base AS cpu
@@ -78,5 +78,5 @@ COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
 # GPT-2's ranks, where they can be downloaded: the image then needs no network for them
-RUN ["python", "-m", "lm.data.ranks"]
+RUN ["python", "-m", "lm.tokenizers.merges"]
 USER 1000:1000

@@ -75,7 +75,7 @@ def go_on(job: Job) -> str | None:
 
 def at_forward(number: int, signum: int, rank: int) -> tuple[str, str]:
     """Return the words that make a rank send itself a signal at a forward pass, counted from 1; 0 for none."""
-    arguments = {"number": number, "signum": signum, "rank": rank}
+    arguments = {"number": number, "signum": int(signum), "rank": rank}
     return "--trainer.callbacks", yaml.safe_dump(
         [{"class_path": "tests.support.stop.StopAtForward", "init_args": arguments}], default_flow_style=True
     )
