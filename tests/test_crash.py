@@ -17,11 +17,15 @@ def traces() -> bool:
     return bool(shutil.which("strace")) and not subprocess.run(["strace", "-qo", os.devnull, "true"]).returncode
 
 
-@pytest.mark.long
+FITS = ("save", "save, sharded", "resume")  # of thousands of calls
+OTHERS = ("prepare", "tokenizer", "export", "import")
+CASES = [(command, "997", pytest.mark.slow) for command in FITS] + [(one, "97", pytest.mark.slow) for one in OTHERS]
+CASES += [(command, "97", pytest.mark.long) for command in FITS] + [(one, "23", pytest.mark.long) for one in OTHERS]
+
+
 @pytest.mark.skipif(not traces(), reason="needs strace, and the right to trace")
-@pytest.mark.parametrize("command", ["save", "save, sharded", "resume", "prepare", "tokenizer", "export", "import"])
-def test_every_call_to_the_disk_may_fail(command: str) -> None:
-    every = "97" if command in ("save", "save, sharded", "resume") else "23"
+@pytest.mark.parametrize(("command", "every"), [pytest.param(*case, marks=mark) for *case, mark in CASES])
+def test_every_call_to_the_disk_may_fail(command: str, every: str) -> None:
     words = [sys.executable, "benchmarks/crash.py", "--only", f"^{command}$", "--every", every]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 

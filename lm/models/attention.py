@@ -6,7 +6,7 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,3 +143,12 @@ class SeparateHeads(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         y = torch.cat([head(x) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
+
+
+def make_attention(
+    kind: Attention, *, n_kv_head: int | None = None, qk_norm: bool = False, rotary: Rotary | None = None, **common: Any
+) -> nn.Module:
+    """Return the attention of a block; grouped heads, QK-norm and rotary positions are for "batched" alone."""
+    if kind == "separate":
+        return SeparateHeads(**common)
+    return CausalSelfAttention(n_kv_head=n_kv_head, qk_norm=qk_norm, rotary=rotary, **common)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.bounds import checked
-from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, same_document
+from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention, same_document
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
 from lm.models.norms import Norm, make_norm
@@ -181,31 +181,22 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         Layout(
-            n_embd=n_embd,
-            n_head=n_head,
-            n_kv_head=n_kv_head,
-            attention=attention,
-            qk_norm=qk_norm,
-            document_end=document_end,
-            feed_forward=feed_forward,
-            norm=norm,
-            norm_position=norm_position,
-            positions=positions,
-        )
+            n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, qk_norm=qk_norm, norm=norm,
+            document_end=document_end, feed_forward=feed_forward, norm_position=norm_position, positions=positions,
+        )  # fmt: skip
         self.document_end = document_end
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.logit_soft_cap = logit_soft_cap
         self.init_std = init_std
-        attend: dict[str, Any] = {"attention_bias": attention_bias, "projection": projection}
-        if attention == "batched":
-            attend |= {"n_kv_head": n_kv_head, "qk_norm": qk_norm}
-            if positions == "rotary":
-                attend["rotary"] = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
+        rotary = None
+        if positions == "rotary":
+            rotary = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
+        heads = {"n_head": n_head, "n_kv_head": n_kv_head, "attention_bias": attention_bias, "projection": projection}
         common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
 
         def block() -> Block:
-            attn = (CausalSelfAttention if attention == "batched" else SeparateHeads)(n_head=n_head, **common, **attend)
+            attn = make_attention(attention, qk_norm=qk_norm, rotary=rotary, **heads, **common)
             mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
             norms = make_norm(norm, n_embd, bias=bias), make_norm(norm, n_embd, bias=bias)
             return Block(attn=attn, mlp=mlp, norms=norms, norm_position=norm_position, residual=residual)

@@ -15,17 +15,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lm.backprop.rules import precise
 from lm.errors import UserError
 from lm.training import lightning_internals
 from lm.training.compute import blocks, recompute_blocks
 from lm.training.distributed.sharding import shard
+from lm.training.division import Division
+from lm.training.objectives import CrossEntropy
 from lm.training.optimizers import parameter_groups
 
 
@@ -138,8 +138,7 @@ class Recipe:
     ) -> None:
         """Run the forward and the backward pass of a micro-batch, and call `between` between them."""
         with self.context:
-            logits = net(tokens)
-            loss = F.cross_entropy(precise(logits).flatten(0, -2), targets.flatten())
+            loss = CrossEntropy()(net(tokens), targets, Division())
         between()
         loss.backward()
 
@@ -179,7 +178,7 @@ def flops_per_token(recipe: Recipe) -> float:
         net = recipe.make_net()
         tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # BatchNorm has no variance over one
         targets = torch.zeros(2, *recipe.targets[1:], dtype=torch.long)
-        F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten()).backward()
+        CrossEntropy()(net(tokens), targets, Division()).backward()
     return counter.get_total_flops() / tokens.numel()
 
 

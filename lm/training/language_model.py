@@ -79,7 +79,8 @@ class LanguageModel(Evaluated):
         self.automatic_optimization = steps_per_call == 1
         # as the argument's default, its weight decay would be passed on to any other class that a recipe names
         self.make_net, self.make_optimizer = net, optimizer or adamw
-        self.step = Step(schedule or Constant(), clip_norm or None, Guard(on_nonfinite, spike), self.step_log)
+        guard = Guard(on_nonfinite, spike)
+        self.step = Step(self.objective, schedule or Constant(), clip_norm or None, guard, self.step_log)
         self.net: nn.Module | None = None
         self.tokenizer: Tokenizer | None = None
         self.config: dict[str, Any] | None = None

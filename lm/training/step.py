@@ -31,15 +31,17 @@ class Step:
     """Takes optimizer steps, one after another.
 
     Args:
+        objective: What is minimised.
         schedule: Factor on the learning rate, a pure function of the step.
         clip_norm: Largest global norm of the gradient; None for no limit.
         guard: Decides what to do with a step whose loss or gradient is not finite, or whose loss is a spike.
         log: Averages losses between two logged steps.
     """
 
-    def __init__(self, schedule: Schedule, clip_norm: float | None, guard: Guard, log: StepLog) -> None:
-        self.schedule, self.clip_norm, self.guard, self.log = schedule, clip_norm, guard, log
-        self.objective = CrossEntropy()
+    def __init__(
+        self, objective: CrossEntropy, schedule: Schedule, clip_norm: float | None, guard: Guard, log: StepLog
+    ) -> None:
+        self.objective, self.schedule, self.clip_norm, self.guard, self.log = objective, schedule, clip_norm, guard, log
         self.division = Division()
         self.questions: dict[Any, Callable[[], float]] = {}
         """By name, other numbers that are summed over the ranks together with a step's loss, before the update."""
