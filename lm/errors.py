@@ -1,7 +1,9 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
@@ -91,3 +93,20 @@ def take_stops(handler: Any) -> dict[int, Any]:
     """
     taken = [signum for signum in STOPS if (signum, signal.getsignal(signum)) != (signal.SIGHUP, signal.SIG_IGN)]
     return {signum: signal.signal(signum, handler) for signum in taken}
+
+
+@contextmanager
+def stops_wait() -> Iterator[None]:
+    """Let a stop signal wait until the end: its exception must not cut short the start of another process."""
+    if threading.current_thread() is not threading.main_thread():  # handlers do not run here
+        yield
+        return
+    came: list[int] = []
+    before = take_stops(lambda signum, frame: came.append(signum))
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum in came:
+            signal.raise_signal(signum)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lm import tokenizers
 from lm.corpus import shards
-from lm.errors import UserError
+from lm.errors import UserError, stops_wait
 
 
 class Piece(NamedTuple):
@@ -126,7 +126,8 @@ def ordered(
     def results() -> Iterator[tuple[DocumentBatch, Encoded]]:
         waiting: deque[tuple[DocumentBatch, Future[Encoded]]] = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(encode, batch)))
+            with stops_wait():  # the first call starts the processes
+                waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
