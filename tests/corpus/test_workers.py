@@ -30,11 +30,15 @@ def test_a_stop_waits_until_a_process_has_been_started() -> None:
         order.append("stopped")
         raise Stopped(signum)
 
-    before = take_stops(stop)
-    try:
-        with pytest.raises(Stopped), stops_wait():
+    def start() -> None:
+        with stops_wait():
             signal.raise_signal(signal.SIGTERM)
             order.append("started")
+
+    before = take_stops(stop)
+    try:
+        with pytest.raises(Stopped):
+            start()
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
