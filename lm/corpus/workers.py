@@ -138,8 +138,8 @@ def ordered(
         yield results()
     except BrokenProcessPool as error:
         raise UserError(
-            "--workers: a process that encodes was killed, for want of memory perhaps: say fewer, and give the same "
-            "command again: it goes on from there"
+            "--workers: a process that encodes has ended, for want of memory perhaps: say fewer, and give the same "
+            'command again: it goes on from there; a program that calls this needs `if __name__ == "__main__":`'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from lm import cli, data, models, training
@@ -232,14 +232,14 @@ def inputs(draw: st.DrawFn, options: list[tuple[str, str]]) -> tuple[str, list[t
     return command, chosen, draw(st.integers(0, 3)) == 0
 
 
-def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], count: int) -> None:
+def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], part: int, count: int) -> None:
     found: dict[str, str] = {}
     log = os.environ.get("LM_FUZZ_LOG", os.devnull)
 
+    @seed(part)
     @settings(
         max_examples=count,
         deadline=None,
-        derandomize=True,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -257,10 +257,6 @@ def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], count: int) -> None:
 
 
 @pytest.mark.slow
-def test_some_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
-    fuzz(fuzzer, options, int(os.environ.get("LM_FUZZ", "20")))
-
-
-@pytest.mark.slow
-def test_two_thousand_inputs(fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
-    fuzz(fuzzer, options, 2000)
+@pytest.mark.parametrize("part", range(8))
+def test_two_thousand_inputs(part: int, fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
+    fuzz(fuzzer, options, part, int(os.environ.get("LM_FUZZ", "2000")) // 8)

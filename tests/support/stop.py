@@ -260,17 +260,17 @@ class SlowCopies(Callback):
 
 
 class WriteLater(Callback):
-    """Lets the first sharded checkpoint be written when training is two steps further, and writes down where it is."""
+    """Lets the first sharded checkpoint, of step 5, be written from step 7 on, and writes down at which step it was."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        save, begun = dcp.save, trainer.global_step
+        save, first = dcp.save, Path(f"later-{trainer.global_rank}")
 
         def later(*args: Any, **keywords: Any) -> Any:
-            step, until = trainer.global_step, time.monotonic() + 20
-            while step == begun + 5 and trainer.global_step < step + 2 and time.monotonic() < until:
+            until = time.monotonic() + 20
+            while not first.exists() and trainer.global_step < 7 and time.monotonic() < until:
                 time.sleep(0.01)
-            with Path(f"later-{trainer.global_rank}").open("a") as file:
-                file.write(f"{trainer.global_step - step} ")
+            if not first.exists():
+                first.write_text(str(trainer.global_step))
             return save(*args, **keywords)
 
         dcp.save = later

@@ -143,7 +143,7 @@ def test_training_goes_on_while_shards_are_written(workplace: Path) -> None:
     write_recipe(val_check_interval=100)
     finish(run("whole", 2, *SHARDED, cwd=workplace))
     finish(run("later", 2, *SHARDED, "--trainer.callbacks+", "tests.support.stop.WriteLater", cwd=workplace))
-    assert [Path(f"later-{rank}").read_text().split()[0] for rank in (0, 1)] == ["2", "2"]
+    assert all(int(Path(f"later-{rank}").read_text()) >= 7 for rank in (0, 1))
     finish(run("again", 2, *SHARDED, "--ckpt_path", "checkpoints/later/step=0000005.ckpt", cwd=workplace))
     for name in ("later", "again"):  # what was written is what there was to save
         assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path(f"checkpoints/{name}/last.ckpt")))
