@@ -101,7 +101,7 @@ def test_the_scripts_exit_code_is_lms(workplace: Path) -> None:
     job.send_signal(signal.SIGTERM)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 143, out
-    step = checkpoint.peek(Path("checkpoints/stopped/last.ckpt"))["step"]
+    step = checkpoint.peek(Path("checkpoints/stopped/last.ckpt")).step
     assert f"after step {step}; checkpoints/stopped/last.ckpt has step {step}" in out
 
 

@@ -87,7 +87,7 @@ def test_a_cut_cable_ends_both_nodes_by_name_and_the_job_goes_on(nodes: Nodes, w
     assert "error: rank 1 ends: rank 0 of 2" in outs[1] and "lost its network" in outs[1], outs[1]
 
     nodes.link(0, "up")
-    end = checkpoint.peek(last)["step"] + 20
+    end = checkpoint.peek(last).step + 20
     for name in ("cut", "whole"):
         again = nodes.fit(name, *words, "--trainer.max_steps", end)
         outs = [node.communicate(timeout=120)[0] for node in again]

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from lm import outputs, storage
-from lm.checkpoints import disk, owned, schema, sharded
+from lm.checkpoints import disk, owned, sharded
+from lm.checkpoints.schema import Saved
 from lm.errors import UserError, described
 
-NET = "net."
-"""The prefix of a network's weights in a checkpoint."""
 FOREIGN = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
@@ -117,17 +115,14 @@ def _torn(archive: zipfile.ZipFile) -> str | None:
         return next(filter(None, pool.map(check, archive.infolist())), None)
 
 
-def peek(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's metadata, with its "step" and "start"; the tensors stay on the disk."""
+def peek(path: Path) -> Saved:
+    """Return what a checkpoint holds; the tensors stay on the disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's warnings about other programs' files
         checkpoint = (
             sharded.meta(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
-    outline = {key: value for key, value in schema.USED.items() if key != "state_dict" or not path.is_dir()}
-    if problem := schema.problem(checkpoint, outline):
-        raise ValueError(problem)
-    return checkpoint["lm"] | {"step": checkpoint["global_step"], "start": int(checkpoint.get("start", 0))}
+    return Saved.of(checkpoint, without_tensors=path.is_dir())
 
 
 def load(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -142,12 +137,6 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
         with of_lm(path):
             return sharded.load_whole(path)
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights and buffers of a checkpoint's network, under their names in it."""
-    state = checkpoint["state_dict"].items()
-    return {key.removeprefix(NET): value for key, value in state if key.startswith(NET)}
 
 
 @contextmanager
@@ -176,20 +165,20 @@ def verify(path: Path) -> Path:
     return path
 
 
-def newest_first(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the metadata of a run's readable checkpoints, the newest first.
+def newest_first(folder: Path) -> dict[Path, Saved]:
+    """Return what a run's readable checkpoints hold, the newest first.
 
     They are ordered by the start of the run that wrote them, then by step.
     """
-    metas = {}
+    found = {}
     for path in folder.glob("*.ckpt"):
         try:
             if path.is_file() or path.is_dir():  # opening a pipe may wait for ever
-                metas[path] = peek(path)
+                found[path] = peek(path)
         except Exception:  # a damaged file can raise anything; it is no candidate
             continue
 
     def age(path: Path) -> tuple:
-        return metas[path]["start"], metas[path]["step"], path.name == "last.ckpt", path.name
+        return found[path].start, found[path].step, path.name == "last.ckpt", path.name
 
-    return {path: metas[path] for path in sorted(metas, key=age, reverse=True)}
+    return {path: found[path] for path in sorted(found, key=age, reverse=True)}

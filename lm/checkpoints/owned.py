@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lm import storage
+from lm.checkpoints import schema
 from lm.errors import UserError
 
 SHARDED = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|lm\.pt|checksums\.json|\.lm\.pt\..*\.part"
@@ -33,7 +34,7 @@ def is_ours(path: Path) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return "lm" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return schema.OURS in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # damaged, or whole and another program's
         return _NAME.startswith(head[_AT:]) and not _is_whole(path)
 

@@ -22,8 +22,8 @@ class Fitted(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Optimizer steps it was trained for."""
-    data: dict[str, Any] | None
-    """What it was trained on: class_path and init_args."""
+    data: dict[str, Any]
+    """What it was trained on, class_path and init_args; empty where that is not known."""
 
 
 def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
@@ -35,17 +35,16 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
         UserError: The file is missing, damaged or not one of ours.
         CheckError: Its weights are not finite.
     """
-    saved = checkpoint.load(path)
+    loaded = checkpoint.load(path)
     with checkpoint.of_lm(path):
-        meta = saved["lm"]
-        net = build(meta["config"]["model"]["init_args"]["net"], meta["vocab_size"], meta["block_size"])
-        weights = checkpoint.weights(saved)
+        saved = schema.Saved.of(loaded)
+        net = build(saved.net, saved.vocab_size, saved.block_size)
+        weights = saved.weights
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"checkpoint {path}: its weights do not fit {type(net).__name__}: {error}") from error
-        tokenizer = from_state(meta["tokenizer"])
-        fitted = Fitted(net.to(device).eval(), tokenizer, saved["global_step"], meta["config"].get("data"))
+        fitted = Fitted(net.to(device).eval(), from_state(saved.tokenizer), saved.step, saved.data)
     if name := schema.not_finite(weights):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
     return fitted

@@ -7,7 +7,6 @@ that using the network takes: its configuration, its tokenizer, its sizes and th
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from lm import outputs, storage
 from lm.checkpoints import checkpoint, owned, schema
 from lm.checkpoints.restore import build
+from lm.checkpoints.schema import Saved
 from lm.errors import UserError
 from lm.tokenizers import from_state
 
@@ -42,11 +42,12 @@ def export_safetensors(
     outputs.check_place(folder, made="folder of an export")
     _put_back(folder)
     outputs.check_free(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
-    saved = checkpoint.load(ckpt_path)
+    loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
-        weights = checkpoint.weights(saved)
+        saved = Saved.of(loaded)
+        weights = saved.weights
         alone, same = _without_doubles(weights)
-        rest = saved["lm"] | {"step": saved["global_step"], "same": same}
+        rest = saved.entry() | {"step": saved.step, "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
     _note_not_finite(ckpt_path, weights, note)
     part = storage.part_of(folder)
@@ -73,7 +74,7 @@ def _is_export(path: Path) -> bool:
     if not storage.holds_only(path, NAMES):
         return False
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return "class_path" in json.loads(storage.plain(path / REST).read_text())["config"]["model"]["init_args"]["net"]
+        return "class_path" in schema.net_of(json.loads(storage.plain(path / REST).read_text())["config"])
     return False
 
 
@@ -119,9 +120,11 @@ def import_safetensors(
         weights = load_file(storage.plain(folder / WEIGHTS))
         weights |= {name: weights[other] for name, other in rest.pop("same").items()}
         step = int(rest.pop("step"))
-        net = build(rest["config"]["model"]["init_args"]["net"], rest["vocab_size"], rest["block_size"])
+        state = {schema.NET + name: value for name, value in weights.items()}
+        saved = Saved.of({schema.OURS: rest, "global_step": step, "state_dict": state})
+        net = build(saved.net, saved.vocab_size, saved.block_size)
         net.load_state_dict(weights)
-        from_state(rest["tokenizer"])
+        from_state(saved.tokenizer)
     except OSError as error:
         raise UserError(
             f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
@@ -129,17 +132,8 @@ def import_safetensors(
     except (*checkpoint.FOREIGN, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
-    saved = {
-        "pytorch-lightning_version": metadata.version("lightning"),  # without it Lightning takes it for an old one
-        "lm": rest,
-        "global_step": step,
-        "epoch": 0,
-        "state_dict": {checkpoint.NET + name: value for name, value in weights.items()},
-        "optimizer_states": [],
-        "start": 0,
-    }
-    _note_not_finite(folder, saved["state_dict"], note)
-    _write(saved, output)
+    _note_not_finite(folder, weights, note)
+    _write(saved.imported(), output)
     return output
 
 
@@ -158,7 +152,7 @@ def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
-        _note_not_finite(ckpt_path, saved["state_dict"], note)
+        _note_not_finite(ckpt_path, Saved.of(saved).state, note)
     _write(saved, output)
     return output
 

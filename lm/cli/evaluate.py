@@ -31,7 +31,7 @@ class Evaluate(parsing.Recipes):
         if path is None and not any(word.startswith("--help") for word in arguments):
             raise UserError("--ckpt_path is missing: say which checkpoint to evaluate")
         self.path = Path(path or "")
-        self.meta = checkpoint.peek(checkpoint.verify(self.path)) if path else None
+        self.saved = checkpoint.peek(checkpoint.verify(self.path)) if path else None
         super().__init__(arguments, "Evaluate a checkpoint on the whole of a split, once.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -41,9 +41,9 @@ class Evaluate(parsing.Recipes):
         parser.add_argument(
             "--split", type=Literal["val", "test", "train"], default=self.split, help="What to evaluate on."
         )
-        if self.meta is not None:
+        if self.saved is not None:
             with checkpoint.of_lm(self.path):
-                recipe = self.meta["config"]
+                recipe: Any = self.saved.config
                 parser.set_defaults({"model": recipe["model"], "data": recipe["data"]})
                 parser.set_defaults({"trainer.precision": recipe["trainer"]["precision"], "name": recipe["name"]})
         parser.set_defaults({"trainer.devices": 1, "trainer.logger": False, "trainer.enable_checkpointing": False})
@@ -58,10 +58,10 @@ class Evaluate(parsing.Recipes):
 
     def run(self) -> dict[str, Any]:
         """Evaluate, and return what `--json` prints."""
-        assert self.meta is not None
+        assert self.saved is not None
         data: Any = self.datamodule
         with checkpoint.of_lm(self.path):
-            data.tokenizer = from_state(self.meta["tokenizer"])  # ids mean what they meant in training
+            data.tokenizer = from_state(self.saved.tokenizer)  # ids mean what they meant in training
         data.val_split = self.config.split
         module = parsing.language_model(self.model)
         module.config, module.resumes = self.resolved(), True
@@ -83,7 +83,7 @@ class Evaluate(parsing.Recipes):
                 f"checkpoint {self.config.ckpt_path}: the loss is {values['loss']}: {why}, training had diverged: use "
                 "an earlier checkpoint"
             )
-        return values | {"step": self.meta["step"]}
+        return values | {"step": self.saved.step}
 
 
 def validate(arguments: list[str]) -> None:

@@ -73,12 +73,12 @@ class Fit(parsing.Recipes):
             with self.alone():
                 sharded.recover(self.checkpoints)
         found = checkpoint.newest_first(self.checkpoints)
-        self.start = 1 + max((meta["start"] for meta in found.values()), default=0)
+        self.start = 1 + max((saved.start for saved in found.values()), default=0)
         self.ckpt_path = runs.resolve(
             self.checkpoints, found, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
         )
         origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
-        self.first_step = origin["step"] if origin else 0
+        self.first_step = origin.step if origin else 0
         if config.init_from is not None:
             checkpoint.verify(config.init_from)  # a missing or damaged one is found before anything costs time
 
@@ -250,7 +250,7 @@ class Fit(parsing.Recipes):
         origin = self.ckpt_path or self.config.init_from
         if origin is None:
             raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
-        data.tokenizer = from_state(checkpoint.peek(origin)["tokenizer"])
+        data.tokenizer = from_state(checkpoint.peek(origin).tokenizer)
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Drop log entries after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
@@ -323,7 +323,7 @@ def _where_it_stopped(stop: Stopped, cli: Fit) -> Stopped:
         stop.args = ("",)  # the first rank says it
         return stop
     last = cli.last_checkpoint()
-    saved = f"{last} has step {checkpoint.peek(last)['step']}" if last else "nothing was saved"
+    saved = f"{last} has step {checkpoint.peek(last).step}" if last else "nothing was saved"
     goes_on = ": continue with --ckpt_path auto" if last else ""
     stop.args = (f"{stop} after step {cli.trainer.global_step}; {saved}{goes_on}",)
     return stop

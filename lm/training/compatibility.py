@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lm import __version__
 from lm.checkpoints import schema
+from lm.checkpoints.schema import Saved
 from lm.data.chunks import IGNORED
 from lm.errors import CheckError, UserError
 from lm.tokenizers import Tokenizer, identity
@@ -28,8 +29,8 @@ def check(
     tokenizer: Tokenizer,
     *,
     optimizer: bool,
-) -> None:
-    """Check that a checkpoint can be used with a recipe and its data.
+) -> Saved:
+    """Check that a checkpoint can be used with a recipe and its data; return what it holds.
 
     Args:
         path: Its file, for the message.
@@ -43,34 +44,38 @@ def check(
         UserError: Something differs; the message says what it is in the checkpoint and in the recipe.
         CheckError: Training is to go on from weights that are not finite.
     """
+    outline = schema.FITTED if config is None else schema.RESUMED if optimizer else schema.USED
     if optimizer and checkpoint.get("optimizer_states") == []:
         raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
-    outline = schema.FITTED if config is None else schema.USED
-    if wrong := schema.resuming_problem(checkpoint) if optimizer and config else schema.problem(checkpoint, outline):
-        raise UserError(f"checkpoint {path}: {wrong}: it is damaged, or another program's: use another one")
-    if identity(checkpoint["lm"]["tokenizer"]) != identity(tokenizer.state()):
+    try:
+        there = Saved.of(checkpoint, outline)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}: it is damaged, or another program's: use another one") from error
+    if identity(there.tokenizer) != identity(tokenizer.state()):
         raise UserError(
             f"{path} has another tokenizer than data.corpus and data.tokenizer give: use its data, "
             "prepared with its tokenizer"
         )
-    if config and checkpoint["lm"]["config"]:  # shapes do not show everything, such as the number of heads
-        check_network(str(path), checkpoint["lm"]["config"], config)
-    saved = {key: tuple(value.shape) for key, value in checkpoint["state_dict"].items()}
+    if config and there.config:  # shapes do not show everything, such as the number of heads
+        check_network(str(path), there.config, config)
+    saved = {key: tuple(value.shape) for key, value in there.state.items()}
     built = {key: tuple(value.shape) for key, value in built_state.items()}
     for key in (*saved, *built):
-        there, here = saved.get(key, "missing"), built.get(key, "missing")
-        if there != here and ((key in saved and key in built) or key.startswith("net.")):
-            raise _another(str(path), key, there, here)
+        one, other = saved.get(key, "missing"), built.get(key, "missing")
+        if one != other and ((key in saved and key in built) or key.startswith(schema.NET)):
+            raise _another(str(path), key, one, other)
     if optimizer:
-        check_finite(str(path), checkpoint["state_dict"])
-    kinds = [one and _optimizer(one) for one in (checkpoint["lm"]["config"], config)]
-    if optimizer and all(kinds) and kinds[0] != kinds[1]:
-        raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
+        check_finite(str(path), there.state)
+    if optimizer and config and there.config:
+        kinds = [schema.optimizer_of(one) for one in (there.config, config)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
+    return there
 
 
 def check_finite(path: str, weights: dict[str, Tensor]) -> None:
     """Raise a CheckError where weights have NaN or infinity; a sharded checkpoint's are not loaded yet, and skipped."""
-    there = {name.removeprefix("net."): value for name, value in weights.items() if not value.is_meta}
+    there = {name.removeprefix(schema.NET): value for name, value in weights.items() if not value.is_meta}
     if name := schema.not_finite(there):
         raise CheckError(f"checkpoint {path}: {name} is not finite, training had diverged: use an earlier checkpoint")
 
@@ -105,9 +110,9 @@ def check_data(net: Any, data: Any) -> None:
 
 def check_network(path: str, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise a UserError where two recipes' networks compute different functions from the same weights."""
-    nets = [recipe["model"]["init_args"]["net"] for recipe in (there, here)]
-    ours = nets[1]["class_path"].startswith("lm.models.")
-    for name, one, other in recipes.differences(*nets):
+    net = schema.net_of(here)
+    ours = net["class_path"].startswith("lm.models.")
+    for name, one, other in recipes.differences(schema.net_of(there), net):
         if name.rpartition(".")[2] in FREE or (ours and name in INITIAL):
             continue
         raise _another(path, name, recipes.said(one), recipes.said(other))
@@ -118,31 +123,6 @@ def _another(path: str, name: str, there: Any, here: Any) -> UserError:
         f"{path} is of another architecture: {name} is {there} there and {here} in this configuration: use the "
         "configuration that it was trained with"
     )
-
-
-def consumed(checkpoint: dict[str, Any], batch_size: int) -> int:
-    """Return how many sequences the run of a checkpoint has consumed.
-
-    Args:
-        checkpoint: One from an earlier release has no count; its steps then all count with its recipe's batch size.
-        batch_size: Used where the checkpoint has neither a count nor a recipe.
-    """
-    count = checkpoint["lm"].get("sequences")
-    data = ((checkpoint["lm"]["config"] or {}).get("data") or {}).get("init_args") or {}
-    return checkpoint["global_step"] * data.get("batch_size", batch_size) if count is None else count
-
-
-def logged(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of a checkpoint's `StepLog`; an earlier release's tokens follow from its last logged step."""
-    meta, step = checkpoint["lm"], checkpoint["global_step"]
-    train = meta.get("train") or {}
-    tokens = step * train["tokens"] // train["step"] if train.get("step") else 0
-    return meta.get("log") or {"tokens": tokens, "loss_total": 0.0, "loss_steps": 0}
-
-
-def _optimizer(config: dict[str, Any]) -> str:
-    chosen = config["model"]["init_args"].get("optimizer")
-    return chosen["class_path"] if chosen else "torch.optim.AdamW"
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lm.checkpoints import checkpoint
+from lm.checkpoints.schema import Saved
 from lm.errors import UserError
 from lm.tokenizers import Tokenizer, from_state, identity
 from lm.training import compatibility
@@ -30,29 +31,29 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
         UserError: The checkpoint cannot be read, or is of another vocabulary or another network.
         CheckError: Its weights are not finite.
     """
-    saved = checkpoint.load(path)
-    there = from_state(saved["lm"]["tokenizer"])
+    saved = Saved.of(checkpoint.load(path))
+    there = from_state(saved.tokenizer)
     if identity(there.state()) != identity(tokenizer.state()):
         raise UserError(
             f"--init_from {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use the same "
             "data and tokenizer (TextData keeps the checkpoint's by data.tokenizer inherit)"
         )
-    if config and saved["lm"]["config"]:
-        compatibility.check_network(f"--init_from {path}", saved["lm"]["config"], config)
-    weights = checkpoint.weights(saved)
+    if config and saved.config:
+        compatibility.check_network(f"--init_from {path}", saved.config, config)
+    weights = saved.weights
     compatibility.check_finite(str(path), weights)
-    cropped = _crop(net, weights, saved["lm"]["block_size"])
+    cropped = _crop(net, weights, saved.block_size)
     built = net.state_dict()
     for key in (*weights, *built):
         shapes = [str(tuple(tensors[key].shape)) if key in tensors else "missing" for tensors in (weights, built)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"--init_from {path} is of another shape: net.{key} is {shapes[0]} there and {shapes[1]} in this "
-                f"configuration: use the network and data.block_size {saved['lm']['block_size']} that it was trained "
+                f"configuration: use the network and data.block_size {saved.block_size} that it was trained "
                 "with"
             )
     net.load_state_dict(weights)
-    return f", from the weights of {path}, step {saved['global_step']}{cropped}"
+    return f", from the weights of {path}, step {saved.step}{cropped}"
 
 
 def _crop(net: Any, weights: dict[str, Tensor], there: int) -> str:

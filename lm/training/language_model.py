@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassExactMatch
 
 from lm.bounds import checked
+from lm.checkpoints import schema
 from lm.checkpoints.restore import without_initialisation
 from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
@@ -247,26 +248,28 @@ class LanguageModel(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the checkpoint self-contained, and what a run needs to resume."""
-        assert self.net is not None and self.tokenizer is not None
+        assert self.tokenizer is not None
+        net: Any = self.net
         step, data = self.global_step, self.trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint["lm"] = {
-            "config": self.config,
-            "tokenizer": self.tokenizer.state(),
-            "vocab_size": self.net.vocab_size,
-            "block_size": self.net.block_size,
-            "versions": compatibility.versions(),
-            "guard": self.step.guard.state_dict(),
-            "log": self.step_log.state_dict(step),
-            "sequences": data.sequences(step) if isinstance(data, TokenData) else None,
-            "train": self.step.metrics,
-            "validation": self.validation,
-        }
+        checkpoint[schema.OURS] = schema.Saved(
+            step=step,
+            config=self.config,
+            tokenizer=self.tokenizer.state(),
+            vocab_size=net.vocab_size,
+            block_size=net.block_size,
+            versions=compatibility.versions(),
+            guard=self.step.guard.state_dict(),
+            log=self.step_log.state_dict(step),
+            sequences=data.sequences(step) if isinstance(data, TokenData) else None,
+            train=self.step.metrics,
+            validation=self.validation,
+        ).entry()
 
-    def check(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint is of this network, vocabulary and optimizer; raises UserError where it is not."""
+    def check(self, checkpoint: dict[str, Any]) -> schema.Saved:
+        """Return what a checkpoint holds; raises UserError where it is of another network, vocabulary or optimizer."""
         assert self.tokenizer is not None
         path, fits = self.trainer.ckpt_path, self.trainer.state.fn == "fit"
-        compatibility.check(path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits)
+        return compatibility.check(path, checkpoint, self.state_dict(), self.config, self.tokenizer, optimizer=fits)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this network and vocabulary, and resume from its step.
@@ -274,14 +277,13 @@ class LanguageModel(Evaluated):
         Raises:
             UserError: It is of another network or vocabulary.
         """
-        self.check(checkpoint)
-        saved = checkpoint["lm"]
-        self.step.metrics, self.validation = saved["train"], saved["validation"]
+        saved = self.check(checkpoint)
+        self.step.metrics, self.validation = saved.train, saved.validation
         if self.trainer.state.fn == "fit":
-            self.step.guard.load_state_dict(saved.get("guard", {}))  # older checkpoints have none
-            step, data = checkpoint["global_step"], self.trainer.datamodule  # type: ignore[attr-defined]
-            self.step_log.load_state_dict(step, compatibility.logged(checkpoint))
+            self.step.guard.load_state_dict(saved.guard)
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.step_log.load_state_dict(saved.step, saved.logged())
             if isinstance(data, TokenData):
-                data.go_on(step, compatibility.consumed(checkpoint, data.batch_size))
-            self.differences = recipes.between(saved["config"], self.config) if saved["config"] and self.config else []
+                data.go_on(saved.step, saved.consumed(data.batch_size))
+            self.differences = recipes.between(saved.config, self.config) if saved.config and self.config else []
             lightning_internals.restore(self.trainer, checkpoint)

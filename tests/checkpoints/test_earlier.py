@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm.checkpoints import checkpoint
+from lm.checkpoints.schema import Saved
 from lm.training.loggers.log_files import read_csv
 from tests.conftest import ROOT
 
@@ -61,7 +62,7 @@ def test_a_checkpoint_is_read_to_the_bit_and_training_goes_on(lm, earlier: Path,
 def test_an_export_is_imported(lm, earlier: Path) -> None:
     code, _, err = lm("import", "--source", EARLIER / "exported", "--output", "back.ckpt")
     assert code == 0, err
-    weights = checkpoint.weights(checkpoint.load(earlier / "back.ckpt"))
+    weights = Saved.of(checkpoint.load(earlier / "back.ckpt")).weights
     original = load_file(EARLIER / "exported/model.safetensors")
     assert original.keys() <= weights.keys()
     assert all(torch.equal(weights[name], original[name]) for name in original)

@@ -87,7 +87,7 @@ def test_training_is_stopped_by_sigterm_resumed_and_sampled(image: Container, vo
     os.kill(process_1(process), signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     last = volumes["/app/checkpoints"] / "stopped/last.ckpt"
-    step = checkpoint.peek(last)["step"]
+    step = checkpoint.peek(last).step
     assert process.returncode == 143, err
     assert err.startswith(f"stopped by SIGTERM after step {step};")
 

@@ -84,7 +84,7 @@ def test_no_sequence_is_repeated_or_skipped(lm, workplace: Path, seen: list[torc
         assert code == 0, err
     consumed = 5 * 4 + 4 * 8 + 3 * 2
     assert torch.equal(torch.cat(seen), order(data, consumed))
-    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt"))["sequences"] == consumed
+    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt")).sequences == consumed
     rows = read_csv(Path("logs/tiny/metrics.csv"))[1]
     length = seen[0].shape[1]
     counts = [*range(4, 21, 4), *range(28, 53, 8), *range(54, 59, 2)]

@@ -34,4 +34,4 @@ def test_what_fails_on_all_ranks_is_saved_first(workplace: Path, ranks: list[int
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "of its own" in err, err
     last = checkpoint.verify(workplace / "checkpoints/tiny/last.ckpt")
-    assert checkpoint.peek(last)["step"] == (3 if len(ranks) == 2 else 2)
+    assert checkpoint.peek(last).step == (3 if len(ranks) == 2 else 2)

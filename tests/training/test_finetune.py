@@ -40,7 +40,7 @@ def test_it_resumes_as_any_run(lm, pretrained: Path) -> None:
     words = [*RECIPE, "--name", "tuned", "--init_from", LAST, "--ckpt_path", "auto"]
     assert lm(*words, "--trainer.max_steps", 4)[0] == 0
     assert lm(*words, "--trainer.max_steps", 6)[0] == 0
-    assert checkpoint.peek(Path("checkpoints/tuned/last.ckpt"))["step"] == 6
+    assert checkpoint.peek(Path("checkpoints/tuned/last.ckpt")).step == 6
 
 
 def test_another_vocabulary_is_refused_by_name_or_inherited(lm, pretrained: Path) -> None:
@@ -49,7 +49,7 @@ def test_another_vocabulary_is_refused_by_name_or_inherited(lm, pretrained: Path
     assert code == 2
     assert "--init_from checkpoints/tiny/last.ckpt has another vocabulary: char of " in err and err.count("\n") == 1
     assert lm(*words, "--data.init_args.tokenizer", "inherit")[0] == 0
-    tokenizers = [checkpoint.peek(Path(f"checkpoints/{run}/last.ckpt"))["tokenizer"] for run in ("tiny", "tuned")]
+    tokenizers = [checkpoint.peek(Path(f"checkpoints/{run}/last.ckpt")).tokenizer for run in ("tiny", "tuned")]
     assert tokenizers[0] == tokenizers[1]
     words += ["--data.init_args.tokenizer", "inherit", "--ckpt_path", "last", "--trainer.max_steps", 14]
     assert lm(*words)[0] == 0

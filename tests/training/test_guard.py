@@ -49,7 +49,7 @@ def test_a_run_that_skips_without_end_stops(lm, workplace: Path) -> None:
     words = ("--model.init_args.on_nonfinite", "skip", "--trainer.max_steps", 40)
     code, _, err = lm("fit", "--config", "tiny.yaml", *words, *poison(list(range(5, 41)), float("nan")))
     assert code == 1 and "step 25" in err and "20 steps in a row were skipped" in err
-    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt"))["step"] == 24
+    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt")).step == 24
 
 
 def test_a_spike_is_judged_by_the_running_mean() -> None:

@@ -49,7 +49,7 @@ def test_a_file_of_anothers_is_left_alone_and_training_goes_on(lm, workplace: Pa
     assert len(err.splitlines()) == 1 and f"note: {RUN / name} is in the way and was not written by lm" in err, err
     assert (RUN / name).read_bytes() == THESIS
     newest = RUN / ("step=0000012.ckpt" if name == "last.ckpt" else "last.ckpt")
-    assert f"; {newest};" in out and checkpoint.peek(checkpoint.verify(newest))["step"] == 12
+    assert f"; {newest};" in out and checkpoint.peek(checkpoint.verify(newest)).step == 12
     code, _, err = lm("fit", "--config", "tiny.yaml", "--ckpt_path", "auto", "--trainer.max_steps", 14)
     assert code == 2 and f"{RUN / name} is in the way and was not written by lm: move it away" in err
     (RUN / name).rename("thesis")
@@ -61,7 +61,7 @@ def test_a_folder_that_is_removed_is_made_again_and_it_is_said_once(lm, workplac
     code, out, err = lm("fit", "--config", "tiny.yaml", *callback("", 6, 9))
     assert code == 0 and f"; {RUN / 'last.ckpt'};" in out, err
     assert len(err.splitlines()) == 1 and f"note: {RUN} was removed while training went on: it is made again" in err
-    assert checkpoint.peek(checkpoint.verify(RUN / "last.ckpt"))["step"] == 12
+    assert checkpoint.peek(checkpoint.verify(RUN / "last.ckpt")).step == 12
 
 
 def test_a_copy_whose_source_is_removed_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

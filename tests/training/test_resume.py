@@ -77,7 +77,7 @@ def test_going_back_to_an_earlier_checkpoint_makes_it_the_newest(lm, workplace: 
     assert lm(*recipe, *back, "--trainer.max_steps", 8)[0] == 0
     assert [int(row["step"]) for row in table("tiny")] == [*range(1, 9)]
     assert next(iter(checkpoint.newest_first(Path("checkpoints/tiny")))).name == "last.ckpt"
-    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt"))["step"] == 8
+    assert checkpoint.peek(Path("checkpoints/tiny/last.ckpt")).step == 8
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -88,7 +88,7 @@ def test_a_signal_stops_at_a_step_with_a_checkpoint(lm, workplace: Path, signum:
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    step = checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"]
+    step = checkpoint.peek(workplace / "checkpoints/parts/last.ckpt").step
     assert f"stopped by {signal.Signals(signum).name} after step {step}" in err
     assert 0 < step < 100_000
     assert lm(*recipe, "--name", "parts", "--ckpt_path", "last", "--trainer.max_steps", step + 10)[0] == 0
@@ -118,7 +118,7 @@ def test_a_branch_has_a_best_checkpoint_of_its_own(lm, workplace: Path) -> None:
     lm(*recipe)
     start_from = ["--ckpt_path", "checkpoints/tiny/step=0000010.ckpt", "--model.init_args.net.init_args.dropout", 0.9]
     assert lm(*recipe, *start_from, "--name", "branch")[0] == 0
-    assert checkpoint.peek(Path("checkpoints/branch/best.ckpt"))["step"] == 12
+    assert checkpoint.peek(Path("checkpoints/branch/best.ckpt")).step == 12
 
 
 def test_a_signal_to_the_whole_group_with_workers(workplace: Path) -> None:
@@ -154,7 +154,7 @@ def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(l
         reached = max((int(row["step"]) for row in rows if (row["step"] or "").isdigit()), default=0)
         whole = [path for path in checkpoint.newest_first(folder) if not checkpoint.damage(path)]
         assert len(whole) == len(list(folder.glob("*.ckpt")))  # none was torn
-        lost.append(reached - max((checkpoint.peek(path)["step"] for path in whole), default=0))
+        lost.append(reached - max((checkpoint.peek(path).step for path in whole), default=0))
     print(f"{kills} kills, steps lost: {lost}")
     assert max(lost) <= 40  # steps of 1 ms: on a slow disk a save may take an interval, and the next one waits for it
     assert lm(*recipe, "--name", "parts", "--ckpt_path", "auto")[0] == 0
@@ -166,7 +166,7 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_torn(lm, workplace: Pat
     code, _, err = lm(*words, "--trainer.callbacks+", "tests.support.stop.StopTwice", "--trainer.callbacks.step=7")
     assert code == 143
     assert err.startswith("stopped by SIGTERM")
-    assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt")["step"] == 5  # the periodic one
+    assert checkpoint.peek(workplace / "checkpoints/parts/last.ckpt").step == 5  # the periodic one
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -38,7 +38,7 @@ def test_the_last_call_may_be_shorter_and_the_run_goes_on_from_inside(lm, workpl
     constant = ["--model.init_args.schedule", "lm.training.schedules.Constant", "--model.init_args.steps_per_call", 4]
     assert lm(*RECIPE, *constant, "--name", "whole")[0] == 0
     assert lm(*RECIPE, *constant, "--name", "parts", "--trainer.max_steps", 18)[0] == 0
-    assert checkpoint.peek(Path("checkpoints/parts/last.ckpt"))["step"] == 18
+    assert checkpoint.peek(Path("checkpoints/parts/last.ckpt")).step == 18
     assert lm(*RECIPE, *constant, "--name", "parts", "--ckpt_path", "last")[0] == 0
     assert_equal(state("whole"), state("parts"))
 
@@ -48,7 +48,7 @@ def test_a_signal_stops_at_the_end_of_a_call_and_the_run_resumes(lm, workplace: 
     assert lm(*RECIPE, *many, "--name", "whole")[0] == 0
     code = lm(*RECIPE, *many, "--name", "parts", *stop_with("StopAt", 9))[0]
     assert code == 143
-    assert checkpoint.peek(Path("checkpoints/parts/last.ckpt"))["step"] == 12
+    assert checkpoint.peek(Path("checkpoints/parts/last.ckpt")).step == 12
     assert lm(*RECIPE, *many, "--name", "parts", "--ckpt_path", "last")[0] == 0
     assert_equal(state("whole"), state("parts"))
     assert table("whole") == table("parts")

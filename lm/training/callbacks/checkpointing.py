@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lm.bounds import checked
 from lm.checkpoints import checkpoint as files
-from lm.checkpoints import owned
+from lm.checkpoints import owned, schema
 from lm.checkpoints.background import BackgroundWriter
 from lm.errors import UserError
 from lm.training import harmless, lightning_internals
@@ -54,12 +54,13 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record which start of the run writes this checkpoint: a later start is newer, even at an earlier step."""
-        checkpoint["start"] = self.start
+        checkpoint[schema.START] = self.start
         checkpoint["epoch"] = 0  # there are no epochs; Lightning counts one where a run ends, but not where it resumes
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember which checkpoint training resumes from."""
-        self._origin = checkpoint.get("start", 0), checkpoint["global_step"]
+        saved = schema.Saved.of(checkpoint, schema.FITTED)
+        self._origin = saved.start, saved.step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run's best loss, as best.ckpt is this run's own; make up for an interrupted evaluation."""
@@ -80,7 +81,7 @@ class Checkpoints(Checkpoint):
         if trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != self.folder.resolve():
             return False, False
         last, step = files.newest_first(self.folder).get(self.last), trainer.global_step
-        saved = last is not None and (last["start"], last["step"]) == self._origin
+        saved = last is not None and (last.start, last.step) == self._origin
         saved &= bool(step % self.every_n_steps) or self._periodic(step).exists()
         return (self.folder / "best.ckpt").exists(), saved
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from lm import log
+from lm.checkpoints import schema
 from lm.training import lightning_internals
 
 
@@ -36,11 +37,11 @@ class RandomState(Callback):
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, _random_state())
-        checkpoint["random_states"] = states
+        checkpoint[schema.RANDOM_STATES] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the states for the start of training."""
-        self.saved = checkpoint["random_states"]
+        self.saved = checkpoint[schema.RANDOM_STATES]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore this rank's state; a fresh run, or another number of ranks, seeds each rank differently."""

@@ -200,7 +200,7 @@ def fast_dev_run(fit: Run) -> None:
 
 def max_steps(fit: Run) -> None:
     done(fit("--trainer.max_steps", 3))
-    assert checkpoint.peek(LAST)["step"] == 3
+    assert checkpoint.peek(LAST).step == 3
 
 
 def min_steps(fit: Run) -> None:
@@ -213,9 +213,9 @@ def max_time(fit: Run) -> None:
     words += ["--trainer.val_check_interval", 100000, "--checkpoint.every_n_steps", 100000]
     told = done(fit(*words))
     assert re.search(r"ended after step \d+ of 100000: trainer.max_time 0:00:00.050000 is over", told)
-    first = checkpoint.peek(LAST)["step"]
+    first = checkpoint.peek(LAST).step
     done(fit(*words, "--ckpt_path", "last"))
-    assert checkpoint.peek(LAST)["step"] > first > 0
+    assert checkpoint.peek(LAST).step > first > 0
     for wrong in ("00:00:00:00", "soon", "{moons: 3}"):
         code, _, err = fit("--trainer.max_time", wrong, "--name", "none")
         assert (code, err.count("\n")) == (2, 1)
@@ -283,7 +283,7 @@ def default_root_dir(fit: Run) -> None:
     assert not Path("checkpoints").exists()
     assert not Path("logs").exists()
     done(fit("--trainer.default_root_dir", "there", "--ckpt_path", "last", "--trainer.max_steps", 5))
-    assert checkpoint.peek(Path("there/checkpoints/tiny/last.ckpt"))["step"] == 5
+    assert checkpoint.peek(Path("there/checkpoints/tiny/last.ckpt")).step == 5
 
 
 WORKS = {
@@ -361,7 +361,7 @@ def early_stopping(fit: Run, *way: object) -> None:
         stop = named("EarlyStopping", monitor=monitor, stopping_threshold=99.0)
         told = done(fit(*way, *stop, "--name", name))
         assert f"ended after step 2 of 4: EarlyStopping: Stopping threshold reached: {monitor} = " in told
-    assert checkpoint.peek(LAST)["step"] == 2
+    assert checkpoint.peek(LAST).step == 2
     done(fit(*way, "--ckpt_path", "last"))
     assert equal(weights(), weights(Path("checkpoints/whole/last.ckpt")))
     for monitor in ("val_los", "train/los"):
@@ -374,7 +374,7 @@ def early_stopping(fit: Run, *way: object) -> None:
 def model_checkpoint(fit: Run, *way: object) -> None:
     chosen = named("ModelCheckpoint", dirpath="there", monitor="val_loss", filename="mine")
     assert "ModelCheckpoint: " in done(fit(*way, *chosen))
-    assert checkpoint.peek(Path("there/mine.ckpt"))["step"] in (2, 4)
+    assert checkpoint.peek(Path("there/mine.ckpt")).step in (2, 4)
     assert LAST.exists()
     code, _, err = fit(*way, *named("ModelCheckpoint", dirpath="checkpoints/none", save_last=True), "--name", "none")
     assert (code, err.count("\n")) == (2, 1)
@@ -395,10 +395,10 @@ def timer(fit: Run, *way: object) -> None:
     words = [*way, "--trainer.max_steps", 100000, "--trainer.val_check_interval", 100000]
     words += ["--checkpoint.every_n_steps", 100000, *named("Timer", duration={"milliseconds": 50})]
     assert "100000: Timer: duration 0:00:00.050000 is over" in done(fit(*words))
-    first = checkpoint.peek(LAST)["step"]
+    first = checkpoint.peek(LAST).step
     assert f"ended after step {first} of" in done(fit(*words, "--ckpt_path", "last"))
     done(fit(*words, *named("Timer", duration={"hours": 1}), "--ckpt_path", "last", "--trainer.max_steps", first + 4))
-    assert checkpoint.peek(LAST)["step"] == first + 4 > 4
+    assert checkpoint.peek(LAST).step == first + 4 > 4
     for duration, interval in (("soon", "step"), ("00:00:00:00", "step"), ("00:00:00:01", "epoch")):
         wrong = named("Timer", duration=duration, interval=interval)
         code, _, err = fit(*way, *wrong, "--name", "none")
@@ -478,7 +478,7 @@ def test_an_early_end_waits_for_the_whole_step(fit: Run) -> None:
     words = ["--trainer.accumulate_grad_batches", 2]
     done(fit(*words, "--name", "whole"))
     done(fit(*words, *named("own.Ends")))
-    assert checkpoint.peek(LAST)["step"] == 3
+    assert checkpoint.peek(LAST).step == 3
     done(fit(*words, "--ckpt_path", "last"))
     assert equal(weights(), weights(Path("checkpoints/whole/last.ckpt")))
 
@@ -486,7 +486,7 @@ def test_an_early_end_waits_for_the_whole_step(fit: Run) -> None:
 def test_a_callback_that_fails_between_two_steps_loses_none(fit: Run) -> None:
     with pytest.raises(RuntimeError, match="of its own"):
         fit(*named("own.Fails"))
-    assert checkpoint.peek(LAST)["step"] == 3
+    assert checkpoint.peek(LAST).step == 3
 
 
 def test_a_logger_that_fails_is_said_once_and_costs_nothing(fit: Run) -> None:
@@ -509,7 +509,7 @@ def test_a_full_disk_of_the_logs_costs_no_step(fit: Run, workplace: Path) -> Non
         code, _, err = fit(*named("own.Fills"), "--trainer.max_steps", 40)
         assert code == 0, err
         assert 0 < err.count("note: ") == err.count("No space left on device") == err.count("\n") < 5, err
-        assert checkpoint.peek(LAST)["step"] == 40
+        assert checkpoint.peek(LAST).step == 40
         Path("logs/filler").unlink()
         assert "failed" not in done(fit("--ckpt_path", "last", "--trainer.max_steps", 42))
         assert [int(row["step"]) for row in rows()][-2:] == [41, 42]
@@ -533,7 +533,7 @@ def test_a_figure_that_fails_is_said_and_costs_nothing(hook: str, fit: Run, monk
     monkeypatch.setattr(figures.Figures, hook, fail if hook == "_write" else figures.harmless(fail))
     code, _, err = fit("--figures.every_n_steps", 1)
     assert (code, err.count("note: Figures failed (ValueError: no picture)")) == (0, 1)
-    assert checkpoint.peek(LAST)["step"] == 4
+    assert checkpoint.peek(LAST).step == 4
 
 
 def test_a_sample_that_fails_is_said_and_costs_nothing(fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:

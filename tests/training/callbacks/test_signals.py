@@ -91,7 +91,7 @@ def test_a_terminal_that_is_closed_counts_once(lm, workplace: Path, signals: tup
     first, second = signals
     both = [f"--trainer.callbacks.first={first}", f"--trainer.callbacks.second={second}"]
     code, _, err = lm(*FIT, *stop_with("StopTwice", 3), *both)
-    assert code == 128 + max(signals) and checkpoint.peek(Path(LAST))["step"] == 3, err
+    assert code == 128 + max(signals) and checkpoint.peek(Path(LAST)).step == 3, err
 
 
 def test_a_second_ctrl_c_while_the_first_is_saved_says_what_is_there(lm, workplace: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_reader_that_goes_stops_the_run_with_a_checkpoint(workplace: Path, how
     process.stdout.close()
     code = process.wait(60)
     assert code == 141, process.stderr and process.stderr.read()
-    step = checkpoint.peek(Path(LAST))["step"]
+    step = checkpoint.peek(Path(LAST)).step
     assert 0 < step < 100_000
     if process.stderr is not None:
         assert process.stderr.read().startswith(f"stopped by SIGPIPE after step {step}; {LAST} has step {step}")
@@ -134,7 +134,7 @@ def test_a_full_disk_under_standard_output_costs_no_step(workplace: Path) -> Non
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err == "error: standard output: No space left on device; the run is finished\n"
-    assert checkpoint.peek(Path(LAST))["step"] == 4
+    assert checkpoint.peek(Path(LAST)).step == 4
 
 
 @pytest.mark.parametrize("number", often([2, 1]))
@@ -153,9 +153,9 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_under_nohup(workplace: Path,
     if number == 1:
         process.wait(60)
         return
-    before = checkpoint.peek(Path(LAST))["step"]
+    before = checkpoint.peek(Path(LAST)).step
     try:
-        while checkpoint.peek(Path(LAST))["step"] < before + 20:
+        while checkpoint.peek(Path(LAST)).step < before + 20:
             assert process.poll() is None
             time.sleep(0.05)
     finally:
@@ -232,6 +232,6 @@ def test_a_narrow_terminal_shows_the_loss_and_ctrl_c_leaves_one_bar(workplace: P
     *lines, bar, stopped, rest = shown.decode().replace("\r\n", "\n").split("\n")
     assert stopped.startswith("stopped by SIGINT after step ") and rest == "" and "/100000" not in "".join(lines)
     states = bar.split("\r")
-    step = checkpoint.peek(Path(LAST))["step"]
+    step = checkpoint.peek(Path(LAST)).step
     assert states[-1].startswith(f"{step}/100000 loss ") and f"after step {step};" in stopped
     assert all(re.match(r"\d+/100000 loss \d\.\d{4} \|", one) and len(one) <= columns for one in states[2:])

@@ -63,7 +63,7 @@ def test_shards_and_whole_networks_train_and_resume_alike(lm, workplace: Path) -
     assert lm("export", "--ckpt_path", last, "--format", "file", "--output", "one.ckpt")[0] == 0
     assert_equal(checkpoint.load(Path("one.ckpt")), checkpoint.load(last))
     finish(run("from-export", 2, *exact, *SHARDED, "--ckpt_path", "one.ckpt", "--trainer.max_steps", 13, cwd=workplace))
-    assert checkpoint.peek(Path("checkpoints/from-export/last.ckpt"))["step"] == 13
+    assert checkpoint.peek(Path("checkpoints/from-export/last.ckpt")).step == 13
     for inside in ("lm.pt", "__0_0.distcp", ".metadata"):
         code, _, err = lm("sample", "--ckpt_path", last / inside)
         assert code == 2 and len(err.splitlines()) == 1 and f"is a part of the sharded checkpoint {last}" in err
@@ -108,7 +108,7 @@ def test_a_run_goes_on_in_the_other_kind_and_back(lm, workplace: Path) -> None:
     for steps, words in ((3, SHARDED), (6, ()), (9, SHARDED), (12, ())):
         code, _, err = lm(*one, *words, "--trainer.max_steps", steps)
         assert code == 0, err
-        assert checkpoint.damage(last) is None and checkpoint.peek(last)["step"] == steps
+        assert checkpoint.damage(last) is None and checkpoint.peek(last).step == steps
         kinds.append(last.is_dir())
     assert kinds == [True, False, True, False]
     assert not list(last.parent.glob(".*"))
@@ -134,8 +134,8 @@ def test_a_sharded_save_waits_for_the_copies_of_the_one_before(workplace: Path) 
     process = run("slow", 1, *SHARDED, *words, cwd=workplace)
     _, error = process.communicate(timeout=90)
     assert process.returncode == 143, error
-    assert checkpoint.peek(Path("checkpoints/slow/last.ckpt"))["step"] == 7
-    assert checkpoint.peek(Path("checkpoints/slow/step=0000005.ckpt"))["step"] == 5
+    assert checkpoint.peek(Path("checkpoints/slow/last.ckpt")).step == 7
+    assert checkpoint.peek(Path("checkpoints/slow/step=0000005.ckpt")).step == 5
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_lost_rank_ends_the_run_by_name_and_it_goes_on(workplace: Path, rank: 
     assert process.returncode == (1 if rank else -signal.SIGKILL)
     assert f"rank {rank} " in line.split(" ends: ")[-1] and why in line and f"process {lost}" in line
     assert took < 3 + 10  # --watch.timeout, and time for a busy machine
-    step = checkpoint.peek(Path("checkpoints/lost/last.ckpt"))["step"]
+    step = checkpoint.peek(Path("checkpoints/lost/last.ckpt")).step
     finish(run("lost", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
     finish(run("whole", 2, *words, "--trainer.max_steps", step + 10, cwd=workplace))
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/lost/last.ckpt")))
@@ -71,7 +71,7 @@ def test_a_rank_that_drifts_is_named(workplace: Path) -> None:
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "error: step 8: the weights of rank" in error and "h.0.ln_1.weight" in error
-    assert checkpoint.peek(Path("checkpoints/drifting/last.ckpt"))["step"] == 5  # nothing was saved since
+    assert checkpoint.peek(Path("checkpoints/drifting/last.ckpt")).step == 5  # nothing was saved since
 
 
 def test_a_meeting_place_that_cannot_be_reached_is_named(

@@ -151,4 +151,4 @@ def test_two_ranks_go_on_with_another_batch_size(workplace: Path) -> None:
     for name in ("train/loss", "val/loss", "train/tokens"):
         assert column("two", name) == pytest.approx(column("one", name), rel=1e-10)
     saved = [checkpoint.peek(Path(f"checkpoints/{name}/last.ckpt")) for name in ("one", "two")]
-    assert [one["sequences"] for one in saved] == [4 * 8 + 8 * 16] * 2
+    assert [one.sequences for one in saved] == [4 * 8 + 8 * 16] * 2
