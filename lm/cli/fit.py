@@ -96,7 +96,8 @@ class Fit(parsing.Recipes):
         settings = {**self.config_init.trainer, **kwargs}
         lightning.take_over(settings, self.checkpoints)
         self._count_in_batches(settings)
-        self._hand_over(settings)
+        if isinstance(self.config_init.model, ManualLanguageModel):
+            check_precision(settings["precision"])
         if settings["logger"] in (None, True):
             removed = log_files.Removed()
             settings["logger"] = [
@@ -155,11 +156,6 @@ class Fit(parsing.Recipes):
             UserError: Something is due at a step inside a call that takes several.
         """
         steps = getattr(self.config_init.model, "steps_per_call", 1)
-        if steps > 1 and settings["accumulate_grad_batches"] != 1:
-            raise UserError(
-                f"model.steps_per_call {steps} is for one process and no accumulation, trainer.accumulate_grad_batches "
-                f"is {settings['accumulate_grad_batches']}: set one of them to 1"
-            )
         intervals = {
             "trainer.val_check_interval": settings["val_check_interval"],
             "checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps,
@@ -173,19 +169,6 @@ class Fit(parsing.Recipes):
             batches = settings["val_check_interval"] * settings["accumulate_grad_batches"]
             settings["val_check_interval"] = batches // steps
 
-    def _hand_over(self, settings: dict[str, Any]) -> None:
-        """Give a module with manual optimization the settings that the Trainer would refuse."""
-        module = self.config_init.model
-        if getattr(module, "automatic_optimization", True):
-            return
-        if settings["gradient_clip_val"] is not None:
-            if settings["gradient_clip_algorithm"] == "value":
-                raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-            module.step.clip_norm, settings["gradient_clip_val"] = settings["gradient_clip_val"] or None, None
-        if isinstance(module, ManualLanguageModel):
-            check_precision(settings["precision"])
-            module.accumulate, settings["accumulate_grad_batches"] = settings["accumulate_grad_batches"], 1
-
     def run(self) -> dict[str, Any]:
         """Train, and return what `--json` prints."""
         module = parsing.language_model(self.model)
@@ -194,8 +177,7 @@ class Fit(parsing.Recipes):
             module.init_from = self.config.init_from
         self._inherit_tokenizer()
         if isinstance(self.datamodule, TokenData):  # checked before other processes start: one message
-            accumulate = max(getattr(module, "accumulate", 1), self.trainer.accumulate_grad_batches)
-            self.datamodule.divided(self.trainer.world_size, accumulate)
+            self.datamodule.divided(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         lock: AbstractContextManager[None] = nullcontext()
         made: AbstractContextManager[None] = nullcontext()
         if self.trainer.is_global_zero:

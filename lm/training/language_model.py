@@ -77,7 +77,6 @@ class LanguageModel(Evaluated):
         super().__init__()
         self.compiled, self.activation_checkpointing = compile, activation_checkpointing
         self.steps_per_call, self.calibrate = steps_per_call, calibrate
-        self.automatic_optimization = steps_per_call == 1
         # as the argument's default, its weight decay would be passed on to any other class that a recipe names
         self.make_net, self.make_optimizer = net, optimizer or adamw
         guard = Guard(on_nonfinite, spike)
@@ -98,20 +97,28 @@ class LanguageModel(Evaluated):
     # -- what is fitted
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that do not go together.
+        """Refuse settings that do not go together, and take over how the Trainer clips.
 
         Raises:
-            UserError: steps_per_call is above 1 where only Lightning's own loop can take steps; or calibrate is set for
-                several processes, which would not share the statistics.
+            UserError: steps_per_call is above 1 where only Lightning's own loop can take steps; calibrate is set for
+                several processes, which would not share the statistics; or the Trainer is to clip by value.
         """
         trainer = self.trainer
+        # not before: of a module without it, Lightning refuses a Trainer that clips or accumulates, which `step` does
+        self.automatic_optimization = self.steps_per_call == 1
+        if trainer.gradient_clip_algorithm == "value":
+            raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
+        if trainer.gradient_clip_val is not None:
+            self.step.clip_norm = float(trainer.gradient_clip_val) or None
         if self.calibrate and trainer.world_size > 1:
             raise UserError("model.calibrate is for one process, as each has statistics of its own: set it to false")
-        alone = trainer.world_size == 1 and trainer.precision in ("32-true", "64-true")
+        ranks, micro_batches = trainer.world_size, trainer.accumulate_grad_batches
+        alone = ranks == micro_batches == 1 and trainer.precision in ("32-true", "64-true")
         if stage == "fit" and self.steps_per_call > 1 and not alone:
             raise UserError(
-                f"model.steps_per_call {self.steps_per_call} is for one process, trainer.precision 32-true or 64-true; "
-                f"here are {trainer.world_size} and {trainer.precision}: set it to 1"
+                f"model.steps_per_call {self.steps_per_call} is for one process without accumulation, in "
+                f"trainer.precision 32-true or 64-true; here are {ranks}, trainer.accumulate_grad_batches "
+                f"{micro_batches} and {trainer.precision}: set it to 1"
             )
 
     def configure_model(self) -> None:
@@ -210,9 +217,7 @@ class LanguageModel(Evaluated):
         Raises:
             CheckError: The loss or the gradient is not finite, and the run is to stop there.
         """
-        if gradient_clip_algorithm == "value":
-            raise UserError("trainer.gradient_clip_algorithm value: gradients are clipped by norm here")
-        self.step.settle(self.global_step + 1, gradient_clip_val)
+        self.step.settle(self.global_step + 1)
 
     def optimizer_step(
         self,

@@ -17,7 +17,6 @@ from lm.training import audit, lightning_internals
 from lm.training.by_hand import Compiled, StepByHand, compile_pass
 from lm.training.distributed.reduction import ReducedGradients, average
 from lm.training.distributed.sharding import is_sharded
-from lm.training.division import Division
 from lm.training.language_model import LanguageModel
 
 
@@ -40,22 +39,18 @@ class ManualLanguageModel(LanguageModel):
     @checked("model.", UserError)
     def __init__(self, *, compile: bool = False, audit_every: int | None = None, **settings: Any) -> None:
         super().__init__(compile=compile, **settings)
-        self.automatic_optimization = False
         self.audit_every = audit_every
-        self.accumulate = 1
-        """Micro-batches of a step. The command line sets it from the Trainer's accumulate_grad_batches, which the
-        Trainer refuses with manual optimization."""
         self._compiled: Compiled | None = None
         self._audit: audit.Reference | None = None  # of the step in progress, where it is due
 
     def setup(self, stage: str) -> None:
-        """Refuse what the rules do not support, and count micro-batches as `accumulate` says.
+        """Refuse what the rules do not support.
 
         Raises:
             UserError: The rules do not support the precision or the strategy, or activation checkpointing is on.
         """
         super().setup(stage)
-        trainer = self.trainer
+        self.automatic_optimization, trainer = False, self.trainer
         if self.activation_checkpointing:
             raise UserError(
                 "model.activation_checkpointing with ManualLanguageModel: rules keep what they need: set it to false"
@@ -69,7 +64,6 @@ class ManualLanguageModel(LanguageModel):
                 f"trainer.strategy {name} with ManualLanguageModel: the rules need whole "
                 "parameters on each device; use ddp"
             )
-        trainer.accumulate_grad_batches = self.accumulate
 
     def configure_model(self) -> None:
         """Build the network, and check that every layer has a rule."""
@@ -89,7 +83,6 @@ class ManualLanguageModel(LanguageModel):
         assert self.net is not None
         ranks = self.trainer.world_size
         grads = ReducedGradients(self.net, ranks) if ranks > 1 else Gradients()
-        self.step.division = Division(ranks, self.accumulate)
         self.step.check = self._check_gradients
         self._by_hand = StepByHand(
             self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled
@@ -105,8 +98,9 @@ class ManualLanguageModel(LanguageModel):
         if self.steps_per_call > 1:
             super().training_step(batch, batch_idx)
             return
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
         last = lightning_internals.step_finished(self.trainer, batch_idx)
-        self._find_gradients(*batch, first=batch_idx % self.accumulate == 0, last=last)
+        self._find_gradients(*batch, first=first, last=last)
         if last:
             self.step.update(number := self.global_step + 1)
             self._finished(number)

@@ -148,12 +148,11 @@ class Step:
         lightning_internals.count_step(self._trainer)
         self.finish(number)
 
-    def settle(self, number: int, clip_norm: float | None = None) -> None:
+    def settle(self, number: int) -> None:
         """Reduce the loss, compute the gradient's norm, check that both are finite, and clip: all before the update.
 
         Args:
             number: Of the step, counted from 1.
-            clip_norm: The Trainer's own, which wins.
 
         Raises:
             CheckError: They are not finite, and the run is to stop there.
@@ -164,8 +163,7 @@ class Step:
         gradients = [p.grad for p in self.fitted if p.grad is not None]
         loss = self._reduce(gradients)
         self.check(loss)
-        most = self.clip_norm if clip_norm is None else clip_norm or None
-        if self._small and most is None:
+        if self._small and self.clip_norm is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
             norm = global_norm(gradients)
@@ -174,8 +172,8 @@ class Step:
             for parameter in self.fitted:  # without a gradient, an optimizer leaves a parameter alone
                 parameter.grad = None
             return
-        if most is not None:
-            clip(gradients, most, norm)
+        if self.clip_norm is not None:
+            clip(gradients, self.clip_norm, norm)
         for watcher in self.watching:
             watcher.before_update(self.net)
 

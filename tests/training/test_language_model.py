@@ -1,6 +1,7 @@
 import gc
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lm.data import TextData
 from lm.errors import UserError
 from lm.generation import load_network
 from lm.models import Bigram
-from lm.training import LanguageModel
+from lm.training import LanguageModel, ManualLanguageModel
 from lm.training.loggers.log_files import read_csv
 from lm.training.metrics import TokenLoss
 
@@ -178,3 +179,22 @@ def test_a_trainer_of_ones_own_goes_on_from_its_checkpoint(workplace: Path) -> N
 
     fit(2)
     assert fit(4, "kept/last.ckpt").global_step == 4
+
+
+def test_a_trainer_of_ones_own_accumulates_and_clips_by_hand_too(workplace: Path) -> None:
+    def fit(kind: type[LanguageModel], **settings: Any) -> torch.Tensor:
+        torch.manual_seed(1)
+        trainer = Trainer(
+            max_steps=4, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision="64-true",
+            enable_progress_bar=False, enable_model_summary=False, **settings,
+        )  # fmt: skip
+        module = kind(net=Bigram, clip_norm=None)
+        trainer.fit(module, datamodule=TextData(corpus="text.txt", block_size=8, batch_size=4))
+        assert module.net is not None and trainer.global_step == 4
+        return torch.cat([p.detach().flatten() for p in module.net.parameters()])
+
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3}
+    by_graph, by_hand = (fit(kind, **settings) for kind in (LanguageModel, ManualLanguageModel))
+    torch.testing.assert_close(by_hand, by_graph, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fit(ManualLanguageModel, gradient_clip_val=1e-3), by_graph, rtol=1e-9, atol=0)
+    assert not torch.equal(fit(ManualLanguageModel), by_graph)

@@ -74,7 +74,7 @@ def test_what_is_not_finite_stops_inside_a_call_before_the_weights_are_touched(l
             "trainer.val_check_interval 6 is not a multiple of model.steps_per_call 4",
         ),
         (["--checkpoint.every_n_steps", 6], "checkpoint.every_n_steps 6 is not a multiple of model.steps_per_call 4"),
-        (["--trainer.precision", "bf16-mixed"], "model.steps_per_call 4 is for one process, trainer.precision 32-true"),
+        (["--trainer.precision", "bf16-mixed"], "model.steps_per_call 4 is for one process without accumulation"),
         (["--trainer.accumulate_grad_batches", 2], "model.steps_per_call 4 is for one process"),
         (["--model.init_args.steps_per_call", 0], "model.steps_per_call is 0: it must be at least 1"),
     ],
