@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Cache:
-    """Keys and values of one network's layers, for the tokens read so far.
+    """What the layers of one network need of the tokens read so far, such as attention's keys and values.
 
     The same cache goes to each call of the network's forward; each call reads the tokens that follow those of the call
     before, and gives the logits that one call for all of them would.
@@ -22,6 +22,20 @@ class Cache:
         self.tokens: Tensor | None = None
         """int64 (B, S), all tokens so far."""
         self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far, S."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no layer has kept anything."""
+        return not self._kept
+
+    def clear(self) -> None:
+        """Forget what layers have kept, but not the tokens."""
+        self._kept.clear()
 
     def read(self, tokens: Tensor) -> Tensor:
         """Take the next tokens (B, T); return all so far (B, S).
@@ -45,11 +59,32 @@ class Cache:
         Returns:
             Each (…, S, D).
         """
-        assert self.tokens is not None
-        S = self.tokens.shape[1]  # noqa: N806
+        S = self.length  # noqa: N806
         if layer not in self._kept:
-            self._kept[layer] = tuple(one.new_empty(*one.shape[:-2], self.capacity, one.shape[-1]) for one in new)
+            self._kept[layer] = tuple(one.new_zeros(*one.shape[:-2], self.capacity, one.shape[-1]) for one in new)
         kept = self._kept[layer]
         for store, one in zip(kept, new, strict=True):
             store[..., S - one.shape[-2] : S, :] = one
         return tuple(store[..., :S, :] for store in kept)
+
+    def kept(self, layer: nn.Module, length: int) -> tuple[Tensor, ...]:
+        """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""
+        return tuple(store[..., :length, :] for store in self._kept[layer])
+
+    def follow(self, layer: nn.Module, x: Tensor, size: int, before: Tensor | None = None) -> Tensor:
+        """Return the last `size` positions that a layer has read, and x; keep the last ones for its next call.
+
+        Args:
+            layer: Whose.
+            x: What it reads now, (…, T).
+            size: How many.
+            before: What stands before x in the layer's first call, (…, any); by default as many zeros.
+
+        Returns:
+            (…, size + T).
+        """
+        if layer not in self._kept:
+            self._kept[layer] = (x.new_zeros(*x.shape[:-1], size) if before is None else before,)
+        both = torch.cat([*self._kept[layer], x], dim=-1)  # (…, size), (…, T) -> (…, size + T)
+        self._kept[layer] = (both[..., both.shape[-1] - size :],)
+        return both

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.generation import Sampler, generate
-from lm.models import GPT
+from lm.models import GPT, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.cache import Cache
 
 V, T = 11, 24
@@ -33,7 +33,7 @@ def made(seed: int = 0, **settings: Any) -> GPT:
     return GPT(V, T, n_layer=2, n_head=4, n_embd=16, init_std=0.5, **settings).double().eval()
 
 
-def in_pieces(net: GPT, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def in_pieces(net: Any, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     cache = Cache(T)
     parts = tokens.split([*sizes, tokens.shape[1] - sum(sizes)], dim=1)
     return torch.cat([net(part, cache) for part in parts], dim=1)
@@ -56,11 +56,42 @@ def test_pieces_are_the_whole(settings: dict[str, Any], pieces: tuple[int, list[
     torch.testing.assert_close(in_pieces(net, tokens, sizes), net(tokens), rtol=1e-10, atol=1e-10)
 
 
+OTHERS: dict[str, Any] = {
+    "gated": lambda: GatedWaveNet(V, T, n_embd=8, n_layer=3, n_stack=2),
+    "dense": lambda: WaveNet(V, T, n_embd=6, n_hidden=10, fuse=2, depth=3, dense=True),
+    "dense by threes": lambda: WaveNet(V, T, n_embd=6, n_hidden=10, fuse=3, depth=2, dense=True),
+    "source and target": lambda: Seq2Seq(V, T, n_layer=2, n_head=2, n_embd=8, start_token=1, pad_token=2),
+    "heads apart": lambda: GPT(V, T, n_layer=2, n_head=4, n_embd=16, attention="separate"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(pieces=pieces(), batch=st.integers(1, 3), seed=st.integers(0, 99))
 @torch.inference_mode()
-def test_pieces_are_the_whole_with_heads_apart() -> None:
-    net = made(attention="separate")
-    tokens = torch.randint(V, (2, T))
-    torch.testing.assert_close(in_pieces(net, tokens, [5, 1, 7]), net(tokens), rtol=1e-10, atol=1e-10)
+def test_other_networks_too(name: str, pieces: tuple[int, list[int]], batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    net = OTHERS[name]().double()
+    net(torch.randint(V, (4, T)))  # BatchNorm's running statistics
+    net.eval()
+    for parameter in net.parameters():
+        parameter.normal_(std=0.4)
+    length, sizes = pieces
+    tokens = torch.randint(V, (batch, length))
+    cached, whole = in_pieces(net, tokens, sizes), net(tokens)
+    if name == "source and target":  # logits at source positions mean nothing
+        known = (tokens == 1).cumsum(1) > 0
+        cached, whole = cached[known], whole[known]
+    torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_contexts_of_a_fixed_length() -> None:
+    """WaveNet without dense has logits for its last position alone."""
+    net = WaveNet(V, 8, n_embd=6, n_hidden=10).double().eval()
+    tokens, cache = torch.randint(V, (2, 8)), Cache(8)
+    for i in range(8):
+        torch.testing.assert_close(net(tokens[:, i : i + 1], cache), net(tokens[:, : i + 1]), rtol=1e-10, atol=0)
 
 
 @torch.inference_mode()
