@@ -87,8 +87,8 @@ def sample(arguments: list[str]) -> None:
 
 
 def _task(data: Any) -> "TaskData | None":
-    """Return the task that a network was trained on; None where that was text."""
-    if not isinstance(data, dict) or data.get("class_path") in TEXT:
+    """Return the task that a network was trained on; None where that was text, or is not known."""
+    if not isinstance(data, dict) or data.get("class_path") in (None, *TEXT):
         return None
     from lm.data.tasks import task_of  # imports Lightning, which takes a second
 
