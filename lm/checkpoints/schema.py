@@ -104,7 +104,7 @@ class Saved:
         return {name: getattr(self, name) for name in _OURS}
 
     def imported(self) -> dict[str, Any]:
-        """Return a whole checkpoint without optimizer states: for inference and --init_from, not for resuming."""
+        """Return a whole checkpoint without optimizer states: for inference and fine-tuning, not for resuming."""
         return {
             "pytorch-lightning_version": metadata.version("lightning"),  # without it Lightning takes it for an old one
             "global_step": self.step,

@@ -162,7 +162,7 @@ class TokenData(LightningDataModule, ABC):
         if free < needed:
             raise UserError(
                 f"/dev/shm has {free >> 20} MiB free, data.num_workers {self.num_workers} needs {(needed >> 20) + 1}: "
-                "set it to 0, or give the container more (--shm-size)"
+                "set it to 0, or give the container more (docker run --shm-size)"
             )
 
 

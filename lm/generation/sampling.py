@@ -40,7 +40,7 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        bounds.check(vars(self), "lm.Sampler", "--", UserError)
+        bounds.check(vars(self), "lm.Sampler", "", UserError)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Return the probability of each token.
@@ -109,17 +109,14 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
         yield token.squeeze(1)
 
 
-def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") -> list[int]:
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return the ids of a prompt; for an empty one, a token to start from: end-of-text, a newline, or the first id.
 
     Raises:
         UserError: The vocabulary lacks a symbol of the prompt.
     """
     if prompt:
-        try:
-            ids = tokenizer.encode(prompt).tolist()
-        except UserError as error:
-            raise UserError(f"{option}: {error}") from error
+        ids = tokenizer.encode(prompt).tolist()
         return [tokenizer.eot, *ids] if tokenizer.begins_with_eot and tokenizer.eot is not None else ids
     if tokenizer.eot is not None:
         return [tokenizer.eot]

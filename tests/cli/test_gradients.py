@@ -159,7 +159,7 @@ def test_a_rule_that_fails_is_one_line(lm, workplace: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (("--level", "atomic"), "--level atomic: the atomic level is for an lm.models.MLP"),
+    (("--level", "atomic"), "with n_layer 1 and batch_norm: use --level fused\n"),
     (("--level", "atomic", "--dtype", "bfloat16"), "--level atomic is for --mode train"),
     (("--dtype", "float8"), "dtype"),
     (("--against", "differences", "--dtype", "float32"), "--against differences needs --dtype float64"),
