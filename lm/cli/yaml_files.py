@@ -134,7 +134,9 @@ def _refuse(text: str) -> None:
 def _without_holders(values: dict[Any, Any]) -> dict[Any, Any]:
     """Return a file's mapping without keys that only hold anchors, and without empty sections."""
     kept = {key: value for key, value in values.items() if not str(key).startswith((".", "x-"))}
-    return _without_empty({key: value for key, value in kept.items() if value is not None or key not in SECTIONS})
+    kept = {key: value for key, value in kept.items() if value is not None or key not in SECTIONS}
+    whole: dict[Any, Any] = _without_empty(kept)
+    return whole
 
 
 def _without_empty(values: Any) -> Any:

@@ -210,7 +210,8 @@ class _Run:
 
     def _encode_all(self, writer: ShardWriter, progress: dict[str, Any]) -> dict[str, int]:
         """Encode and write all that is left; return the counts."""
-        counts, begun = progress["counts"], time.monotonic()
+        counts: dict[str, int] = progress["counts"]
+        begun = time.monotonic()
         committed_at = said_at = begun
         job, had = self.job, sum(writer.tokens.values())
         encode = Encode(str(self.folder), writer.identity, str(writer.dtype), job.val_fraction, job.test_fraction)
