@@ -14,27 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.models.cache import Cache
+from lm.models.masks import past
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
-
-
-def same_document(tokens: Tensor, document_end: int) -> Tensor:
-    """Return the attention mask, bool (B, 1, T, T): each position may see itself and its own document's past.
-
-    Args:
-        tokens: int64 (B, T).
-        document_end: The token that ends a document, and is its last.
-    """
-    ends = tokens == document_end
-    document = ends.cumsum(1) - ends.long()  # (B, T): how many documents ended before
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-    return same.tril()[:, None]
-
-
-def past(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
-    """Return the causal mask, bool (T, S), of the last T of S positions."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def causal_weights(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -94,7 +77,8 @@ class CausalSelfAttention(nn.Module):
             precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
             q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            where = None if positions is None else positions.unsqueeze(-2)  # one angle for all heads
+            q, k = self.rotary(q, where), self.rotary(k, where)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # (B, H', T, D) -> (B, H', S, D)
         if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
@@ -118,7 +102,7 @@ class CausalSelfAttention(nn.Module):
         Args:
             x: (B, T, C).
             allowed: The attention mask, bool (B, 1, T, S); causal by default.
-            positions: Of x, int64 (T,); 0 to T - 1 by default.
+            positions: Of x, int64 (T,) or, where rows differ, (B, T); 0 to T - 1 by default.
             cache: Has the keys and values of earlier positions, and takes those of x.
         """
         q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
@@ -146,12 +130,18 @@ class Head(nn.Module):
         """Return the attention weights (B, T, T) of x (B, T, C), without dropout."""
         return causal_weights(self.query(x), self.key(x))
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, D); a cache has the keys and values of earlier positions, and takes those of x."""
+    def forward(self, x: Tensor, allowed: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, D).
+
+        Args:
+            x: (B, T, C).
+            allowed: The attention mask, bool (B, T, S); causal by default.
+            cache: Has the keys and values of earlier positions, and takes those of x.
+        """
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, C) -> each (B, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # (B, T, D) -> (B, S, D)
-        return self.dropout(causal_weights(q, k)) @ v  # (B, T, S) @ (B, S, D) -> (B, T, D)
+        return self.dropout(causal_weights(q, k, allowed)) @ v  # (B, T, S) @ (B, S, D) -> (B, T, D)
 
 
 class SeparateHeads(nn.Module):
@@ -182,8 +172,11 @@ class SeparateHeads(nn.Module):
     def forward(
         self, x: Tensor, allowed: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C); a mask of documents or rotary positions are `CausalSelfAttention`'s alone."""
-        y = torch.cat([head(x, cache) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
+        """Map (B, T, C) to (B, T, C); see `CausalSelfAttention`, but positions make no difference."""
+        allowed = None if allowed is None else allowed.squeeze(1)  # (B, 1, T, S) -> (B, T, S)
+        y = torch.cat(
+            [head(x, allowed, cache) for head in self.heads], dim=2
+        )  # H of (B, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -6,6 +6,8 @@ Shapes: B batch, T new tokens, S all tokens so far, D channels of a head, … a 
 import torch
 from torch import Tensor, nn
 
+from lm.models.masks import same_document
+
 
 class Cache:
     """What the layers of one network need of the tokens read so far, such as attention's keys and values.
@@ -48,6 +50,20 @@ class Cache:
             raise ValueError(f"{seen.shape[1]} tokens are more than the cache's {self.capacity}")
         self.tokens = seen
         return seen
+
+    def place(self, tokens: Tensor, document_end: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Take the next tokens (B, T); return where they are, and what they may attend to.
+
+        Args:
+            tokens: int64 (B, T).
+            document_end: The token after which attention starts anew; None for none.
+
+        Returns:
+            Their positions, int64 (T,); and the attention mask, bool (B, 1, T, S), or None where it is causal.
+        """
+        seen, T = self.read(tokens), tokens.shape[1]  # noqa: N806
+        positions = torch.arange(seen.shape[1] - T, seen.shape[1], device=tokens.device)  # (T,)
+        return positions, None if document_end is None else same_document(seen, document_end)[:, :, -T:]
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Keep what a layer has made of the tokens read last; return what it has of all so far.

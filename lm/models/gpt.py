@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lm.bounds import checked
-from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention, same_document
+from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention
 from lm.models.cache import Cache
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
+from lm.models.masks import same_document
 from lm.models.norms import Norm, make_norm
 from lm.models.rotary import Rotary
 
@@ -234,17 +235,17 @@ class GPT(nn.Module):
         Raises:
             ValueError: The sequence is longer than block_size.
         """
-        seen = tokens if cache is None else cache.read(tokens)  # (B, S), S = T without a cache
-        check_length(seen, self.block_size)
-        T, S = tokens.shape[1], seen.shape[1]  # noqa: N806
-        positions = torch.arange(S - T, S, device=tokens.device)  # (T,)
+        check_length(tokens, self.block_size)
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+            context: tuple[Any, ...] = self.mask(tokens)
+        else:
+            positions, allowed = cache.place(tokens, self.document_end)  # (T,) or (B, T)
+            context = allowed, positions, cache
         x = self.wte(tokens)  # (B, T) -> (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+            x = x + self.wpe(positions)  # (B, T, C) + (T, C) or (B, T, C) -> (B, T, C)
         x = self.drop(x)
-        context: tuple[Any, ...] = self.mask(seen)  # (B, 1, S, S)
-        if cache is not None:
-            context = context[0][:, :, -T:] if context else None, positions, cache
         for block in self.h:
             x = block(x, *context)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)

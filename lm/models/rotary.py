@@ -40,7 +40,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Rotate x (…, T, D) as its positions (T,) say, by default 0 to T - 1."""
+        """Rotate x (…, T, D) as its positions (…, T) say, by default 0 to T - 1."""
         T = x.shape[-2]  # noqa: N806
         cos, sin = (self.cos[:T], self.sin[:T]) if positions is None else (self.cos[positions], self.sin[positions])
         first, second = x.chunk(2, dim=-1)  # (…, T, D) -> each (…, T, D/2)

@@ -1,0 +1,317 @@
+"""The engine: many requests at once, each as if it were alone.
+
+Requests join and leave between steps. A step reads one piece of one prompt, and then makes a token of each text whose
+prompt is read. What a request gets does not depend on what else is there: its rows of each product are computed by the
+same instructions (`Engine.rows`), its random numbers are its own, and its prompt is cut at the same places.
+
+Shapes: B rows, T tokens of a piece, V vocabulary.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lm.errors import CheckError, UserError
+from lm.generation.sampling import Sampler, TextStream, generate
+from lm.generation.slots import Slots
+from lm.models import GPT
+from lm.tokenizers import Tokenizer
+
+PIECE = 64
+"""Tokens of a prompt that are read at a time: longer ones wait for others' tokens in between."""
+ROWS = (1, 4, 8, 16, 32)
+"""Numbers of rows that are tried for products whose rows do not depend on how many there are."""
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A text to be continued.
+
+    Args:
+        prompt: Its ids, at least one.
+        sampler: Chooses the tokens.
+        seed: Of the random choices, which are its own.
+        max_new_tokens: Longest continuation.
+        stop: Strings that end it; they are not part of it.
+        logprobs: For each new token, of how many likeliest tokens the log-probability is kept beside its own; None for
+            none, not even its own. They are the network's: samplers change them no more.
+    """
+
+    prompt: Sequence[int]
+    sampler: Sampler = field(default_factory=Sampler)
+    seed: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("the prompt has no tokens: give it one to start from")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if "" in self.stop:
+            raise UserError("stop has an empty string, which would stop every text at once: leave it out")
+
+
+class Text:
+    """A request in work, and what has come of it.
+
+    Attributes:
+        tokens: Its new tokens so far.
+        logprobs: If asked for, each new token's log-probability, and those of the likeliest ones by their ids.
+        finished: Why it has ended: "stop" at a stop string or the end of text, "length", or "cancelled"; None where it
+            goes on.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request, self.tokens = request, list[int]()
+        self.logprobs: list[tuple[float, dict[int, float]]] = []
+        self.finished: Reason | None = None
+        self.slot: int | None = None
+        self.read = 0  # tokens of the prompt
+        self.alone: Iterator[Tensor] | None = None  # its tokens, where it cannot share a step
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self._stream, self._new = TextStream(tokenizer, list(request.stop)), ""
+
+    @property
+    def text(self) -> str:
+        """The continuation so far."""
+        return self._stream.text[: self._stream.shown]
+
+    def take(self) -> str:
+        """Return the text that was added since the last call."""
+        new, self._new = self._new, ""
+        return new
+
+    def add(self, token: int) -> None:
+        """Add a token; the text may end with it."""
+        self.tokens.append(token)
+        self._new += self._stream.add(token)
+        if self._stream.done:
+            self.finished = "stop"
+        elif len(self.tokens) == self.request.max_new_tokens:
+            self.finished = "length"
+            self._new += self._stream.finish()
+
+
+class Engine:
+    """Continues many texts by one network, as many at once as there are slots; the others wait in order.
+
+    The network is used as it is: put it in eval mode. Networks other than GPT, whose caches are for one text, share no
+    step: each text gets its turn. So does a text that has grown beyond the network's context, where the window moves.
+
+    Args:
+        net: A network of `lm.models`.
+        tokenizer: Its own.
+        slots: Most texts at once.
+        piece: Tokens of a prompt that are read at a time.
+    """
+
+    def __init__(self, net: nn.Module, tokenizer: Tokenizer, *, slots: int = 16, piece: int = PIECE) -> None:
+        if slots < 1 or piece < 1:
+            raise UserError(f"slots is {slots}, piece is {piece}: both must be at least 1")
+        self.net, self.tokenizer, self.piece = net, tokenizer, piece
+        self.block_size: int = net.block_size  # type: ignore[assignment]
+        self.waiting: deque[Text] = deque()
+        self.running: list[Text] = []
+        self.device = next(net.parameters()).device
+        self.together = isinstance(net, GPT)
+        self.rows = steady_rows(net, slots) if self.together else 1
+        """Texts that are read at once are rounded up to a multiple of it: then no row depends on how many there are."""
+        number = -(-slots // self.rows) * self.rows
+        self.cache = Slots(number, self.block_size, self.device) if self.together else None
+        if self.cache is not None:  # take all memory now
+            self.cache.select(slice(0, self.rows))
+            self._forward(torch.zeros(self.rows, 1, dtype=torch.int64, device=self.device))
+        self._free = list(range(slots))
+        self._prompts: dict[int, list[int]] = {}  # what each slot has read of its prompt, kept when it is free again
+
+    # -- requests
+
+    def submit(self, request: Request) -> Text:
+        """Take a request; it waits for a free slot."""
+        text = Text(request, self.tokenizer)
+        self.waiting.append(text)
+        return text
+
+    def cancel(self, text: Text) -> None:
+        """End a text at once, and free what it holds."""
+        if text.finished is None:
+            text.finished = "cancelled"
+        if text in self.waiting:
+            self.waiting.remove(text)
+        self._leave()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the texts' caches have taken, and will never exceed; 0 where each text has a cache of its own."""
+        return self.cache.bytes if self.cache is not None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is in work."""
+        return bool(self.waiting or self.running)
+
+    @torch.inference_mode()
+    def step(self) -> list[Text]:
+        """Read a piece of a prompt, and make a token of each text that is ready; return the texts that got one.
+
+        Raises:
+            CheckError: A logit is not finite.
+        """
+        self._admit()
+        grown = self._read_prompt()
+        ready = [text for text in self.running if self._ready(text) and text not in grown]
+        if ready:
+            grown += self._decode(ready)
+        for text in self.running:
+            if text.alone is not None:
+                text.add(int(next(text.alone)))
+                grown.append(text)
+        self._leave()
+        return grown
+
+    def run(self, requests: Sequence[Request]) -> list[Text]:
+        """Continue all of some texts; return them in their order."""
+        texts = [self.submit(request) for request in requests]
+        while self.busy:
+            self.step()
+        return texts
+
+    # -- a step
+
+    def _admit(self) -> None:
+        while self.waiting and self._free:
+            text = self.waiting.popleft()
+            text.slot = self._free.pop(0)
+            self.running.append(text)
+            if self.cache is None or len(text.request.prompt) > self.block_size:
+                self._go_alone(text)
+            else:
+                self.cache.lengths[text.slot] = 0
+                self._prompts[text.slot] = []
+
+    def _read_prompt(self) -> list[Text]:
+        """Read a piece of the first prompt that is not read yet; after its last, the text gets its first token."""
+        text = next((one for one in self.running if one.alone is None and not self._ready(one)), None)
+        if text is None:
+            return []
+        assert self.cache is not None and text.slot is not None
+        prompt = list(text.request.prompt)
+        if not text.read:
+            self._share(text, prompt)
+        part = prompt[text.read : text.read + self.piece]
+        width = min(self.piece, self.block_size - text.read)  # always the same for a piece at this place
+        tokens = torch.tensor([part + [0] * (width - len(part))], device=self.device)  # (1, T)
+        self.cache.select(slice(text.slot, text.slot + 1))
+        logits = self._forward(tokens)  # (1, T, V)
+        text.read += len(part)
+        self.cache.lengths[text.slot] = text.read
+        self._prompts[text.slot] = prompt[: text.read]
+        if text.read < len(prompt):
+            return []
+        self._choose([text], logits[:, len(part) - 1])
+        return [text]
+
+    def _share(self, text: Text, prompt: list[int]) -> None:
+        """Copy the pieces that another slot has read of the same prompt."""
+        assert self.cache is not None and text.slot is not None
+        most = min(len(prompt), self.block_size) - 1  # of its last token the logits are needed
+
+        def common(other: list[int]) -> int:
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[:most], other, strict=False))
+            return sum(1 for _ in same) // self.piece * self.piece
+
+        slot, length = max(((slot, common(other)) for slot, other in self._prompts.items()), key=lambda pair: pair[1])
+        if length:
+            self.cache.copy(slot, text.slot, length)
+            text.read = length
+
+    def _decode(self, texts: list[Text]) -> list[Text]:
+        """Make a token of each."""
+        assert self.cache is not None
+        stop = -(-(max(text.slot for text in texts if text.slot is not None) + 1) // self.rows) * self.rows
+        last = torch.zeros(stop, 1, dtype=torch.int64)
+        for text in texts:
+            last[text.slot] = text.tokens[-1]
+        self.cache.select(slice(0, stop))
+        logits = self._forward(last.to(self.device))[:, -1]  # (B, 1) -> (B, V)
+        slots = [text.slot for text in texts]
+        self.cache.lengths[slots] += 1
+        self._choose(texts, logits[slots])
+        return texts
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.net(tokens, self.cache)
+        return logits
+
+    def _choose(self, texts: list[Text], logits: Tensor) -> None:
+        """Add a token to each text, by its own sampler and generator, from logits (B, V)."""
+        logits = logits.float().cpu()
+        if not logits.amax().isfinite():  # NaN is the largest of all
+            raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
+        for text, row in zip(texts, logits.split(1), strict=True):
+            seen = torch.tensor([[*text.request.prompt, *text.tokens]])
+            probabilities = text.request.sampler.probabilities(row, seen)  # (1, V)
+            token = int(torch.multinomial(probabilities, 1, generator=text.generator))
+            if text.request.logprobs is not None:
+                logs = row[0].log_softmax(0)  # (V,)
+                likeliest = logs.topk(min(text.request.logprobs, len(logs)))
+                text.logprobs.append(
+                    (float(logs[token]), dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)))
+                )
+            text.add(token)
+            if len(text.request.prompt) + len(text.tokens) > self.block_size and text.finished is None:
+                self._go_alone(text)
+
+    def _go_alone(self, text: Text) -> None:
+        """Let a text make its tokens by itself from here on."""
+        request = text.request
+        so_far = torch.tensor([[*request.prompt, *text.tokens]], device=self.device)
+        text.alone = generate(self.net, so_far, sampler=request.sampler, generator=text.generator)
+
+    def _ready(self, text: Text) -> bool:
+        return text.alone is None and text.read == len(text.request.prompt)
+
+    def _leave(self) -> None:
+        for text in [one for one in self.running if one.finished]:
+            self.running.remove(text)
+            assert text.slot is not None
+            self._free = sorted([*self._free, text.slot])
+            text.alone = None
+
+
+@torch.inference_mode()
+def steady_rows(net: Any, most: int) -> int:
+    """Return a number of rows: batches of a multiple of it, at most `most`, give each text the same bits.
+
+    Matrix products of few rows may be computed by other instructions than those of many, which rounds otherwise. It is
+    found by trying; where none of the smaller numbers does, it is `most`: all batches are of one size.
+    """
+    made = torch.Generator().manual_seed(0)
+    length = min(3, int(net.block_size))
+    tokens = torch.randint(net.vocab_size, (-(-most // max(ROWS)) * max(ROWS), length), generator=made)
+    tokens = tokens.to(next(net.parameters()).device)
+
+    def logits(count: int) -> Tensor:
+        cache = Slots(count, net.block_size, tokens.device)
+        for i in range(length):
+            out: Tensor = net(tokens[:count, i : i + 1], cache)  # (B, 1, V)
+            cache.lengths += 1
+        return out
+
+    whole = logits(len(tokens))
+    for rows in ROWS:
+        counts = {rows, 2 * rows, 3 * rows, most} if rows < most else set()
+        sizes = [count for count in sorted(counts) if count % rows == 0 and count <= len(tokens)]
+        if sizes and all(torch.equal(logits(count), whole[:count]) for count in sizes):
+            return rows
+    return most

@@ -1,0 +1,209 @@
+"""The engine: a request gets the same tokens whatever else is in work, and whenever it arrives."""
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lm.errors import CheckError, UserError
+from lm.generation import Sampler, generate
+from lm.generation.engine import Engine, Request, Text, steady_rows
+from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
+from lm.tokenizers import CharTokenizer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,;:'\n"
+TOKENIZER = CharTokenizer(LETTERS)
+V, BLOCK = len(LETTERS), 96
+KINDS: dict[str, Any] = {
+    "learned": {},
+    "rotary": {"positions": "rotary", "n_kv_head": 2, "norm": "rms", "feed_forward": "swiglu", "bias": False},
+    "documents": {"document_end": 3, "qk_norm": True, "logit_soft_cap": 20.0},
+    "separate": {"attention": "separate"},
+}
+
+
+def made(kind: str = "learned", dtype: torch.dtype = torch.float32, **sizes: int) -> GPT:
+    torch.manual_seed(1)
+    net = GPT(V, BLOCK, **{"n_layer": 2, "n_head": 4, "n_embd": 48} | sizes | KINDS[kind], init_std=0.3)
+    return net.to(dtype).eval()
+
+
+def drawn(draw: random.Random, *, longest: int = 40) -> Request:
+    sampler = Sampler(
+        temperature=draw.choice([0.0, 0.7, 1.0, 1.5]), top_k=draw.choice([None, 3, 10]),
+        top_p=draw.choice([None, 0.9]), repetition_penalty=draw.choice([1.0, 1.3]),
+    )  # fmt: skip
+    prompt = [draw.randrange(V) for _ in range(draw.randint(1, 60))]
+    return Request(
+        prompt=prompt, sampler=sampler, seed=draw.randrange(10**6), max_new_tokens=draw.randint(1, longest),
+        stop=draw.choice([(), ("ab",), (".", "qz")]), logprobs=draw.choice([0, 3]),
+    )  # fmt: skip
+
+
+def mixed(engine: Engine, requests: list[Request], draw: random.Random) -> list[Text]:
+    """Continue requests that arrive between steps, in any order; some others are cancelled."""
+    left = list(enumerate(requests))
+    draw.shuffle(left)
+    texts: dict[int, Text] = {}
+    disturbing: list[Text] = []
+    while left or engine.busy:
+        for _ in range(draw.randint(0, 3)):
+            if left:
+                number, request = left.pop()
+                texts[number] = engine.submit(request)
+        if draw.random() < 0.2 and len(disturbing) < 8:
+            disturbing.append(engine.submit(drawn(draw)))
+        if draw.random() < 0.1 and disturbing:
+            engine.cancel(draw.choice(disturbing))
+        engine.step()
+    return [texts[number] for number in range(len(requests))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_is_as_if_alone(kind: str) -> None:
+    """Whatever else is there, to the last token; LM_MIXES=500 is what the documents promise."""
+    draw = random.Random(2)
+    net = made(kind)
+    for mix in range(int(os.environ.get("LM_MIXES", "40")) // len(KINDS)):
+        requests = [drawn(draw) for _ in range(draw.randint(2, 10))]
+        alone = [Engine(net, TOKENIZER, slots=16).run([request])[0] for request in requests]
+        together = mixed(Engine(net, TOKENIZER, slots=16), requests, draw)
+        assert [text.tokens for text in together] == [text.tokens for text in alone], mix
+        assert [text.logprobs for text in together] == [text.logprobs for text in alone], mix  # to the last bit
+        assert [text.text for text in together] == [text.text for text in alone]
+        assert [text.finished for text in together] == [text.finished for text in alone]
+
+
+NETS: dict[str, Any] = {
+    **{kind: lambda kind=kind: made(kind, torch.float64) for kind in KINDS},
+    "bigram": lambda: Bigram(V, BLOCK),
+    "mlp": lambda: MLP(V, 8),
+    "wavenet": lambda: WaveNet(V, 8),
+    "dense": lambda: WaveNet(V, BLOCK, depth=3, dense=True),
+    "gated": lambda: GatedWaveNet(V, BLOCK),
+    "source and target": lambda: Seq2Seq(V, BLOCK, start_token=1),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_its_tokens_are_those_of_generate(name: str) -> None:
+    """In float64: also beyond the context, and for a batch of unequal prompts."""
+    torch.manual_seed(3)
+    net: nn.Module = NETS[name]().double().eval()
+    draw = random.Random(4)
+    requests = [
+        Request(prompt=[draw.randrange(V) for _ in range(length)], seed=length, max_new_tokens=60)
+        for length in (1, 5, 64, 70, 95, 96, 97, 130)
+    ]
+    texts = Engine(net, TOKENIZER, slots=3).run(requests)
+    for request, text in zip(requests, texts, strict=True):
+        generator = torch.Generator().manual_seed(request.seed)
+        tokens = generate(net, torch.tensor([request.prompt]), sampler=request.sampler, generator=generator)
+        assert text.tokens == [int(next(tokens)) for _ in range(60)], request.prompt
+        assert text.finished == "length" and text.text == TOKENIZER.decode(text.tokens)
+
+
+def test_a_prompt_that_another_has_read_is_copied() -> None:
+    net = made("rotary")
+    prompt = [i % V for i in range(70)]
+    engine = Engine(net, TOKENIZER, slots=4, piece=16)
+    reads: list[int] = []
+    net.register_forward_hook(lambda net, inputs, out: reads.append(inputs[0].shape[1]))
+    texts = engine.run([Request(prompt=prompt, seed=seed, max_new_tokens=8) for seed in range(4)])
+    assert sum(size > 1 for size in reads) == 5 + 3  # of the others, the last piece alone
+    alone = [
+        Engine(net, TOKENIZER, piece=16).run([Request(prompt=prompt, seed=i, max_new_tokens=8)])[0] for i in range(4)
+    ]
+    assert [text.tokens for text in texts] == [text.tokens for text in alone]
+    assert len({tuple(text.tokens) for text in texts}) == 4
+
+
+def test_a_long_prompt_does_not_keep_others_waiting() -> None:
+    engine = Engine(made(), TOKENIZER, slots=2, piece=8)
+    short = engine.submit(Request(prompt=[1], max_new_tokens=20))
+    engine.step()
+    long = engine.submit(Request(prompt=[2] * 80, max_new_tokens=1))
+    made_meanwhile = len(short.tokens)
+    while not long.tokens:
+        engine.step()
+    assert len(short.tokens) >= made_meanwhile + 9  # ten pieces, and a token of the other's with each
+
+
+def test_order_is_that_of_arrival_and_cancelling_frees_at_once() -> None:
+    engine = Engine(made(), TOKENIZER, slots=1)
+    texts = [engine.submit(Request(prompt=[i], max_new_tokens=5)) for i in range(3)]
+    engine.step()
+    assert [len(text.tokens) for text in texts] == [1, 0, 0]
+    engine.cancel(texts[0])
+    engine.cancel(texts[2])
+    assert texts[0].finished == texts[2].finished == "cancelled" and not engine.running
+    engine.step()
+    assert [len(text.tokens) for text in texts] == [1, 1, 0]
+    while engine.busy:
+        engine.step()
+    assert texts[1].finished == "length"
+
+
+def test_memory_is_taken_at_the_start_and_never_grows() -> None:
+    engine = Engine(made(), TOKENIZER, slots=8)
+    before = engine.memory
+    assert before >= 8 * BLOCK * 2 * 2 * 48 * 4  # slots, tokens, layers, keys and values, channels, bytes
+    engine.run([drawn(random.Random(i)) for i in range(30)])
+    assert engine.memory == before
+
+
+def test_text_comes_as_it_is_certain() -> None:
+    engine = Engine(made(), TOKENIZER)
+    text = engine.submit(Request(prompt=[1, 2], seed=5, max_new_tokens=50))
+    pieces = []
+    while engine.busy:
+        engine.step()
+        pieces.append(text.take())
+    assert "".join(pieces) == text.text == TOKENIZER.decode(text.tokens) and len(pieces) == 50
+
+
+def test_rows_are_tried() -> None:
+    """A network whose rows depend on how many there are is always given all of them."""
+
+    class Uneven(GPT):
+        def forward(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
+            return super().forward(tokens, cache) * (1 + 1e-6 * len(tokens))
+
+    torch.manual_seed(0)
+    assert steady_rows(Uneven(V, BLOCK, n_layer=1, n_head=1, n_embd=8), 12) == 12
+    assert steady_rows(made(dtype=torch.float64), 12) <= 8
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({"prompt": []}, "the prompt has no tokens"),
+        ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompt": [1], "stop": ("",)}, "stop has an empty string"),
+    ],
+)
+def test_bad_requests(request_: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        Request(**request_)
+
+
+def test_a_network_that_diverged() -> None:
+    net = made()
+    torch.nn.init.constant_(net.lm_head.weight, torch.nan)
+    with pytest.raises(CheckError, match="not finite"):
+        Engine(net, TOKENIZER).run([Request(prompt=[1])])
+
+
+def test_log_probabilities_are_the_networks() -> None:
+    net = made(dtype=torch.float64)
+    request = Request(prompt=[1, 2, 3], sampler=Sampler(temperature=2.0, top_k=5), max_new_tokens=20, logprobs=4)
+    (text,) = Engine(net, TOKENIZER).run([request])
+    with torch.inference_mode():
+        logs = net(torch.tensor([[1, 2, 3, *text.tokens]]))[0, 2:-1].log_softmax(-1)  # (T, V)
+    for row, token, (own, likeliest) in zip(logs, text.tokens, text.logprobs, strict=True):
+        assert own == pytest.approx(float(row[token]), rel=1e-5)
+        assert list(likeliest) == row.topk(4).indices.tolist()
+        assert list(likeliest.values()) == pytest.approx(row.topk(4).values.tolist(), rel=1e-5)
