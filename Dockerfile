@@ -30,7 +30,6 @@ VOLUME ["/app/checkpoints", "/app/logs", "/data"]
 WORKDIR /app
 # lm is process 1: SIGTERM reaches it, it saves and exits 143; docker stop -t 120 gives it the time
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["lm", "health"]
 ENTRYPOINT ["lm"]
 CMD ["--help"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -226,11 +226,10 @@ def section_help(parser: LightningArgumentParser, section: str, words: list[str]
     return text[text.index("Help for") :]
 
 
-def recipe_names(parser: ArgumentParser, said: str) -> tuple[list[str], dict[str, list[str]]]:
+def recipe_names(said: str) -> tuple[list[str], dict[str, list[str]]]:
     """Return the full names of the settings of the classes that a recipe is made of, and what classes there are.
 
     Args:
-        parser: The recipe's parser.
         said: All that the recipe and the command line say: only classes in it count, where there are any.
     """
     from inspect import signature

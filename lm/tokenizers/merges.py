@@ -126,15 +126,15 @@ def from_text(text: str) -> dict[bytes, int]:
     return ranks
 
 
-def main(name: str = "gpt2") -> None:
-    """Put an encoding's merge table into tiktoken's cache, $TIKTOKEN_CACHE_DIR, while an image is built."""
-    encoding, folder = PUBLISHED[name], Path(os.environ["TIKTOKEN_CACHE_DIR"])
+def main() -> None:
+    """Put GPT-2's merge table into tiktoken's cache, $TIKTOKEN_CACHE_DIR, while an image is built."""
+    encoding, folder = PUBLISHED["gpt2"], Path(os.environ["TIKTOKEN_CACHE_DIR"])
     with tempfile.TemporaryDirectory() as home:
         os.environ["LM_DATA_HOME"] = home
         try:
             text = encoding.ranks()
         except UserError as error:
-            print(f"note: the image is without {name}: {error}", file=sys.stderr)
+            print(f"note: the image is without gpt2: {error}", file=sys.stderr)
             return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / hashlib.sha1(encoding.url.encode()).hexdigest()).write_text(text)
