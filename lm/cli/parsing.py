@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.checkpoints.restore import deny_what_runs_code
-from lm.cli import common, environment, help, messages, values
+from lm.cli import common, environment, help, messages, plain_help, values
 from lm.errors import UserError, causes
 from lm.training import LanguageModel
 from lm.training.callbacks.checkpointing import Checkpoints
@@ -96,6 +96,7 @@ class Recipes(LightningCLI):
                         "exit_on_error": False,
                         "allow_abbrev": False,
                     },
+                    parser_class=_Parser,
                     args=arguments,
                     run=False,
                     auto_configure_optimizers=False,
@@ -103,12 +104,6 @@ class Recipes(LightningCLI):
                 )
         finally:
             sys.argv = argv
-
-    def init_parser(self, **settings: Any) -> LightningArgumentParser:
-        """Make Lightning's parser, with our `dump`."""
-        parser = super().init_parser(**settings)
-        parser.__class__ = _Parser
-        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check all numbers against their bounds; or print the requested help, and stop."""
@@ -167,7 +162,10 @@ class Untrained(Recipes):
 
 
 class _Parser(LightningArgumentParser):
-    """Writes enum settings, such as those of Lightning's Timer, as the strings that a recipe would have."""
+    """Explains types in words, and writes enum settings, as of Lightning's Timer, as the strings of a recipe."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, formatter_class=plain_help.PlainHelp, **settings)
 
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """Return a recipe as text."""
