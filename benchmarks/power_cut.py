@@ -55,15 +55,21 @@ def calls_of(trace: Path, folder: Path) -> list[Call]:
 
 
 def _lines(trace: Path) -> Iterator[tuple[int, str]]:
-    """Yield a trace's calls with their threads; a call that another thread's output splits is joined."""
+    """Yield a trace's calls with their threads; a call that another thread's output splits is joined where it ends.
+
+    All but close: its descriptor is free, and may be another thread's next file, before close returns.
+    """
     begun: dict[int, str] = {}
     for line in trace.read_text().splitlines():
         thread, _, rest = line.partition(" ")
         rest = rest.strip()
         if rest.endswith("<unfinished ...>"):
             begun[int(thread)] = rest.removesuffix("<unfinished ...>").rstrip()
+            if rest.startswith("close("):
+                yield int(thread), f"{begun.pop(int(thread))}) = 0"
         elif resumed := re.match(r"<\.\.\. \w+ resumed>\s*", rest):
-            yield int(thread), begun.pop(int(thread), "") + rest[resumed.end() :]
+            if first := begun.pop(int(thread), ""):
+                yield int(thread), first + rest[resumed.end() :]
         else:
             yield int(thread), rest
 

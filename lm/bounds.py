@@ -199,7 +199,7 @@ def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> It
     Args:
         values: Settings, nested as recipes are.
         owner: Whose they are: a class's import path, or a command's name.
-        path: What messages put in front of names, such as "data." or "--".
+        path: What messages put in front of names, such as "data.".
     """
     if isinstance(values.get("class_path"), str):
         owner = values["class_path"]
@@ -209,12 +209,12 @@ def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> It
             if not allowed.allows(value):
                 yield f"{path}{name} is {_shown(value)}: it must be {allowed}"
         elif isinstance(value, Mapping):
-            inner = SECTIONS.get(name, owner) if path in ("", "--") else owner
-            yield from complaints(value, inner, f"{path.removeprefix('--')}{name}.")
+            inner = SECTIONS.get(name, owner) if not path else owner
+            yield from complaints(value, inner, f"{path}{name}.")
         elif isinstance(value, list):
             for each in value:
                 if isinstance(each, Mapping):
-                    yield from complaints(each, owner, f"{path.removeprefix('--')}{name}.")
+                    yield from complaints(each, owner, f"{path}{name}.")
 
 
 def check(values: Mapping[str, Any], owner: str, path: str, error: type[Exception]) -> None:

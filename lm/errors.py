@@ -1,5 +1,6 @@
 """Errors that end a command with one line and an exit code, instead of a traceback."""
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,19 @@ from typing import Any
 
 STOPS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """The signals that stop a command: a terminal that is closed, Ctrl-C, SLURM ahead of a job's end, kill."""
+
+
+def setting(name: str) -> str:
+    """Return a setting's name as the text of a CommandError or of a log line has it, to be `shown`.
+
+    It is between zero bytes, which neither a path nor a command line can have: nothing that a user wrote passes for it.
+    """
+    return f"\0{name}\0"
+
+
+def shown(text: str, form: str = "`{}`") -> str:
+    """Return a text with the settings in it written in a form; the command line's is an option, "--{}"."""
+    return re.sub("\0([a-z_.]+)\0", lambda found: form.format(found[1]), text)
 
 
 class CommandError(Exception):
@@ -22,6 +36,15 @@ class CommandError(Exception):
     def __init__(self, text: str) -> None:
         # a DataLoader remakes a worker process's error with the whole traceback as its text: keep the last part
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2] if text.startswith("Caught ") else text)
+
+    def __str__(self) -> str:
+        """Return the line for a program that calls lm: settings in backticks."""
+        return shown(self.text)
+
+    @property
+    def text(self) -> str:
+        """The line before its settings are `shown`."""
+        return str(self.args[0])
 
 
 class UserError(CommandError):

@@ -8,7 +8,11 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from lm.errors import shown
 
 
 def as_json() -> bool:
@@ -24,16 +28,27 @@ def rank() -> int:
     return 0
 
 
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Let lines show settings as options of the command line, in this process and in those that it starts."""
+    os.environ["LM_NAMES"] = "options"
+    try:
+        yield
+    finally:
+        os.environ.pop("LM_NAMES", None)
+
+
 def line(text: str, *, level: str = "info", run: str | None = None, **fields: Any) -> str:
     """Return a line, without its end.
 
     Args:
-        text: What it says to people.
+        text: What it says to people; `errors.setting` marks the settings that it names.
         level: info, warning or error; people see it only for errors.
         run: Name of the run.
         fields: What a machine would otherwise parse from the text, such as step and metrics. None and numbers that are
             not finite, which JSON lacks, become null.
     """
+    text = shown(text, "--{}") if os.environ.get("LM_NAMES") == "options" else shown(text)
     text = " ".join(text.split()) if level == "error" else text
     if not as_json():
         return f"error: {text}" if level == "error" else text

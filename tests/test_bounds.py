@@ -96,7 +96,7 @@ def test_the_front_door_refuses_for_the_trainer(name: str, text: str) -> None:
     bound = bounds.bound("Trainer", name)
     assert bound is not None, f"lm/bounds.py has no bound for Trainer.{name}"
     for value in wrong(bound, "" if name != "max_time" else "dict"):
-        (complaint,) = bounds.complaints({"trainer": {name: value}}, path="--")
+        (complaint,) = bounds.complaints({"trainer": {name: value}})
         assert re.fullmatch(rf"trainer\.{name} is .*: it must be .*", complaint)
 
 
@@ -107,13 +107,13 @@ def test_optimizers_of_torch_take_finite_numbers_only() -> None:
     for kind, name in names:
         for value in (math.nan, math.inf):
             node = {"class_path": f"torch.optim.{kind.__name__}", "init_args": {name: value}}
-            (complaint,) = bounds.complaints({"model": {"optimizer": node}}, path="--")
+            (complaint,) = bounds.complaints({"model": {"optimizer": node}})
             assert complaint.startswith(f"model.optimizer.{name} is ")
 
 
 def test_others_know_their_own_bounds() -> None:
     node = {"class_path": "mine.Network", "init_args": {"dropout": 1, "depth": 0, "seed": 10**30}}
-    assert not list(bounds.complaints({"model": {"net": node}}, path="--"))
+    assert not list(bounds.complaints({"model": {"net": node}}))
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

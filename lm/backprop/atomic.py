@@ -54,7 +54,7 @@ def forward(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Tensor
     """Return every tensor of the forward pass; the lecture's weights are (in, out), so W1 and W2 are transposed."""
     layers: Any = list(net.hidden) if isinstance(net, MLP) else []
     if not isinstance(net, MLP) or len(layers) != 3 or not isinstance(layers[1], BatchNorm):
-        raise ValueError("the atomic level is for an lm.models.MLP with n_layer 1 and batch_norm: use --level fused")
+        raise ValueError("the atomic level is for an lm.models.MLP with n_layer 1 and batch_norm")
     linear, norm, _ = layers
     n, m = len(tokens), len(tokens) - int(norm.bessel)
     v: dict[str, Tensor] = {"C": net.wte.weight, "W1": linear.weight.mT, "W2": net.lm_head.weight.mT}

@@ -50,6 +50,7 @@ def attend(
     else:
         scores.masked_fill_(~allowed, -math.inf)
     weights = scores.softmax(-1)
+    backward_drop: Backward
     dropped, backward_drop = drop(weights, dropout) if dropout else (weights, lambda dy: dy)
     used = dropped.flatten(0, 1).to(v.dtype)  # (B H, T, S)
     y = torch.bmm(used, v_).view_as(q)  # (B H, T, S) @ (B H, S, D) -> (B, H, T, D)

@@ -136,7 +136,8 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     if path.is_dir():
         with of_lm(path):
             return sharded.load_whole(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def newest_first(folder: Path) -> dict[Path, Saved]:
         except Exception:  # a damaged file can raise anything; it is no candidate
             continue
 
-    def age(path: Path) -> tuple:
+    def age(path: Path) -> tuple[float, int, bool, str]:
         return found[path].start, found[path].step, path.name == "last.ckpt", path.name
 
     return {path: found[path] for path in sorted(found, key=age, reverse=True)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lm import outputs, storage
 from lm.checkpoints import owned
-from lm.errors import UserError, causes
+from lm.errors import UserError, causes, setting
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def full_disk_is_a_user_error(folder: Path) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
         if path and folder.resolve() not in (path.absolute(), *path.absolute().parents):
-            raise UserError(f"{path}: {reason}: mend that, and continue with --ckpt_path auto") from error
+            raise UserError(f"{path}: {reason}: mend that, and continue with {setting('ckpt_path')} auto") from error
         raise UserError(f"{path or folder} could not be written to ({reason}): {remedy(folder)}") from error
     finally:
         threading.excepthook = hook

@@ -64,13 +64,14 @@ def build(config: dict[str, Any], vocab_size: int, block_size: int) -> nn.Module
     config = {"class_path": config["class_path"], "init_args": {**(config.get("init_args") or {}), **sizes}}
     try:
         with without_initialisation():
-            return parser.instantiate(parser.parse_object({"net": config})).net
+            net: nn.Module = parser.instantiate(parser.parse_object({"net": config})).net
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
         denied = "is not allowed" in str(error)
         advice = "it could run any code" if denied else "is its module to be imported here?"
         raise UserError(
             f"the network {config['class_path']} cannot be made: {advice} ({str(error).splitlines()[-1].strip()[:200]})"
         ) from error
+    return net
 
 
 class without_initialisation(TorchFunctionMode):  # noqa: N801 - a context manager

@@ -7,7 +7,7 @@ from pathlib import Path
 from lm import storage
 from lm.checkpoints import owned, sharded
 from lm.checkpoints.checkpoint import copy, damage, verify
-from lm.errors import UserError
+from lm.errors import UserError, setting
 
 
 def clear(folder: Path) -> None:
@@ -27,28 +27,33 @@ def renew_last(folder: Path, newest: Path | None) -> None:
         copy(newest, last)
 
 
-def resolve(folder: Path, candidates: Iterable[Path], request: str | None, note: Callable[[str], None]) -> Path | None:
+def resolve(
+    folder: Path, candidates: Iterable[Path], ckpt_path: str | None, note: Callable[[str], None]
+) -> Path | None:
     """Return the checkpoint that training starts from; None is a fresh start.
 
     Args:
         folder: The run's checkpoints.
         candidates: The readable ones, the newest first.
-        request: `--ckpt_path`: None, `last`, `auto` or a path.
+        ckpt_path: None, `last`, `auto` or a path.
         note: Called with a line about each damaged checkpoint that is skipped.
 
     Raises:
         UserError: The run has checkpoints and nothing was requested, or the requested one is missing or damaged.
     """
     found = sorted(folder.glob("*.ckpt"))
-    if request not in (None, "last", "auto"):
-        return verify(Path(request).expanduser())
+    if ckpt_path not in (None, "last", "auto"):
+        return verify(Path(ckpt_path).expanduser())
     if not found:
-        if request == "last":
-            raise UserError(f"--ckpt_path last: {folder} has no checkpoint: leave the option out to start, or say auto")
+        if ckpt_path == "last":
+            raise UserError(
+                f"{setting('ckpt_path')} last: {folder} has no checkpoint: leave it out to start, or say auto"
+            )
         return None
-    if request is None:
+    if ckpt_path is None:
         raise UserError(
-            f"{folder} has checkpoints already: say --ckpt_path last to continue the run, or --name for a new one"
+            f"{folder} has checkpoints already: say {setting('ckpt_path')} last to continue the run, or "
+            f"{setting('name')} for a new one"
         )
     last = folder / "last.ckpt"
     if last in found and last not in candidates:
@@ -60,4 +65,6 @@ def resolve(folder: Path, candidates: Iterable[Path], request: str | None, note:
                 note(f"continuing from {path}, the newest whole checkpoint")
             return path
         note(f"{path} is damaged: {problem}")
-    raise UserError(f"--ckpt_path {request}: none of the {len(found)} checkpoints in {folder} is whole; move them away")
+    raise UserError(
+        f"{setting('ckpt_path')} {ckpt_path}: none of the {len(found)} checkpoints in {folder} is whole; move them away"
+    )

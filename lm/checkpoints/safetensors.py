@@ -18,7 +18,7 @@ from lm import outputs, storage
 from lm.checkpoints import checkpoint, owned, schema
 from lm.checkpoints.restore import build
 from lm.checkpoints.schema import Saved
-from lm.errors import UserError
+from lm.errors import UserError, setting
 from lm.tokenizers import from_state
 
 WEIGHTS, REST = "model.safetensors", "lm.json"
@@ -26,22 +26,22 @@ NAMES = rf"{WEIGHTS}|{REST}"
 
 
 def export_safetensors(
-    ckpt_path: Path, folder: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
+    ckpt_path: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
 ) -> Path:
     """Write the network of a checkpoint, single-file or sharded, as a folder without optimizer state.
 
     Args:
         ckpt_path: The checkpoint.
-        folder: A new one.
+        output: A new folder.
         overwrite: Whether it may replace an earlier export.
         note: Called with a line about weights that are not finite: they are exported as they are.
 
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
-    outputs.check_place(folder, made="folder of an export")
-    _put_back(folder)
-    outputs.check_free(folder, made="folder of an export", ours=_is_export, overwrite=overwrite)
+    outputs.check_place(output, made="folder of an export")
+    _put_back(output)
+    outputs.check_free(output, made="folder of an export", ours=_is_export, overwrite=overwrite)
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
@@ -50,18 +50,20 @@ def export_safetensors(
         rest = saved.entry() | {"step": saved.step, "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
     _note_not_finite(ckpt_path, weights, note)
-    part = storage.part_of(folder)
+    part = storage.part_of(output)
     try:
-        with storage.folder_made(folder.parent):
+        with storage.folder_made(output.parent):
             part.mkdir()
             for name, content in data.items():
                 storage.write_whole(part / name, content)
-            storage.replace_folder(part, folder, NAMES)
+            storage.replace_folder(part, output, NAMES)
     except OSError as error:
         with suppress(OSError, UserError):
             storage.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
-        raise UserError(f"--output {folder}: {error.strerror or error}: say a folder that can be written to") from error
-    return folder
+        raise UserError(
+            f"{setting('output')} {output}: {error.strerror or error}: say a folder that can be written to"
+        ) from error
+    return output
 
 
 def _put_back(folder: Path) -> None:
@@ -99,12 +101,12 @@ def _without_doubles(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def import_safetensors(
-    folder: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
+    source: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print
 ) -> Path:
-    """Write a single-file checkpoint from such a folder: for inference and for --init_from, not for resuming.
+    """Write a single-file checkpoint from such a folder: for inference and fine-tuning, not for resuming.
 
     Args:
-        folder: What `export_safetensors` wrote.
+        source: What `export_safetensors` wrote.
         output: A new file.
         overwrite: Whether it may replace a checkpoint of lm's.
         note: Called with a line about weights that are not finite.
@@ -114,10 +116,10 @@ def import_safetensors(
             not free or cannot be written.
     """
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
-    _put_back(folder)
+    _put_back(source)
     try:
-        rest = json.loads(storage.plain(folder / REST).read_text())
-        weights = load_file(storage.plain(folder / WEIGHTS))
+        rest = json.loads(storage.plain(source / REST).read_text())
+        weights = load_file(storage.plain(source / WEIGHTS))
         weights |= {name: weights[other] for name, other in rest.pop("same").items()}
         step = int(rest.pop("step"))
         state = {schema.NET + name: value for name, value in weights.items()}
@@ -127,12 +129,14 @@ def import_safetensors(
         from_state(saved.tokenizer)
     except OSError as error:
         raise UserError(
-            f"--source {folder}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
+            f"{setting('source')} {source}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error
     except (*checkpoint.FOREIGN, SafetensorError) as error:
         what = " ".join(str(error).split())[:300]
-        raise UserError(f"--source {folder}: it is not what lm export writes ({what}): export it again") from error
-    _note_not_finite(folder, weights, note)
+        raise UserError(
+            f"{setting('source')} {source}: it is not what lm export writes ({what}): export it again"
+        ) from error
+    _note_not_finite(source, weights, note)
     _write(saved.imported(), output)
     return output
 
@@ -162,4 +166,4 @@ def _write(saved: dict[str, Any], output: Path) -> None:
         with storage.folder_made(output.parent):
             checkpoint.write(saved, output)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or error}: say another place") from error
+        raise UserError(f"{setting('output')} {output}: {error.strerror or error}: say another place") from error

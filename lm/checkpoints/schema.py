@@ -104,7 +104,7 @@ class Saved:
         return {name: getattr(self, name) for name in _OURS}
 
     def imported(self) -> dict[str, Any]:
-        """Return a whole checkpoint without optimizer states: for inference and --init_from, not for resuming."""
+        """Return a whole checkpoint without optimizer states: for inference and fine-tuning, not for resuming."""
         return {
             "pytorch-lightning_version": metadata.version("lightning"),  # without it Lightning takes it for an old one
             "global_step": self.step,
@@ -140,7 +140,8 @@ class Saved:
         """
         if self.sequences is not None:
             return self.sequences
-        return self.step * (self.data.get("init_args") or {}).get("batch_size", batch_size)
+        size: int = (self.data.get("init_args") or {}).get("batch_size", batch_size)
+        return self.step * size
 
     def logged(self) -> dict[str, Any]:
         """Return the `StepLog`'s state; an earlier release's tokens follow from its last logged step."""
@@ -153,7 +154,8 @@ _OURS = {one.name for one in fields(Saved)} - {"step", "start", "state", "optimi
 
 def net_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the class_path and init_args of a recipe's network."""
-    return recipe["model"]["init_args"]["net"]
+    net: dict[str, Any] = recipe["model"]["init_args"]["net"]
+    return net
 
 
 def optimizer_of(recipe: dict[str, Any]) -> str:

@@ -150,7 +150,8 @@ def damage(path: Path) -> str | None:
 
 def meta(path: Path) -> dict[str, Any]:
     """Return everything in a sharded checkpoint except its tensors."""
-    return torch.load(storage.plain(path / META), map_location="cpu", weights_only=True)
+    rest: dict[str, Any] = torch.load(storage.plain(path / META), map_location="cpu", weights_only=True)
+    return rest
 
 
 class Reader(dcp.FileSystemReader):

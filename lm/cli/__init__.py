@@ -46,6 +46,7 @@ def usage() -> str:
     )
 
 
+@log.naming_options()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -89,8 +90,8 @@ def _end(error: CommandError) -> int:
     if os.environ.get("LM_DEBUG") and not isinstance(error, Stopped):
         raise error
     level = "warning" if isinstance(error, Stopped) else "error"
-    if str(error) and log.first_to_say(str(error)):
-        line = log.line(str(error), level=level, run=error.run, exit_code=error.exit_code)
+    if error.text and log.first_to_say(error.text):
+        line = log.line(error.text, level=level, run=error.run, exit_code=error.exit_code)
         with suppress(OSError):  # nobody can be told
             print(line, file=sys.stderr, flush=True)
     write_exit_code(error.exit_code)

@@ -103,7 +103,8 @@ class Compare(parsing.Untrained):
                     return audit.check(net, batches, compiled)
                 return {"one batch": atomic.against_autograd(net, *batches[0])}
         except ValueError as error:
-            raise UserError(f"--level {config.level}: {error}") from error
+            advice = ": use --level fused" if config.level == "atomic" else ""
+            raise UserError(f"--level {config.level}: {error}{advice}") from error
         except CommandError:
             raise
         except Exception as error:  # a wrong rule may raise anything

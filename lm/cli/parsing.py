@@ -169,7 +169,8 @@ class _Parser(LightningArgumentParser):
 
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """Return a recipe as text."""
-        return super().dump(_without_enums(cfg), *args, **settings)
+        text: str = super().dump(_without_enums(cfg), *args, **settings)
+        return text
 
 
 def _without_enums(value: Any) -> Any:

@@ -48,9 +48,12 @@ def sample(arguments: list[str]) -> None:
     prompt = _prompt(options.prompt, options.prompt_file)
     fitted = load_network(options.ckpt_path, _device(options.device))
     task = _task(fitted.data)
-    prompt, asked = _question(task, prompt)
+    try:
+        prompt, asked = task.question(prompt) if task and prompt else (prompt, prompt)  # a task has a form of its own
+        ids = start_tokens(fitted.tokenizer, asked)
+    except UserError as error:
+        raise UserError(f"{'--prompt_file' if options.prompt_file else '--prompt'}: {error.text}") from error
     answer = task.readable if task and asked else str
-    ids = start_tokens(fitted.tokenizer, asked, "--prompt_file" if options.prompt_file else "--prompt")
     device = next(fitted.net.parameters()).device
     began = time.monotonic()
     tokens = generate(
@@ -85,23 +88,13 @@ def sample(arguments: list[str]) -> None:
 
 
 def _task(data: Any) -> "TaskData | None":
-    """Return the task that a network was trained on; None where that was text."""
-    if not isinstance(data, dict) or data.get("class_path") in TEXT:
+    """Return the task that a network was trained on; None where that was text, or is not known."""
+    if not isinstance(data, dict) or data.get("class_path") in (None, *TEXT):
         return None
     from lm.data.tasks import task_of  # imports Lightning, which takes a second
 
     deny_what_runs_code()
     return task_of(data)
-
-
-def _question(task: "TaskData | None", prompt: str) -> tuple[str, str]:
-    """Return a prompt as it is printed and as the network reads it: a task has a form of its own."""
-    if task is None or not prompt:
-        return prompt, prompt
-    try:
-        return task.question(prompt)
-    except UserError as error:
-        raise UserError(f"--prompt: {error}") from error
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

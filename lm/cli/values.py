@@ -1,6 +1,7 @@
 """The values of a command line: parsed, and checked against the table of bounds before anything is done with them."""
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,17 @@ def check(options: Namespace, command: str = "") -> None:
         command: The command's name, for its own bounds.
     """
     values = options.as_dict()
-    bounds.check(values, command, "--", UserError)
-    _check_text(values, "--")
+    for complaint in (*bounds.complaints(values, command), *_zero_bytes(values)):
+        name = complaint.partition(" ")[0]
+        raise UserError(complaint if "." in name else f"--{complaint}")  # a key of a recipe, or an option
 
 
-def _check_text(value: Any, path: str) -> None:
+def _zero_bytes(value: Any, path: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for name, each in value.items():
-            _check_text(each, f"{path}{name}" if path == "--" else f"{path.removeprefix('--')}.{name}")
+            yield from _zero_bytes(each, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for each in value:
-            _check_text(each, path)
+            yield from _zero_bytes(each, path)
     elif isinstance(value, str) and "\0" in value:
-        raise UserError(f"{path} has a zero byte in it: say it without")
+        yield f"{path} has a zero byte in it: say it without"

@@ -53,7 +53,7 @@ def check_file(path: Path) -> None:
 
     Raises:
         UserError: It is a pipe or a device, which parsers would wait for; a key is duplicated; aliases expand to
-            too much.
+            too much; a section or list is neither; or it says `config`.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"--config {path}: a pipe or a device, which cannot be read twice: say a YAML file")
@@ -61,10 +61,24 @@ def check_file(path: Path) -> None:
         values = parse(path.read_text())
         if pipe := next((text for text in _texts(values) if is_pipe(text)), None):
             raise UserError(f"{path}: {pipe}: a pipe or a device, which cannot be read twice: say a file")
+        _check_sections(path, values)
     except Refused as error:
         raise UserError(f"{path}: {error}") from error
     except (OSError, ValueError, yaml.YAMLError):
         pass
+
+
+def _check_sections(path: Path, values: Any) -> None:
+    """Refuse what jsonargparse takes as it is, and trips over: a section that is a number, --config inside a file."""
+    if not isinstance(values, dict):
+        return
+    if "config" in values:
+        raise UserError(f"{path}: config: a file names no others: say --config once for each")
+    for section in SECTIONS:
+        if not isinstance(found := values.get(section, {}), dict | str):
+            raise UserError(f"{path}: {section}: found {str(found)[:80]}, expected a YAML mapping")
+    if not isinstance(found := values.get("source", []), list):
+        raise UserError(f"{path}: source: found {str(found)[:80]}, expected a list: source: [FILE, FOLDER]")
 
 
 def is_pipe(path: str) -> bool:
@@ -120,7 +134,9 @@ def _refuse(text: str) -> None:
 def _without_holders(values: dict[Any, Any]) -> dict[Any, Any]:
     """Return a file's mapping without keys that only hold anchors, and without empty sections."""
     kept = {key: value for key, value in values.items() if not str(key).startswith((".", "x-"))}
-    return _without_empty({key: value for key, value in kept.items() if value is not None or key not in SECTIONS})
+    kept = {key: value for key, value in kept.items() if value is not None or key not in SECTIONS}
+    whole: dict[Any, Any] = _without_empty(kept)
+    return whole
 
 
 def _without_empty(values: Any) -> Any:

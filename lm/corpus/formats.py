@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
-from lm.errors import UserError
+from lm.errors import UserError, setting
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -69,12 +69,12 @@ class TextError(UserError):
 
     Args:
         text: What was found, and where.
-        option: The option that helps, in a command that has the options of `Settings`.
+        advice: What helps whoever can choose the `Settings`.
     """
 
-    def __init__(self, text: str, option: str = "") -> None:
+    def __init__(self, text: str, advice: str = "") -> None:
         super().__init__(text)
-        self.option = option
+        self.advice = advice
 
 
 Reader = Callable[[IO[bytes], str, Settings], Iterator[str]]
@@ -108,13 +108,14 @@ def not_utf8(name: str, byte: int, offset: int) -> TextError:
     """Return the error of a byte that is not UTF-8."""
     return TextError(
         f"{name}: not UTF-8: byte 0x{byte:02x} at offset {offset}: convert the file to UTF-8",
-        ", or let --errors replace put U+FFFD",
+        f", or let {setting('errors')} replace put U+FFFD",
     )
 
 
 def no_text(place: str, found: str) -> TextError:
     """Return the error of a row, or a column, without text."""
-    return TextError(f"{place}: {found}", ": say another --text_key, or --errors skip to leave such rows out")
+    advice = f": say another {setting('text_key')}, or {setting('errors')} skip to leave such rows out"
+    return TextError(f"{place}: {found}", advice)
 
 
 def json_lines(file: IO[bytes], name: str, settings: Settings) -> Iterator[str]:
@@ -382,7 +383,7 @@ def _readable(path: Path, unread: list[str] | None) -> bool:
 
 def _leave(path: Path, reason: str, unread: list[str] | None) -> None:
     if unread is None:
-        raise TextError(f"source {path}: {reason}", ": mend it, or let --errors skip leave it out")
+        raise TextError(f"source {path}: {reason}", f": mend it, or let {setting('errors')} skip leave it out")
     unread.append(f"{path} ({reason})")
 
 

@@ -24,7 +24,7 @@ from lm.corpus import formats, shards
 from lm.corpus.formats import Settings
 from lm.corpus.shard_writer import FILES, ShardWriter, save_tokenizer
 from lm.corpus.workers import DocumentBatch, Encode, Piece, ordered, split_of
-from lm.errors import UserError
+from lm.errors import UserError, setting
 
 LINE_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 COMMIT_SECONDS = 2.0  # of work that a kill may lose
@@ -64,10 +64,11 @@ class Preparation:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        bounds.check(vars(self), "lm.Preparation", "--", UserError)
+        bounds.check(vars(self), "lm.Preparation", "", UserError)
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError(
-                f"--val_fraction {self.val_fraction}, --test_fraction {self.test_fraction}: leave nothing to train on"
+                f"{setting('val_fraction')} {self.val_fraction}, {setting('test_fraction')} {self.test_fraction}: "
+                "leave nothing to train on"
             )
 
 
@@ -82,11 +83,11 @@ def prepare(job: Preparation) -> dict[str, Any]:
     """
     outputs.check_place(job.output, made="folder")
     if job.output.is_file():
-        raise UserError(f"--output {job.output}: it is a file: say an empty or a new folder")
+        raise UserError(f"{setting('output')} {job.output}: it is a file: say an empty or a new folder")
     try:
         with (
             storage.folder_made(job.output),
-            storage.alone(job.output, f"--output {job.output}: another lm prepare is at work in it"),
+            storage.alone(job.output, f"{setting('output')} {job.output}: another lm prepare is at work in it"),
         ):
             return _Run(job).result()
     except OSError as error:  # most errors of a source are caught before
@@ -94,8 +95,8 @@ def prepare(job: Preparation) -> dict[str, Any]:
         if job.output.absolute() not in (named, *named.parents):
             raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(
-            f"--output {job.output}: could not be written ({error.strerror or error}): mend that and give the same "
-            "command again, it goes on from there"
+            f"{setting('output')} {job.output}: could not be written ({error.strerror or error}): mend that and "
+            "give the same command again, it goes on from there"
         ) from error
 
 
@@ -112,7 +113,8 @@ class _Run:
             job.split == "auto" and len(self.files) == 1 and formats.reader_of(self.files[0], job.reading) is None
         )
         if self.by_characters and (len(self.files) > 1 or formats.reader_of(self.files[0], job.reading)):
-            raise UserError("--split characters: cuts one text file, for other sources say --split documents")
+            name = setting("split")
+            raise UserError(f"{name} characters: cuts one text file, for other sources say {name} documents")
         self.sizes = [path.stat().st_size for path in self.files]
 
     def result(self) -> dict[str, Any]:
@@ -128,13 +130,15 @@ class _Run:
         tokenizer = tokenizers.load_tokenizer(self.folder / "tokenizer.json")
         dtype = tokenizer.dtype if self.job.dtype == "auto" else np.dtype(self.job.dtype)
         if np.iinfo(dtype).max < tokenizer.n_vocab - 1:
-            raise UserError(f"--dtype {dtype}: too small for the tokenizer's {tokenizer.n_vocab} ids: say uint32")
+            raise UserError(
+                f"{setting('dtype')} {dtype}: too small for the tokenizer's {tokenizer.n_vocab} ids: say uint32"
+            )
         writer = ShardWriter(self.folder, tokenizer, self.job.shard_tokens, progress.get("committed"), dtype)
         writer.commit(progress)
         counts = self._encode_all(writer, progress)
         if not sum(writer.tokens.values()):
             self._clear("progress.json", "tokenizer.json", self.spool.name)
-            raise UserError(f"--source {' '.join(self.job.source)}: it is empty")
+            raise UserError(f"{setting('source')} {' '.join(self.job.source)}: it is empty")
         if self.by_characters:
             counts["documents"] = 1  # one text, though each split has a part of it
         manifest = writer.finish({"plan": progress["plan"], **counts})
@@ -152,19 +156,21 @@ class _Run:
                 known = json.loads(storage.plain(path).read_text())
                 same = known["plan"] == plan
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"--output {self.folder}: its {name} is not lm prepare's") from error
+                raise UserError(f"{setting('output')} {self.folder}: its {name} is not lm prepare's") from error
             if not same and self.job.overwrite and storage.holds_only(self.folder, FILES):
                 self._clear(*(p.name for p in self.folder.iterdir() if p != self.spool))
                 break
             if not same:
                 raise UserError(
-                    f"--output {self.folder}: holds another corpus, or this one from other text or options: "
-                    "say another folder, or --overwrite"
+                    f"{setting('output')} {self.folder}: holds another corpus, or this one from other text or "
+                    f"settings: say another folder, or {setting('overwrite')}"
                 )
             return known if name == "progress.json" else None
         others = [p.name for p in self.folder.iterdir() if p != self.spool and not self._is_tokenizer(p)]
         if others:
-            raise UserError(f"--output {self.folder}: holds other files ({others[0]}): say an empty or a new folder")
+            raise UserError(
+                f"{setting('output')} {self.folder}: holds other files ({others[0]}): say an empty or a new folder"
+            )
         save_tokenizer(self.folder, self._make_tokenizer())
         return {"plan": plan, "place": [0, 0, 0, 0], "counts": dict.fromkeys(COUNTS, 0)}
 
@@ -204,7 +210,8 @@ class _Run:
 
     def _encode_all(self, writer: ShardWriter, progress: dict[str, Any]) -> dict[str, int]:
         """Encode and write all that is left; return the counts."""
-        counts, begun = progress["counts"], time.monotonic()
+        counts: dict[str, int] = progress["counts"]
+        begun = time.monotonic()
         committed_at = said_at = begun
         job, had = self.job, sum(writer.tokens.values())
         encode = Encode(str(self.folder), writer.identity, str(writer.dtype), job.val_fraction, job.test_fraction)
@@ -305,7 +312,7 @@ class _Run:
 
     def _spool_stdin(self) -> None:
         if self.job.source != ["-"]:
-            raise UserError("--source -: standard input stands alone")
+            raise UserError(f"{setting('source')} -: standard input stands alone")
         with storage.whole(self.spool) as spool:  # it is read twice
             shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
 

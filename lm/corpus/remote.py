@@ -80,14 +80,16 @@ def _system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url.rstrip("/"))
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url.rstrip("/"))
     except (ImportError, ValueError) as error:  # a package for the protocol is missing, or there is no such protocol
         raise UserError(f"corpus {url}: {error}") from error
+    return found
 
 
 def _read(url: str, name: str) -> bytes:
     system, root = _system(url)
     try:
-        return system.cat_file(f"{root}/{name}")
+        data: bytes = system.cat_file(f"{root}/{name}")
     except OSError as error:
         raise UserError(f"corpus {url}: no prepared corpus is there to be read ({error or name})") from error
+    return data

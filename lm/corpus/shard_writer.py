@@ -11,6 +11,7 @@ import numpy as np
 
 from lm import storage, tokenizers
 from lm.corpus import shards, verification
+from lm.corpus.shard_header import HEADER, VERSION, Header, read_header
 
 FILES = r"(manifest|progress|tokenizer)\.json|\.stdin\.spool|(train|val|test)-\d+\.(tokens|part|starts)"
 """The files of a prepared corpus, and of one that is being prepared."""
@@ -91,13 +92,13 @@ class ShardWriter:
                 self._name(split, k, place)
         manifest = {
             "format": "lm tokens",
-            "version": shards.VERSION,
+            "version": VERSION,
             **manifest,
             "tokenizer": self.identity,
             "dtype": self.dtype.name,
             "vocab_size": self.n_vocab,
             "splits": {
-                split: [shards.describe(path, shards.read_header(path)) for path in self._named(split)]
+                split: [shards.describe(path, read_header(path)) for path in self._named(split)]
                 for split in shards.SPLITS
             },
         }
@@ -122,7 +123,7 @@ class ShardWriter:
     def _add(self, path: Path, data: bytes, *, start: bool = False) -> None:
         with path.open("ab") as file:
             if start:
-                file.write(bytes(shards.HEADER))
+                file.write(bytes(HEADER))
             file.write(data)
         self._dirty.add(path)
 
@@ -131,10 +132,10 @@ class ShardWriter:
         self._name_full_ones()
         for split in shards.SPLITS:
             k, place = divmod(self.tokens[split], self.shard_tokens)
-            keep = set()
+            keep: set[Path] = set()
             if place and not self._path(split, k).exists():  # it exists if `finish` was interrupted
-                before = sum(shards.read_header(self._path(split, i)).documents for i in range(k))
-                os.truncate(self._part(split, k), shards.HEADER + place * self.itemsize)
+                before = sum(read_header(self._path(split, i)).documents for i in range(k))
+                os.truncate(self._part(split, k), HEADER + place * self.itemsize)
                 os.truncate(self._starts(split, k), (self.documents[split] - before) * 8)
                 keep = {self._part(split, k), self._starts(split, k)}
             ours = re.compile(rf"{split}-\d+\.(part|starts)")
@@ -152,12 +153,12 @@ class ShardWriter:
         path, part, starts = self._path(split, k), self._part(split, k), self._starts(split, k)
         if path.exists():
             return
-        os.truncate(part, shards.HEADER + tokens * self.itemsize)
+        os.truncate(part, HEADER + tokens * self.itemsize)
         documents = starts.stat().st_size // 8
         with part.open("ab") as file, starts.open("rb") as source:
             for block in iter(lambda: source.read(1 << 20), b""):
                 file.write(block)
-        header = shards.Header(
+        header = Header(
             self.itemsize, tokens, documents, self.n_vocab, bytes.fromhex(self.identity), verification.shard_sum(part)
         )
         with part.open("r+b") as file:

@@ -17,8 +17,7 @@ import numpy as np
 
 from lm import storage, tokenizers
 from lm.corpus import remote, verification
-from lm.corpus.shard_header import HEADER as HEADER
-from lm.corpus.shard_header import VERSION, Header, read_header
+from lm.corpus.shard_header import HEADER, VERSION, Header, read_header
 from lm.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -243,7 +242,7 @@ def manifest_sum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _entries(shards: Any) -> list[dict]:
+def _entries(shards: Any) -> list[dict[str, Any]]:
     if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
         raise ValueError("a split is not a list of shards")
     return shards

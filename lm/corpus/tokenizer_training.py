@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lm import bounds, outputs, storage
 from lm.corpus import formats
-from lm.errors import UserError
+from lm.errors import UserError, setting
 from lm.tokenizers import BytePairTokenizer
 from lm.tokenizers.merges import from_text, to_text
 
@@ -38,12 +38,12 @@ def train(
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    bounds.check({"vocab_size": vocab_size}, "tokenizer", "--", UserError)
+    bounds.check({"vocab_size": vocab_size}, "tokenizer", "", UserError)
     outputs.check_free(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
-        raise UserError(f"--output {output}: say a name that ends in .tiktoken")
+        raise UserError(f"{setting('output')} {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}: make it")
+        raise UserError(f"{setting('output')} {output}: there is no folder {output.parent}: make it")
     paths = formats.find(source, settings.unread)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
@@ -54,14 +54,15 @@ def train(
     ranks = {bytes(table[character] for character in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < vocab_size:
         raise UserError(
-            f"--vocab_size {vocab_size}: the source has pairs for {len(ranks)} tokens: say fewer, or more text"
+            f"{setting('vocab_size')} {vocab_size}: the source has pairs for {len(ranks)} tokens: say fewer, or more "
+            "text"
         )
     text = to_text(ranks)
     bytes_per_token = measure(BytePairTokenizer(text), texts(paths, settings))
     try:
         storage.write_whole(output, text.encode())
     except OSError as error:
-        raise UserError(f"--output {output}: could not be written ({error.strerror})") from error
+        raise UserError(f"{setting('output')} {output}: could not be written ({error.strerror})") from error
     return {"vocab_size": len(ranks), "bytes_per_token": round(bytes_per_token, 4)}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lm import tokenizers
 from lm.corpus import shards
-from lm.errors import UserError, stops_wait
+from lm.errors import UserError, setting, stops_wait
 
 
 class Piece(NamedTuple):
@@ -138,8 +138,9 @@ def ordered(
         yield results()
     except BrokenProcessPool as error:
         raise UserError(
-            "--workers: a process that encodes has ended, for want of memory perhaps: say fewer, and give the same "
-            'command again: it goes on from there; a program that calls this needs `if __name__ == "__main__":`'
+            f"{setting('workers')}: a process that encodes has ended, for want of memory perhaps: say fewer, and give "
+            "the same command again: it goes on from there; a program that calls this needs "
+            '`if __name__ == "__main__":`'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

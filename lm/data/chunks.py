@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -36,7 +37,7 @@ def draw_at(seed: int, numbers: np.ndarray, below: int) -> np.ndarray:
         )
 
 
-def mix(z: np.ndarray) -> np.ndarray:
+def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return 64-bit numbers scrambled: each bit depends on all."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

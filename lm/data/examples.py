@@ -5,7 +5,7 @@ Shapes: B sequences, T block_size.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class Documents:
             self._groups = lru_cache(256)(self._chunks)
         return self._groups(group)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_groups"}
 
 

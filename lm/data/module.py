@@ -118,15 +118,15 @@ class TokenData(LightningDataModule, ABC):
         size, shift = self.micro_batch_size, self._shift
         return Stream(self.training_examples(), micro_batch_size=size, steps=steps, shift=shift, **self._place())
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches: endless, from where training stands."""
         return self._loader(self.train_dataset(self.steps_per_call), sampler=From(self.items_done))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the validation split, or of the one that val_split names."""
         return self._loader(self.eval_dataset(self.val_split))
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test split."""
         return self._loader(self.eval_dataset("test"))
 
@@ -134,7 +134,7 @@ class TokenData(LightningDataModule, ABC):
         trainer = self.trainer
         return Rank(rank=trainer.global_rank if trainer else 0, world_size=trainer.world_size if trainer else 1)
 
-    def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset[Batch], **settings: Any) -> DataLoader[Batch]:
         # items are whole batches; with a generator of its own the loader leaves dropout's, the global one, alone
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_workers:
@@ -162,7 +162,7 @@ class TokenData(LightningDataModule, ABC):
         if free < needed:
             raise UserError(
                 f"/dev/shm has {free >> 20} MiB free, data.num_workers {self.num_workers} needs {(needed >> 20) + 1}: "
-                "set it to 0, or give the container more (--shm-size)"
+                "set it to 0, or give the container more (docker run --shm-size)"
             )
 
 

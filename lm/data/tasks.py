@@ -193,7 +193,8 @@ class ArithmeticData(TaskData):
     @property
     def size(self) -> int:
         """The number of pairs of operands, for each operator; nothing is divided by zero."""
-        return len(self.operators) * 10 ** (2 * self.digits) - ("/" in self.operators) * 10**self.digits
+        numbers: int = 10**self.digits
+        return len(self.operators) * numbers**2 - ("/" in self.operators) * numbers
 
     def example(self, index: int) -> tuple[str, str]:
         """Return problem and answer number index; divisions come last."""
@@ -320,6 +321,7 @@ def task_of(data: dict[str, Any]) -> TaskData | None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TaskData, "data")
     try:
-        return parser.instantiate(parser.parse_object({"data": data})).data
+        task: TaskData | None = parser.instantiate(parser.parse_object({"data": data})).data
     except (ArgumentError, TypeError, ValueError, ImportError, AttributeError, KeyError, UserError):
         return None
+    return task

@@ -3,6 +3,7 @@
 Shapes: B samples, T time, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lm import bounds
 from lm.errors import CheckError, UserError
+from lm.models.cache import Cache
 from lm.tokenizers import Tokenizer
 
 TINY = torch.finfo(torch.float32).tiny
@@ -38,7 +40,7 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        bounds.check(vars(self), "lm.Sampler", "--", UserError)
+        bounds.check(vars(self), "lm.Sampler", "", UserError)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """Return the probability of each token.
@@ -75,8 +77,9 @@ class Sampler:
 def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the next token of every sample, without end.
 
-    Only the last block_size tokens are read, so prompts and texts may be longer. The network is used as it is: put
-    it in eval mode.
+    Only the last block_size tokens are read, so prompts and texts may be longer. A network that takes a cache reads
+    each token once, until the text is longer than that: then all positions move with each token, and what was kept of
+    them is of no use. The network is used as it is: put it in eval mode.
 
     Args:
         net: A network of `lm.models`.
@@ -92,27 +95,28 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
         CheckError: A logit is not finite.
     """
     text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
+    takes_cache = "cache" in inspect.signature(net.forward).parameters
+    cache, new = Cache(block_size) if takes_cache else None, prompt
     while True:
-        logits = net(text[:, -block_size:]).float().cpu()  # (B, T, V), or (B, V) of a fixed context
-        logits = logits[:, -1] if logits.ndim == 3 else logits  # (B, V)
+        whole = cache is None or text.shape[1] > block_size
+        logits = net(text[:, -block_size:]) if whole else net(new, cache)  # (B, T, V), or (B, V) of a fixed context
+        logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu()  # (B, V)
         if not logits.amax().isfinite():  # NaN is the largest of all
             raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
         token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
-        text = torch.cat([text, token.to(text.device)], dim=1)
+        new = token.to(text.device)
+        text = torch.cat([text, new], dim=1)
         yield token.squeeze(1)
 
 
-def start_tokens(tokenizer: Tokenizer, prompt: str, option: str = "--prompt") -> list[int]:
+def start_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return the ids of a prompt; for an empty one, a token to start from: end-of-text, a newline, or the first id.
 
     Raises:
         UserError: The vocabulary lacks a symbol of the prompt.
     """
     if prompt:
-        try:
-            ids = tokenizer.encode(prompt).tolist()
-        except UserError as error:
-            raise UserError(f"{option}: {error}") from error
+        ids = tokenizer.encode(prompt).tolist()
         return [tokenizer.eot, *ids] if tokenizer.begins_with_eot and tokenizer.eot is not None else ids
     if tokenizer.eot is not None:
         return [tokenizer.eot]

@@ -2,7 +2,8 @@
 
 Vaswani et al., "Attention Is All You Need" (2017). Parameter names are GPT-2's (c_attn, c_proj).
 
-Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H).
+Shapes: B batch, T time, S keys (T and, with a cache, those before), C channels (n_embd), H heads, D channels of a head
+(C/H).
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.models.cache import Cache
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
@@ -30,12 +32,26 @@ def same_document(tokens: Tensor, document_end: int) -> Tensor:
     return same.tril()[:, None]
 
 
+def past(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
+    """Return the causal mask, bool (T, S), of the last T of S positions."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 def causal_weights(q: Tensor, k: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Return how much each position attends to itself and to each earlier one, (…, T, T), from q and k (…, T, D)."""
-    T, D = q.shape[-2:]  # noqa: N806
-    scores = q @ k.mT / math.sqrt(D)  # (…, T, D) @ (…, D, T) -> (…, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    return scores.masked_fill(future if allowed is None else ~allowed, -math.inf).softmax(dim=-1)
+    """Return how much each position attends to itself and to each earlier one.
+
+    Args:
+        q: Of the last T positions, (…, T, D).
+        k: Of all, (…, S, D).
+        allowed: The attention mask, broadcastable to (…, T, S); causal by default.
+
+    Returns:
+        (…, T, S), rows that sum to 1.
+    """
+    T, D, S = *q.shape[-2:], k.shape[-2]  # noqa: N806
+    scores = q @ k.mT / math.sqrt(D)  # (…, T, D) @ (…, D, S) -> (…, T, S)
+    allowed = past(T, S, q.device) if allowed is None else allowed
+    return scores.masked_fill(~allowed, -math.inf).softmax(dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -68,17 +84,21 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
         self.resid_dropout = nn.Dropout(dropout)
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query, key and value of all heads, each (B, H, T, D), from x (B, T, C)."""
+    def qkv(
+        self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query (B, H, T, D), key and value (B, H, S, D) of all heads, from x (B, T, C); see `forward`."""
         parts = self.c_attn(x).split(self.widths, dim=2)  # (B, T, C) -> (B, T, C) and, of H' key heads, two (B, T, H'D)
         q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)  # -> (B, H or H', T, D)
         if self.q_norm is not None and self.k_norm is not None:
             precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
             q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)  # (B, H', T, D) -> (B, H', S, D)
         if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, T, D)
+            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
         return q, k, v
 
     def weights(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -86,11 +106,28 @@ class CausalSelfAttention(nn.Module):
         q, k, _ = self.qkv(x)
         return causal_weights(q, k, allowed)
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C); allowed, bool (B, 1, T, T), is the attention mask, by default causal."""
-        q, k, v = self.qkv(x)  # each (B, H, T, D)
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Map (B, T, C) to (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            allowed: The attention mask, bool (B, 1, T, S); causal by default.
+            positions: Of x, int64 (T,); 0 to T - 1 by default.
+            cache: Has the keys and values of earlier positions, and takes those of x.
+        """
+        q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
+        T, S = q.shape[2], k.shape[2]  # noqa: N806
+        if allowed is None and 1 < T < S:  # a single query may see all keys
+            allowed = past(T, S, x.device)
+        causal = allowed is None and T == S
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -109,9 +146,12 @@ class Head(nn.Module):
         """Return the attention weights (B, T, T) of x (B, T, C), without dropout."""
         return causal_weights(self.query(x), self.key(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, D)."""
-        return self.dropout(self.weights(x)) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, D); a cache has the keys and values of earlier positions, and takes those of x."""
+        q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, C) -> each (B, T, D)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)  # (B, T, D) -> (B, S, D)
+        return self.dropout(causal_weights(q, k)) @ v  # (B, T, S) @ (B, S, D) -> (B, T, D)
 
 
 class SeparateHeads(nn.Module):
@@ -139,9 +179,11 @@ class SeparateHeads(nn.Module):
         """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
         return torch.stack([head.weights(x) for head in self.heads], dim=1)  # type: ignore[operator]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        y = torch.cat([head(x) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
+    def forward(
+        self, x: Tensor, allowed: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Map (B, T, C) to (B, T, C); a mask of documents or rotary positions are `CausalSelfAttention`'s alone."""
+        y = torch.cat([head(x, cache) for head in self.heads], dim=2)  # H of (B, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 

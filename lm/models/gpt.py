@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lm.bounds import checked
 from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention, same_document
+from lm.models.cache import Cache
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
 from lm.models.norms import Norm, make_norm
@@ -44,16 +45,16 @@ class Block(nn.Module):
             self.ln_2 = norms[1]
         self.mlp = mlp
 
-    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module, *mask: Tensor) -> Tensor:
+    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module, *context: Any) -> Tensor:
         """Return x + f(norm(x)), or with post-norm norm(x + f(x)); without residual, the same without "x +"."""
-        y = f(x if self.post else norm(x), *mask)
+        y = f(x if self.post else norm(x), *context)
         if self.residual:
             y = x + y
         return norm(y) if self.post else y
 
-    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
-        """Map the residual stream (B, T, C) to (B, T, C); a mask goes to attention."""
-        x = self.branch(x, self.ln_1, self.attn, *mask)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Map the residual stream (B, T, C) to (B, T, C); a mask, positions and a cache go to attention."""
+        x = self.branch(x, self.ln_1, self.attn, *context)
         return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
 
 
@@ -220,11 +221,12 @@ class GPT(nn.Module):
         """Return the blocks' attention mask for tokens (B, T): an empty tuple where attention is only causal."""
         return () if self.document_end is None else (same_document(tokens, self.document_end),)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits of the token after each position.
 
         Args:
-            tokens: int64 (B, T), T at most block_size.
+            tokens: int64 (B, T), at most block_size with those before.
+            cache: Has what is needed of the tokens before these, and takes these; None where there are none.
 
         Returns:
             Logits (B, T, V).
@@ -232,15 +234,19 @@ class GPT(nn.Module):
         Raises:
             ValueError: The sequence is longer than block_size.
         """
-        T = tokens.shape[1]  # noqa: N806
-        check_length(tokens, self.block_size)
+        seen = tokens if cache is None else cache.read(tokens)  # (B, S), S = T without a cache
+        check_length(seen, self.block_size)
+        T, S = tokens.shape[1], seen.shape[1]  # noqa: N806
+        positions = torch.arange(S - T, S, device=tokens.device)  # (T,)
         x = self.wte(tokens)  # (B, T) -> (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(T, device=tokens.device))  # (B, T, C) + (T, C) -> (B, T, C)
+            x = x + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.drop(x)
-        mask = self.mask(tokens)
+        context: tuple[Any, ...] = self.mask(seen)  # (B, 1, S, S)
+        if cache is not None:
+            context = context[0][:, :, -T:] if context else None, positions, cache
         for block in self.h:
-            x = block(x, *mask)
+            x = block(x, *context)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)

@@ -39,9 +39,10 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate x (…, T, D), whose first position is 0."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotate x (…, T, D) as its positions (T,) say, by default 0 to T - 1."""
         T = x.shape[-2]  # noqa: N806
+        cos, sin = (self.cos[:T], self.sin[:T]) if positions is None else (self.cos[positions], self.sin[positions])
         first, second = x.chunk(2, dim=-1)  # (…, T, D) -> each (…, T, D/2)
         quarter = torch.cat([-second, first], dim=-1)  # (…, T, D): each pair turned by 90 degrees
-        return (x * self.cos[:T] + quarter * self.sin[:T]).type_as(x)
+        return (x * cos + quarter * sin).type_as(x)

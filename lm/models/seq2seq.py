@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.bounds import checked
+from lm.models.cache import Cache
 from lm.models.feed_forward import BlockMLP
 from lm.models.layers import check_heads, check_length, initialise
 
@@ -27,20 +28,26 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C).
 
         Args:
             x: Source of the queries, (B, T, C).
-            memory: Source of the keys and values, (B, S, C).
+            memory: Source of the keys and values, (B, S, C); None where the cache has them all.
             mask: bool, broadcastable to (B, H, T, S); true where T may attend to S. A position that may attend to
                 nothing gets zeros from its heads, never NaN.
+            cache: Has the keys and values of earlier positions, and takes those of memory.
         """
         B, T, C = x.shape  # noqa: N806
-        S = memory.shape[1]  # noqa: N806
         q = self.c_q(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, C/H)
-        kv = self.c_kv(memory).view(B, S, 2, self.n_head, C // self.n_head)  # (B, S, C) -> (B, S, 2, H, C/H)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, C/H)
+        if memory is None:
+            assert cache is not None
+            k, v = cache.kept(self, mask.shape[-1])
+        else:
+            kv = self.c_kv(memory).unflatten(2, (2, self.n_head, -1))  # (B, S, C) -> (B, S, 2, H, C/H)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, C/H)
+            if cache is not None:
+                k, v = cache.extend(self, k, v)
         blind = ~mask.any(dim=-1, keepdim=True)  # (…, T, S) -> (…, T, 1)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, dropout_p=dropout_p)
@@ -84,11 +91,21 @@ class DecoderBlock(nn.Module):
         self.ln_3 = nn.LayerNorm(n_embd, bias=bias)
         self.mlp = make_mlp(n_embd=n_embd, dropout=dropout, bias=bias)
 
-    def forward(self, x: Tensor, memory: Tensor, target_mask: Tensor, source_mask: Tensor) -> Tensor:
-        """Map the decoder's residual stream (B, T, C) to (B, T, C); memory is the encoder's output, (B, T, C)."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None, target_mask: Tensor, source_mask: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Map the decoder's residual stream (B, T, C) to (B, T, C).
+
+        Args:
+            x: The stream.
+            memory: The encoder's output, (B, S, C); None where the cache has its keys and values.
+            target_mask: Of the target's attention to itself, see `Attention`.
+            source_mask: Of its attention to the source.
+            cache: Has the keys and values of earlier positions, and takes these.
+        """
         y = self.ln_1(x)
-        x = x + self.attn(y, y, target_mask)
-        x = x + self.cross_attn(self.ln_2(x), memory, source_mask)
+        x = x + self.attn(y, y, target_mask, cache)
+        x = x + self.cross_attn(self.ln_2(x), memory, source_mask, cache)
         return x + self.mlp(self.ln_3(x))
 
 
@@ -178,11 +195,21 @@ class Seq2Seq(nn.Module):
         at = (is_target.cumsum(dim=1) - 1).clamp(min=0)  # (B, T): the start token is at 0, like all sources
         return at, source_mask, target_mask
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def encode(self, embedded: Tensor, source_mask: Tensor) -> Tensor:
+        """Return the encoder's output (B, T, C) for embedded tokens (B, T, C)."""
+        positions = torch.arange(embedded.shape[1], device=embedded.device)  # (T,)
+        memory = self.drop(embedded + self.wpe_encoder(positions))  # (B, T, C) + (T, C) -> (B, T, C)
+        for block in self.encoder:
+            memory = block(memory, source_mask)
+        return self.ln_encoder(memory)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits of the token after each position of the target.
 
         Args:
-            tokens: int64 (B, T), T at most block_size; source, start token and target in one row.
+            tokens: int64 (B, T), at most block_size with those before; source, start token and target in one row.
+            cache: Has what is needed of the tokens before these, and takes these. The encoder reads a source in both
+                directions, so all is computed anew where these have more of it.
 
         Returns:
             Logits (B, T, V).
@@ -190,17 +217,16 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: The sequence is longer than block_size.
         """
-        T = tokens.shape[1]  # noqa: N806
-        check_length(tokens, self.block_size)
-        at, source_mask, target_mask = self.masks(tokens)
-        embedded = self.wte(tokens)  # (B, T) -> (B, T, C)
-        positions = torch.arange(T, device=tokens.device)  # (T,)
-        memory = self.drop(embedded + self.wpe_encoder(positions))  # (B, T, C) + (T, C) -> (B, T, C)
-        for block in self.encoder:
-            memory = block(memory, source_mask)
-        memory = self.ln_encoder(memory)
-
-        x = self.drop(embedded + self.wpe_decoder(at))  # (B, T, C)
+        seen = tokens if cache is None else cache.read(tokens)  # (B, S), S = T without a cache
+        check_length(seen, self.block_size)
+        T, S = tokens.shape[1], seen.shape[1]  # noqa: N806
+        at, source_mask, target_mask = self.masks(seen)
+        if cache is not None and source_mask[..., -T:].any():
+            cache.clear()
+        R = S if cache is None or cache.empty else T  # noqa: N806 - positions that are computed now, the last of all
+        embedded = self.wte(seen[:, -R:])  # (B, R) -> (B, R, C)
+        memory = self.encode(embedded, source_mask) if R == S else None  # (B, S, C)
+        x = self.drop(embedded + self.wpe_decoder(at[:, -R:]))  # (B, R, C)
         for block in self.decoder:
-            x = block(x, memory, target_mask, source_mask)
-        return self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
+            x = block(x, memory, target_mask[:, :, -R:], source_mask, cache)
+        return self.lm_head(self.ln_f(x[:, -T:]))  # (B, T, C) -> (B, T, V)

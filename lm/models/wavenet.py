@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.bounds import checked
+from lm.models.cache import Cache
 from lm.models.layers import BatchNorm, FlattenConsecutive, check_length, padded
 
 
@@ -75,11 +76,13 @@ class WaveNet(nn.Module):
         with torch.no_grad():
             self.lm_head.weight *= head_scale
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits of the token after a context, or with dense of the token after each position.
 
         Args:
             tokens: int64 (B, T), padded in front with token 0 where a context is incomplete.
+            cache: Has what is needed of the tokens before these, and takes these: the last states of each level with
+                dense, else the tokens alone.
 
         Returns:
             Logits (B, V), or with dense (B, T, V).
@@ -87,26 +90,30 @@ class WaveNet(nn.Module):
         Raises:
             ValueError: T is larger than block_size.
         """
-        check_length(tokens, self.block_size)
+        seen = tokens if cache is None else cache.read(tokens)
+        check_length(seen, self.block_size)
         if self.dense:
-            return self.convolve(tokens)
-        x = self.wte(padded(tokens, self.context))  # (B, T, C)
+            return self.convolve(tokens, cache)
+        x = self.wte(padded(seen, self.context))  # (B, T, C)
         for block in self.h:
             x = block(x)  # (B, T, C) -> (B, T/n, C), at last (B, C)
         return self.lm_head(x)  # (B, V)
 
-    def convolve(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, T, V) after each position of tokens (B, T), of any T.
+    def convolve(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits (B, T, V) after each position of tokens (B, T), of any T; see `forward` for the cache.
 
         A linear map of n neighbours' channels is a convolution with a kernel of n. Fusing at level i joins spans of n^i
         tokens, so the kernel's taps are n^i apart.
         """
-        x = F.pad(tokens, (self.context - 1, 0))  # (B, T) -> (B, T + context - 1)
+        first = cache is None or cache.empty
+        x = F.pad(tokens, (self.context - 1, 0)) if first else tokens  # (B, T) -> (B, T + context - 1)
         x = self.wte(x).mT  # -> (B, C, T + context - 1)
         block: Any
         for level, block in enumerate(self.h):
             flatten, linear, norm, tanh = block
             n = flatten.n
+            if cache is not None:  # the first tokens are padded already
+                x = cache.follow(block, x, (n - 1) * n**level, before=x[..., :0])
             kernel = linear.weight.unflatten(1, (n, -1)).mT  # (C', n C) -> (C', n, C) -> (C', C, n)
             x = F.conv1d(x, kernel, dilation=n**level)  # T shrinks by (n - 1) n^level
             x = tanh(norm(x.mT)).mT  # BatchNorm has its channels last
@@ -141,9 +148,10 @@ class GatedBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.proj = nn.Conv1d(n_channels, 2 * n_channels, 1)  # residual and skip
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Map the stream (B, C, T) to itself plus the block's residual, and to its skip, both (B, C, T)."""
-        past = F.pad(x, (self.dilation, 0))  # (B, C, T) -> (B, C, T + dilation)
+        d = self.dilation
+        past = F.pad(x, (d, 0)) if cache is None else cache.follow(self, x, d)  # (B, C, T) -> (B, C, T + d)
         filtered, gate = self.conv(past).chunk(2, dim=1)  # each (B, C, T)
         residual, skip = self.proj(self.drop(filtered.tanh() * gate.sigmoid())).chunk(2, dim=1)
         return x + residual, skip
@@ -183,16 +191,20 @@ class GatedWaveNet(nn.Module):
         self.mix = nn.Linear(n_embd, n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position of tokens (B, T).
 
+        Args:
+            tokens: int64 (B, T), at most block_size with those before.
+            cache: Has the last states of each block, and takes those after these tokens.
+
         Raises:
-            ValueError: T is larger than block_size.
+            ValueError: They are more than block_size.
         """
-        check_length(tokens, self.block_size)
+        check_length(tokens if cache is None else cache.read(tokens), self.block_size)
         x = self.wte(tokens).mT  # (B, T, C) -> (B, C, T)
         skips = torch.zeros_like(x)
         for block in self.h:
-            x, skip = block(x)
+            x, skip = block(x) if cache is None else block(x, cache)
             skips = skips + skip
         return self.lm_head(F.relu(self.mix(F.relu(skips.mT))))  # (B, C, T) -> (B, T, C) -> (B, T, V)

@@ -152,7 +152,7 @@ def extrapolated(count: Callable[Concatenate[Recipe, P], R]) -> Callable[Concate
     """Decorate a function that counts something of a network: a deep one is extrapolated from two and three layers."""
 
     @wraps(count)
-    def counted(recipe: Recipe, *args: P.args, **kwargs: P.kwargs) -> R:
+    def counted(recipe: Recipe, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not recipe.deep:
             return count(recipe, *args, **kwargs)
         assert recipe.layers is not None
@@ -179,7 +179,8 @@ def flops_per_token(recipe: Recipe) -> float:
         tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # BatchNorm has no variance over one
         targets = torch.zeros(2, *recipe.targets[1:], dtype=torch.long)
         CrossEntropy()(net(tokens), targets, Division()).backward()
-    return counter.get_total_flops() / tokens.numel()
+    flops: int = counter.get_total_flops()
+    return flops / tokens.numel()
 
 
 class Tracker(MemTracker):

@@ -11,7 +11,7 @@ from lm import __version__
 from lm.checkpoints import schema
 from lm.checkpoints.schema import Saved
 from lm.data.chunks import IGNORED
-from lm.errors import CheckError, UserError
+from lm.errors import CheckError, UserError, setting
 from lm.tokenizers import Tokenizer, identity
 from lm.training import recipes
 
@@ -46,7 +46,9 @@ def check(
     """
     outline = schema.FITTED if config is None else schema.RESUMED if optimizer else schema.USED
     if optimizer and checkpoint.get("optimizer_states") == []:
-        raise UserError(f"{path} has no optimizer's state, as it was imported: begin a new run with --init_from {path}")
+        raise UserError(
+            f"{path} has no optimizer's state, as it was imported: begin a new run with {setting('init_from')} {path}"
+        )
     try:
         there = Saved.of(checkpoint, outline)
     except ValueError as error:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lm.checkpoints import checkpoint
 from lm.checkpoints.schema import Saved
-from lm.errors import UserError
+from lm.errors import UserError, setting
 from lm.tokenizers import Tokenizer, from_state, identity
 from lm.training import compatibility
 
@@ -35,11 +35,11 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
     there = from_state(saved.tokenizer)
     if identity(there.state()) != identity(tokenizer.state()):
         raise UserError(
-            f"--init_from {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use the same "
-            "data and tokenizer (TextData keeps the checkpoint's by data.tokenizer inherit)"
+            f"{setting('init_from')} {path} has another vocabulary: {_name(there)} there, {_name(tokenizer)} here: use "
+            "the same data and tokenizer (TextData keeps the checkpoint's by data.tokenizer inherit)"
         )
     if config and saved.config:
-        compatibility.check_network(f"--init_from {path}", saved.config, config)
+        compatibility.check_network(f"{setting('init_from')} {path}", saved.config, config)
     weights = saved.weights
     compatibility.check_finite(str(path), weights)
     cropped = _crop(net, weights, saved.block_size)
@@ -48,9 +48,8 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
         shapes = [str(tuple(tensors[key].shape)) if key in tensors else "missing" for tensors in (weights, built)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"--init_from {path} is of another shape: net.{key} is {shapes[0]} there and {shapes[1]} in this "
-                f"configuration: use the network and data.block_size {saved.block_size} that it was trained "
-                "with"
+                f"{setting('init_from')} {path} is of another shape: net.{key} is {shapes[0]} there and {shapes[1]} in "
+                f"this configuration: use the network and data.block_size {saved.block_size} that it was trained with"
             )
     net.load_state_dict(weights)
     return f", from the weights of {path}, step {saved.step}{cropped}"

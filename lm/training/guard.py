@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lm.errors import CheckError
+from lm.errors import CheckError, setting
 
 MEMORY = 0.99  # of the running mean of the loss: about the last hundred steps
 MOST_IN_A_ROW = 20
@@ -60,9 +60,8 @@ class Guard:
             return None
         if self.on_nonfinite == "stop" or self.in_a_row == MOST_IN_A_ROW:
             error = CheckError(
-                f"step {step}: {what}: nothing was updated; continue with --ckpt_path last and a lower learning rate "
-                + advice
-                + (f" ({self.in_a_row} steps in a row were skipped)" if self.in_a_row else "")
+                f"step {step}: {what}: nothing was updated; continue with {setting('ckpt_path')} last and a lower "
+                f"learning rate {advice}" + (f" ({self.in_a_row} steps in a row were skipped)" if self.in_a_row else "")
             )
             error.at_boundary = True
             raise error

@@ -64,7 +64,7 @@ class LanguageModel(Evaluated):
     def __init__(
         self,
         net: Callable[[int, int], nn.Module],
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         schedule: Schedule | None = None,
         clip_norm: float | None = 1.0,
         steps_per_call: int = 1,
@@ -169,7 +169,8 @@ class LanguageModel(Evaluated):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the network's logits for tokens (B, T)."""
         assert self.net is not None
-        return self.net(tokens)
+        logits: Tensor = self.net(tokens)
+        return logits
 
     # -- a training step
 

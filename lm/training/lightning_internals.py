@@ -168,7 +168,8 @@ def check_environment(trainer: Trainer) -> None:
 def backend(strategy: Strategy) -> str:
     """Return the backend of a strategy's process group: nccl, gloo."""
     processes: Any = strategy
-    return processes._get_process_group_backend()
+    name: str = processes._get_process_group_backend()
+    return name
 
 
 def add_ddp_settings(strategy: DDPStrategy, **settings: Any) -> None:

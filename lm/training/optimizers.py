@@ -32,7 +32,7 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def adamw(params: Iterable) -> Optimizer:
+def adamw(params: Iterable[Any]) -> Optimizer:
     """Return the default optimizer, for recipes that name none."""
     return AdamW(params, lr=1e-3, weight_decay=0.1)
 

@@ -13,7 +13,7 @@ from lm.errors import UserError
 from lm.training import compute
 from lm.training.optimizers import parameter_groups
 
-Maker = Callable[[Iterable], Any]
+Maker = Callable[[Iterable[Any]], Any]
 MANY = 64  # layers above which a network's size is extrapolated from that of two and three
 
 
@@ -42,7 +42,7 @@ def make_net(
     try:
         if not counted:
             _check_memory(make, vocab_size, block_size, optimizer=optimizer, **settings)
-        net = make(vocab_size, block_size, **settings)
+        net: nn.Module = make(vocab_size, block_size, **settings)
     except ValueError as error:
         raise UserError(f"model.net: {error}") from error
     except (TypeError, AssertionError) as error:
@@ -96,7 +96,7 @@ def _sizes(net: nn.Module, optimizer: Maker | None) -> tuple[int, int, str]:
     return 2 * kept + sum(p.nbytes for p in parameters), count, kind
 
 
-def make_optimizer(make: Callable[[Iterable], Any], net: nn.Module) -> Optimizer:
+def make_optimizer(make: Maker, net: nn.Module) -> Optimizer:
     """Return the optimizer of a network's parameters.
 
     Raises:

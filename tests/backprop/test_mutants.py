@@ -1,10 +1,9 @@
 """The checks can fail: each rule, broken in one place, is rejected by them."""
 
-import importlib
+import ast
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,161 +13,136 @@ from torch import nn
 
 from lm.models.layers import BatchNorm
 from lm.training import audit
-from tests.backprop.test_rules import (
+from tests.conftest import RECIPE
+from tests.support.gradients import (
     LAYERS,
     NETWORKS,
     T,
     V,
+    assert_attention,
+    assert_gradients_add_up,
+    assert_layer,
+    assert_loss_and_head,
     assert_same,
     batch,
     make,
-    test_attention_is_right_at_every_length,
-    test_gradients_add_up_and_frozen_parameters_have_none,
-    test_layer_against_autograd,
-    test_loss_and_head_in_chunks,
 )
-from tests.conftest import RECIPE
+from tests.support.mutants import Mutant, broken
 from tests.support.networks import recipe
 
 MUTANTS = [
-    ("linear", "rows.mT @ rows_of(x).to", "2 * rows.mT @ rows_of(x).to", "linear: dW doubled"),
-    ("linear", "grads.add(layer.bias, precise(rows).sum(0))", "grads.add(layer.bias, rows.mean(0))", "linear: db mean"),
-    ("linear", "return dy @ layer.weight  #", "return dy @ layer.weight.flip(0)  #", "linear: dx of a permuted product"),
-    ("linear", "summed = precise(dy).sum(0)", "summed = precise(dy)[0]", "positions: sum over the batch forgotten"),
-    ("linear", "(dy @ x[:, :, window].mT).sum(0)", "(dy @ x[:, :, window].mT)[0]", "convolution: dW of one sequence"),
-    ("linear", "dx[:, :, window] += tap.mT @ dy", "dx[:, :, window] = tap.mT @ dy", "convolution: += forgotten"),
-    ("linear", "k * dilation, k * dilation + T", "k, k + T", "convolution: dilation forgotten"),
-    ("linear", "precise(dy).sum((0, 2))", "precise(dy).mean((0, 2))", "conv1d: db averaged"),
-    ("linear", "dy.reshape(x.shape)", "dy.reshape(x.shape).flip(1)", "flatten: places exchanged"),
-    ("linear", "dy * kept * (1 / (1 - p))", "dy * kept", "dropout: scale forgotten"),
-    ("linear", "dy = backwards.pop()(dy)", "dy = backwards.pop(0)(dy)", "sequential: order not reversed"),
-    ("rules", "known.scatter_add_(", "known.scatter_(", "embedding: += forgotten for a token seen twice"),
-    ("rules", "known += gradient", "known = gradient", "tied weights: += forgotten"),
-    ("activations", "dy - dy * y * y", "dy - dy * y", "tanh: square forgotten"),
-    ("activations", "dy * y * (1 - y)", "dy * (1 - y)", "sigmoid: factor y dropped"),
-    ("activations", "(x > 0).to(x.dtype)", "torch.ones_like(x)", "relu: gradient where it is off"),
-    ("activations", "return positive * positive, 2 * positive", "return positive * positive, positive", "squared relu: factor 2"),
-    ("activations", "below + x * density", "below + density", "gelu: factor x"),
-    ("activations", "square.mul_(3 * b)", "square.mul_(2 * b)", "gelu tanh: wrong power"),
-    ("activations", "s + value * (1 - s)", "s + value", "silu: factor 1 - σ"),
-    ("norms", "- int(layer.bessel)\n", "\n", "batch norm: Bessel's correction forgotten in dx"),
-    ("norms", "return (dy - sum_1 / n - ", "return (dy - ", "batch norm: term of μ dropped"),
-    ("norms", " - normal * (sum_x / m)) * scale", ") * scale", "batch norm: term of v dropped"),
-    ("norms", "examples(dy * normal).sum(0)", "(dy * normal).sum(0)", "batch norm: wrong axis"),
-    ("norms", "return dy * scale", "return dy * r", "batch norm, eval: γ forgotten"),
-    ("norms", "addcmul(mean_g.neg(), dy", "addcmul(mean_g, dy", "layer norm: sign of the term of μ"),
-    ("norms", "        return dx.addcmul_(normal, mean_gx, value=-1).mul_(r)", "        return dx.mul_(r)", "layer norm: v"),
-    ("norms", "grads.add(layer.bias, rows_of(dy).sum(0))", "grads.add(layer.bias, rows_of(product).sum(0))", "LN: dβ"),
-    ("norms", "_rowwise(product, layer.weight / C)", "_rowwise(product, layer.weight)", "rms norm: mean is a sum"),
-    ("attention", "p).unsqueeze(-1)", "p).unsqueeze(-2)", "softmax: wrong axis"),
-    ("attention", "return dp.sub_(inner).mul_(p)", "return dp.mul_(p)", "softmax: subtraction dropped"),
-    ("attention", "torch.bmm(dscores.mT, q_)", "torch.bmm(dscores, q_)", "attention: dk not transposed"),
-    ("attention", "dv = torch.bmm(used.mT, dy_)", "dv = torch.bmm(weights.flatten(0, 1).mT, dy_)", "attention: dropout forgotten in dv"),
-    ("attention", "dweights = backward_drop(", "dweights = (", "attention: dropout forgotten in dP"),
-    ("attention", "dy_, beta=old)", "dy_, beta=0)", "causal attention: += over blocks forgotten"),
-    ("attention", "_future(scores, start)", "_future(scores, 0)", "causal attention: later blocks masked as the first"),
-    ("attention", "k_) * (1 / math.sqrt(D))", "k_)", "attention: 1/√D dropped in dq"),
-    ("attention", "unflatten(1, (-1, group)).sum(2)", "unflatten(1, (-1, group))[:, :, 0]", "shared keys: one copy alone"),
-    ("attention", "torch.cat([second, -first]", "torch.cat([-second, first]", "rotary: turned on instead of back"),
-    ("attention", "q, k, backward_turn =", "_, _, backward_turn =", "rotary and QK-norm not applied"),
-    ("attention", "+ backward_k(dk) + backward_v(dv)", "+ backward_k(dk)", "head: values forgotten"),
-    ("attention", "join_heads(dk), join_heads(dv)", "join_heads(dv), join_heads(dk)", "cross-attention: exchanged"),
-    ("attention", "head_size).masked_fill(blind, 0.0)\n        dq", "head_size)\n        dq", "cross-attention: the blind"),
-    ("attention", "backward_fc(slope.mul_(da))", "backward_fc(slope.mul_(da).abs_())", "MLP: sign lost"),
-    ("attention", "backward_up(value.mul_(da))", "backward_up(value)", "swiglu: da forgotten"),
-    ("attention", "slope.mul_(da).mul_(up)", "slope.mul_(da)", "swiglu: up forgotten"),
-    ("attention", "* (positive > 0))", ")", "single layer: relu forgotten"),
-    ("loss", "-weights.to(dlogits.dtype))", "-2 * weights.to(dlogits.dtype))", "cross-entropy: onehot doubled"),
-    ("loss", "targets != ignore_index).unsqueeze(1)", "targets != -1).unsqueeze(1)", "cross-entropy: ignored count"),
-    ("loss", "total / count, drows.view", "total / len(flat), drows.view", "cross-entropy: divided by all"),
-    ("loss", "dlogits *= 1 - (logits / soft_cap).square()", "pass", "soft cap: derivative forgotten"),
-    ("loss", "part if dweight is None else dweight.add_(part)", "part", "head: earlier chunks forgotten"),
-    ("networks", "df = dz * gate * (1 - filtered * filtered)", "df = dz * (1 - filtered * filtered)", "gate forgotten"),
-    ("networks", "dg = dz * filtered * gate * (1 - gate)", "dg = dz * filtered * (1 - gate)", "σ' wrong"),
-    ("networks", "return residual(grads, block, dstream, dbranch)", "return dbranch", "gated block: stream forgotten"),
-    ("networks", "* (summed > 0)).mT", ").mT", "gated wavenet: relu forgotten"),
-    ("networks", "residual(grads, f, dy, dbranch) if layer.residual else dbranch", "dbranch", "block: residual forgotten"),
-    ("networks", "dy = backward_norm(dy)", "pass", "post-norm forgotten"),
-    ("networks", "backward_ln_1(dx + dmemory)", "backward_ln_1(dx)", "encoder: keys and values forgotten"),
-    ("networks", "dmemory = dmemory + more", "dmemory = more", "encoder: one decoder block alone"),
-    ("networks", "backward_wte(dtarget + dsource)", "backward_wte(dtarget)", "seq2seq: source's embedding forgotten"),
-    ("networks", "dkernel.mT.flatten(1)", "dkernel.flatten(1)", "dense wavenet: taps not moved back"),
+    Mutant("linear", "rows.mT @ rows_of(x).to(rows.dtype)", "2 * rows.mT @ rows_of(x).to(rows.dtype)", "linear: dW doubled"),
+    Mutant("linear", "grads.add(layer.bias, precise(rows).sum(0))", "grads.add(layer.bias, rows.mean(0))", "linear: db mean"),
+    Mutant("linear", "dy @ layer.weight", "dy @ layer.weight.flip(0)", "linear: dx of a permuted product"),
+    Mutant("linear", "precise(dy).sum(0)", "precise(dy)[0]", "positions: sum over the batch forgotten"),
+    Mutant("linear", "(dy @ x[:, :, window].mT).sum(0)", "(dy @ x[:, :, window].mT)[0]", "convolution: dW of one sequence"),
+    Mutant("linear", "dx[:, :, window] += tap.mT @ dy", "dx[:, :, window] = tap.mT @ dy", "convolution: += forgotten"),
+    Mutant("linear", "slice(k * dilation, k * dilation + T)", "slice(k, k + T)", "convolution: dilation forgotten"),
+    Mutant("linear", "precise(dy).sum((0, 2))", "precise(dy).mean((0, 2))", "conv1d: db averaged"),
+    Mutant("linear", "dy.reshape(x.shape)", "dy.reshape(x.shape).flip(1)", "flatten: places exchanged"),
+    Mutant("linear", "dy * kept * (1 / (1 - p))", "dy * kept", "dropout: scale forgotten"),
+    Mutant("linear", "backwards.pop()(dy)", "backwards.pop(0)(dy)", "sequential: order not reversed"),
+    Mutant("rules", "known.scatter_add_", "known.scatter_", "embedding: += forgotten for a token seen twice"),
+    Mutant("rules", "known += gradient", "known = gradient", "tied weights: += forgotten"),
+    Mutant("activations", "dy - dy * y * y", "dy - dy * y", "tanh: square forgotten"),
+    Mutant("activations", "dy * y * (1 - y)", "dy * (1 - y)", "sigmoid: factor y dropped"),
+    Mutant("activations", "(x > 0).to(x.dtype)", "torch.ones_like(x)", "relu: gradient where it is off"),
+    Mutant("activations", "2 * positive", "positive", "squared relu: factor 2"),
+    Mutant("activations", "below + x * density", "below + density", "gelu: factor x"),
+    Mutant("activations", "square.mul_(3 * b)", "square.mul_(2 * b)", "gelu tanh: wrong power"),
+    Mutant("activations", "s + value * (1 - s)", "s + value", "silu: factor 1 - σ"),
+    Mutant("norms", "n - int(layer.bessel)", "n", "batch norm: Bessel's correction forgotten in dx"),
+    Mutant("norms", "dy - sum_1 / n - normal * (sum_x / m)", "dy - normal * (sum_x / m)", "batch norm: term of μ dropped"),
+    Mutant("norms", "dy - sum_1 / n - normal * (sum_x / m)", "dy - sum_1 / n", "batch norm: term of v dropped"),
+    Mutant("norms", "examples(dy * normal).sum(0)", "(dy * normal).sum(0)", "batch norm: wrong axis"),
+    Mutant("norms", "dy * scale", "dy * r", "batch norm, eval: γ forgotten"),
+    Mutant("norms", "mean_g.neg()", "mean_g", "layer norm: sign of the term of μ"),
+    Mutant("norms", "dx.addcmul_(normal, mean_gx, value=-1).mul_(r)", "dx.mul_(r)", "layer norm: v"),
+    Mutant("norms", "grads.add(layer.bias, rows_of(dy).sum(0))", "grads.add(layer.bias, rows_of(product).sum(0))", "LN: dβ"),
+    Mutant("norms", "_rowwise(product, layer.weight / C)", "_rowwise(product, layer.weight)", "rms norm: mean is a sum"),
+    Mutant("attention", "torch.linalg.vecdot(dp, p).unsqueeze(-1)", "torch.linalg.vecdot(dp, p).unsqueeze(-2)", "softmax: wrong axis"),
+    Mutant("attention", "dp.sub_(inner).mul_(p)", "dp.mul_(p)", "softmax: subtraction dropped"),
+    Mutant("attention", "torch.bmm(dscores.mT, q_)", "torch.bmm(dscores, q_)", "attention: dk not transposed"),
+    Mutant("attention", "torch.bmm(used.mT, dy_)", "torch.bmm(weights.flatten(0, 1).mT, dy_)", "attention: dropout forgotten in dv"),
+    Mutant("attention", "dweights = backward_drop(precise(torch.bmm(dy_, v_.mT)).view_as(weights))", "dweights = precise(torch.bmm(dy_, v_.mT)).view_as(weights)", "attention: dropout forgotten in dP"),
+    Mutant("attention", "dv[:, :stop].baddbmm_(weights.to(v.dtype).mT, dy_, beta=old)", "dv[:, :stop].baddbmm_(weights.to(v.dtype).mT, dy_, beta=0)", "causal attention: += over blocks forgotten"),
+    Mutant("attention", "_future(scores, start)", "_future(scores, 0)", "causal attention: later blocks masked as the first"),
+    Mutant("attention", "torch.bmm(dscores, k_) * (1 / math.sqrt(D))", "torch.bmm(dscores, k_)", "attention: 1/√D dropped in dq"),
+    Mutant("attention", "part.unflatten(1, (-1, group)).sum(2)", "part.unflatten(1, (-1, group))[:, :, 0]", "shared keys: one copy alone"),
+    Mutant("attention", "[second, -first]", "[-second, first]", "rotary: turned on instead of back"),
+    Mutant("attention", "q, k, backward_turn = _norm_and_turn(attn, grads, q, k)", "_, _, backward_turn = _norm_and_turn(attn, grads, q, k)", "rotary and QK-norm not applied"),
+    Mutant("attention", "backward_q(dq) + backward_k(dk) + backward_v(dv)", "backward_q(dq) + backward_k(dk)", "head: values forgotten"),
+    Mutant("attention", "[join_heads(dk), join_heads(dv)]", "[join_heads(dv), join_heads(dk)]", "cross-attention: exchanged"),
+    Mutant("attention", "split_heads(backward_proj(backward_drop(dy)), head_size).masked_fill(blind, 0.0)", "split_heads(backward_proj(backward_drop(dy)), head_size)", "cross-attention: the blind"),
+    Mutant("attention", "backward_fc(slope.mul_(da))", "backward_fc(slope.mul_(da).abs_())", "MLP: sign lost"),
+    Mutant("attention", "backward_up(value.mul_(da))", "backward_up(value)", "swiglu: da forgotten"),
+    Mutant("attention", "slope.mul_(da).mul_(up)", "slope.mul_(da)", "swiglu: up forgotten"),
+    Mutant("attention", "backward_drop(dy) * (positive > 0)", "backward_drop(dy)", "single layer: relu forgotten"),
+    Mutant("loss", "-weights.to(dlogits.dtype)", "-2 * weights.to(dlogits.dtype)", "cross-entropy: onehot doubled"),
+    Mutant("loss", "(targets != ignore_index).unsqueeze(1)", "(targets != -1).unsqueeze(1)", "cross-entropy: ignored count"),
+    Mutant("loss:cross_entropy", "total / count", "total / len(flat)", "cross-entropy: divided by all"),
+    Mutant("loss", "dlogits *= 1 - (logits / soft_cap).square()", "pass", "soft cap: derivative forgotten"),
+    Mutant("loss", "part if dweight is None else dweight.add_(part)", "part", "head: earlier chunks forgotten"),
+    Mutant("networks", "dz * gate * (1 - filtered * filtered)", "dz * (1 - filtered * filtered)", "gate forgotten"),
+    Mutant("networks", "dz * filtered * gate * (1 - gate)", "dz * filtered * (1 - gate)", "σ' wrong"),
+    Mutant("networks", "residual(grads, block, dstream, dbranch)", "dbranch", "gated block: stream forgotten"),
+    Mutant("networks", "backward_mix(dy * (y > 0)) * (summed > 0)", "backward_mix(dy * (y > 0))", "gated wavenet: relu forgotten"),
+    Mutant("networks", "residual(grads, f, dy, dbranch) if layer.residual else dbranch", "dbranch", "block: residual forgotten"),
+    Mutant("networks", "dy = backward_norm(dy)", "pass", "post-norm forgotten"),
+    Mutant("networks", "backward_ln_1(dx + dmemory)", "backward_ln_1(dx)", "encoder: keys and values forgotten"),
+    Mutant("networks", "dmemory + more", "more", "encoder: one decoder block alone"),
+    Mutant("networks", "backward_wte(dtarget + dsource)", "backward_wte(dtarget)", "seq2seq: source's embedding forgotten"),
+    Mutant("networks", "dkernel.mT.flatten(1)", "dkernel.flatten(1)", "dense wavenet: taps not moved back"),
 ]  # fmt: skip
 
 
 UNTIED = ("--model.init_args.net.init_args.tie_weights", "false")  # else the head is the first to add to the table
 RULES, STEP, REDUCED = "backprop.rules", "training.by_hand", "training.distributed.reduction"
 DIVISION = "training.division"
+WEIGHT = "self.division.weight(targets, self.parameters[0].dtype)"
 ACCUMULATION = [
-    (RULES, "known.scatter_add_(", "known.scatter_(", "a token seen twice counts once"),
-    (RULES, "            known += gradient", "            self.keep(parameter, gradient)", "the last one wins"),
-    (RULES, "            known += gradient", "            pass", "the first one wins"),
-    (RULES, "        if known is None:\n            known = torch.zeros", "        if True:\n            known = torch.zeros", "table anew"),
-    (RULES, "torch.zeros_like(table)", "torch.ones_like(table)", "a table that begins at one"),
-    (RULES, "            parameter.grad = None", "            pass", "the step before is not forgotten"),
-    (STEP, "self.grads.begin(self.parameters)", "pass", "a step is not begun"),
-    (DIVISION, "(targets.numel() * self.micro_batches)", "targets.numel()", "not divided by micro-batches"),
-    (DIVISION, "(targets.numel() * self.micro_batches)", "(targets.numel() * self.micro_batches**2)", "divided by them twice"),
-    (STEP, "(targets, self.parameters[0].dtype)\n", "(targets, self.parameters[0].dtype) * last\n", "a micro-batch lost"),
-    (STEP, "        scale = self.", "        self.begin()\n        scale = self.", "all but one lost"),
-    (STEP, "for parameter, gradient in zip(self", "for parameter, gradient in () and zip(self", None),  # compiled alone
-    (DIVISION, "positions * self.ranks / max(1, count)", "1.0", "ignored targets count"),
-    (REDUCED, "torch.mul(gradient, 1 / self.world_size, out=part)", "part.copy_(gradient)", "a first gradient not divided"),
-    (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.add_(gradient)", "a later one not divided"),
-    (REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.copy_(gradient / self.world_size)", "overwritten"),
-    (REDUCED, "part.scatter_add_(", "part.scatter_(", "ranks: a token seen twice counts once"),
-    (REDUCED, "rows.to(table.dtype) / self.world_size", "rows.to(table.dtype)", "rows not divided"),
-    (REDUCED, "            part.zero_()\n        part", "            pass\n        part", "rows of the step before"),
-    (REDUCED, "self.empty = set(self.parts)", "self.empty = set()", "ranks: the step before is not forgotten"),
-    (REDUCED, "= distributed.all_reduce(self.buckets[number], group=self.group, async_op=True)", "= None", "not reduced"),
-    (REDUCED, "        if not self.reducing:", "        if False:", "reduced after each micro-batch"),
-    (REDUCED, "uses[id(p)] for p in group", "1 for p in group", "a tied weight reduced before it is whole"),
-    (DIVISION, "positions * self.ranks / max(1, count)", "positions / max(1, count)", "divided by ranks twice"),
+    Mutant(RULES, "known.scatter_add_", "known.scatter_", "a token seen twice counts once"),
+    Mutant(RULES, "known += gradient", "self.keep(parameter, gradient)", "the last one wins"),
+    Mutant(RULES, "known += gradient", "pass", "the first one wins"),
+    Mutant(f"{RULES}:add_rows", "known is None", "True", "table anew"),
+    Mutant(RULES, "torch.zeros_like(table)", "torch.ones_like(table)", "a table that begins at one"),
+    Mutant(RULES, "parameter.grad = None", "pass", "the step before is not forgotten"),
+    Mutant(STEP, "self.grads.begin(self.parameters)", "pass", "a step is not begun"),
+    Mutant(DIVISION, "targets.numel() * self.micro_batches", "targets.numel()", "not divided by micro-batches"),
+    Mutant(DIVISION, "targets.numel() * self.micro_batches", "targets.numel() * self.micro_batches**2", "divided by them twice"),
+    Mutant(STEP, WEIGHT, f"{WEIGHT} * last", "a micro-batch lost"),
+    Mutant(STEP, f"scale = {WEIGHT}", f"self.begin()\nscale = {WEIGHT}", "all but one lost"),
+    Mutant(DIVISION, "positions * self.ranks / max(1, count)", "1.0", "ignored targets count"),
+    Mutant(REDUCED, "torch.mul(gradient, 1 / self.world_size, out=part)", "part.copy_(gradient)", "a first gradient not divided"),
+    Mutant(REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.add_(gradient)", "a later one not divided"),
+    Mutant(REDUCED, "part.add_(gradient, alpha=1 / self.world_size)", "part.copy_(gradient / self.world_size)", "overwritten"),
+    Mutant(REDUCED, "part.scatter_add_", "part.scatter_", "ranks: a token seen twice counts once"),
+    Mutant(REDUCED, "rows.to(table.dtype) / self.world_size", "rows.to(table.dtype)", "rows not divided"),
+    Mutant(REDUCED, "part.zero_()", "pass", "rows of the step before"),
+    Mutant(REDUCED, "self.empty = set(self.parts)", "self.empty = set()", "ranks: the step before is not forgotten"),
+    Mutant(REDUCED, "distributed.all_reduce(self.buckets[number], group=self.group, async_op=True)", "None", "not reduced"),
+    Mutant(REDUCED, "not self.reducing", "False", "reduced after each micro-batch"),
+    Mutant(REDUCED, "uses[id(p)]", "1", "a tied weight reduced before it is whole"),
+    Mutant(DIVISION, "positions * self.ranks / max(1, count)", "positions / max(1, count)", "divided by ranks twice"),
+]  # fmt: skip
+COMPILED = [
+    Mutant(STEP, "zip(self.parameters, found, strict=True)", "()", "the compiled graph's gradients are dropped"),
+    Mutant(STEP, "zip(self.parameters, found, strict=True)", "zip(self.parameters[1:], found[1:], strict=True)", "one of them is"),
 ]  # fmt: skip
 
 
-@contextmanager
-def broken(module: str, old: str, new: str) -> Iterator[None]:
-    """Put a changed rule where the right one is, wherever it is used."""
-    target = importlib.import_module(f"lm.{module}" if "." in module else f"lm.backprop.{module}")
-    source = Path(str(target.__file__)).read_text()
-    assert source.count(old) >= 1, f"{module} no longer has: {old}"
-    users = [m for name, m in sys.modules.items() if name.startswith(("lm.", "tests.backprop."))]
-
-    def load(text: str) -> None:
-        before = dict(vars(target))
-        exec(compile(text, str(target.__file__), "exec"), vars(target))
-        for user in users:
-            for name, value in list(vars(user).items()):
-                if name in before and value is before[name] and callable(value):
-                    setattr(user, name, vars(target)[name])
-
-    registry = importlib.import_module("lm.backprop.rules")._rules
-    rules = dict(registry)
-    changed = source.replace(old, new)
-    if module.endswith("rules"):  # its registry must outlive the change
-        changed, source = (text.replace("_rules: dict[type, Rule] = {}", "") for text in (changed, source))
-    try:
-        load(changed)
-        yield
-    finally:
-        load(source)
-        registry.update(rules if module.endswith("rules") else {})
-
-
 def checks() -> Iterator[object]:
-    """All that is checked of layers and networks in the other file, until something is wrong."""
+    """All that is checked of layers and networks, until something is wrong."""
     for name in LAYERS:
-        yield test_layer_against_autograd(name)
+        yield assert_layer(name)
     for cap in (None, 3.0):
-        with pytest.MonkeyPatch.context() as patch:
-            yield test_loss_and_head_in_chunks((2, 3), cap, patch)
+        yield assert_loss_and_head((2, 3), cap)
     for name in NETWORKS:
         for training in (True, False):
             net = make(name).train(training)
             yield assert_same(net, *batch(net, 5, ignored=True))
-    yield test_attention_is_right_at_every_length(300)
-    yield test_gradients_add_up_and_frozen_parameters_have_none()
+    yield assert_attention(300)
+    yield assert_gradients_add_up()
 
 
 def verdict() -> str:
@@ -183,9 +157,10 @@ def verdict() -> str:
 def test_the_checks_accept_the_rules_and_reject_every_mutant() -> None:
     assert verdict() == "accepted"
     verdicts = {}
-    for module, old, new, name in MUTANTS:
-        with broken(module, old, new):
-            verdicts[f"{module}: {name}"] = verdict()
+    for mutant in MUTANTS:
+        with broken(mutant):
+            verdicts[f"{mutant.place}: {mutant.name}"] = verdict()
+    assert len(verdicts) == len(MUTANTS)
     width = max(map(len, verdicts))
     print(*(f"{name:<{width}}  {text}" for name, text in verdicts.items()), sep="\n")
     assert [name for name, text in verdicts.items() if text == "accepted"] == []
@@ -243,23 +218,22 @@ def test_the_checker_finds_every_mutant_in_each_arithmetic(dtype: torch.dtype, m
     monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
     assert found(dtype) is None
     wrong = {}
-    for module, old, new, name in [*MUTANTS, *ACCUMULATION]:
-        if name is not None:
-            with broken(module, old, new):
-                monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
-                monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
-                wrong[f"{module}: {name}"] = found(dtype)
+    for mutant in [*MUTANTS, *ACCUMULATION]:
+        with broken(mutant):
+            monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
+            monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
+            wrong[f"{mutant.place}: {mutant.name}"] = found(dtype)
+    assert len(wrong) == len(MUTANTS) + len(ACCUMULATION)
     print(*wrong.items(), sep="\n")
     assert [name for name, what in wrong.items() if what is None] == []
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new", "name"), [one for one in ACCUMULATION if one[3]], ids=lambda v: str(v)[:40]
-)
-def test_lm_gradients_finds_every_wrong_sum(lm, workplace: Path, module: str, old: str, new: str, name: str) -> None:
-    with broken(module, old, new):
-        code, _, err = lm("gradients", "--config", "tiny.yaml", "--json", *UNTIED * ("table" in old or "zero_" in old))
-    assert code == 1, name
+@pytest.mark.parametrize("mutant", ACCUMULATION, ids=lambda mutant: mutant.name)
+def test_lm_gradients_finds_every_wrong_sum(lm, workplace: Path, mutant: Mutant) -> None:
+    untied = UNTIED * ("table" in mutant.old or "zero_" in mutant.old)
+    with broken(mutant):
+        code, _, err = lm("gradients", "--config", "tiny.yaml", "--json", *untied)
+    assert code == 1
     assert "disagree with autograd (" in err or "could not be found" in err
 
 
@@ -267,40 +241,47 @@ def test_lm_gradients_finds_them_in_bfloat16_too(lm, workplace: Path) -> None:
     recipe("MLP")
     for words in ((), ("--model.init_args.net.init_args.bessel", "true")):
         assert lm("gradients", "--config", "net.yaml", "--dtype", "bfloat16", *words)[0] == 0
-    for module, old, new, _ in [one for one in MUTANTS if "bessel" in one[1]] + ACCUMULATION[:1]:
-        with broken(module, old, new):
+    for mutant in [one for one in MUTANTS if "bessel" in one.old] + ACCUMULATION[:1]:
+        with broken(mutant):
             code, _, err = lm("gradients", "--config", "net.yaml", "--dtype", "bfloat16", *words)
-        assert code == 1 and "in float64" in err, new
+        assert code == 1 and "in float64" in err, mutant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", COMPILED, ids=lambda mutant: mutant.name)
+def test_lm_gradients_finds_what_is_wrong_of_a_compiled_graph(lm, workplace: Path, mutant: Mutant) -> None:
+    with broken(mutant):
+        code, _, err = lm("gradients", "--config", "tiny.yaml", "--model.init_args.compile", "true")
+    assert code == 1 and ("disagree with autograd (" in err or "could not be found" in err)
 
 
 @pytest.mark.parametrize(
-    ("module", "old", "new", "name"),
-    [o for o in ACCUMULATION if o[0] in (RULES, STEP) and o[3]],
-    ids=lambda v: str(v)[:40],
+    "mutant",
+    [one for one in ACCUMULATION if one.place.partition(":")[0] in (RULES, STEP)],
+    ids=lambda mutant: mutant.name,
 )
-def test_an_audit_finds_a_wrong_sum(lm, workplace: Path, module: str, old: str, new: str, name: str) -> None:
+def test_an_audit_finds_a_wrong_sum(lm, workplace: Path, mutant: Mutant) -> None:
     words = ["--model", "lm.training.ManualLanguageModel", "--model.init_args.audit_every", 2]
     words += ["--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 3]
-    with broken(module, old, new):
-        code, _, err = lm("fit", "--config", "tiny.yaml", *words, *UNTIED * ("table" in old))
-    assert code == 1, name
+    with broken(mutant):
+        code, _, err = lm("fit", "--config", "tiny.yaml", *words, *UNTIED * ("table" in mutant.old))
+    assert code == 1
     assert "step 2: the gradient by hand and autograd's disagree at " in err
 
 
+SUM = "total / count"
 LOSS_ALONE = [  # right gradients of a loss that is wrong
-    ("Bigram", "loss", "total / count, drows.view", "total / len(flat), drows.view", ()),
-    ("Bigram", "loss", "total / count, drows.view", "total / len(flat), drows.view", ("--dtype", "bfloat16")),
-    ("MLP", "loss", "total / count, (drows[0]", "total / len(flat), (drows[0]", ()),
-    ("MLP", "loss", "return total / count, (", "return 1.01 * total / count, (", ("--against", "differences")),
-    ("MLP", STEP, "return loss * scale * self.division.micro_batches", "return loss * scale", ()),
-    ("MLP", DIVISION, "return total / max(1, count)", "return total / positions", ()),
+    ("Bigram", (), Mutant("loss:cross_entropy", SUM, "total / len(flat)", "divided by all")),
+    ("Bigram", ("--dtype", "bfloat16"), Mutant("loss:cross_entropy", SUM, "total / len(flat)", "by all, bfloat16")),
+    ("MLP", (), Mutant("loss:head_and_loss", SUM, "total / len(flat)", "head: divided by all")),
+    ("MLP", ("--against", "differences"), Mutant("loss:head_and_loss", SUM, "1.01 * total / count", "a little more")),
+    ("MLP", (), Mutant(STEP, "loss * scale * self.division.micro_batches", "loss * scale", "a micro-batch's alone")),
+    ("MLP", (), Mutant(DIVISION, "total / max(1, count)", "total / positions", "loss: ignored targets count")),
 ]
 
 
-@pytest.mark.parametrize(("network", "module", "old", "new", "options"), LOSS_ALONE, ids=lambda v: str(v)[:30])
-def test_a_wrong_loss_is_a_row(
-    lm, workplace: Path, network: str, module: str, old: str, new: str, options: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(("network", "options", "mutant"), LOSS_ALONE, ids=[mutant.name for *_, mutant in LOSS_ALONE])
+def test_a_wrong_loss_is_a_row(lm, workplace: Path, network: str, options: tuple[str, ...], mutant: Mutant) -> None:
     if network == "Bigram":  # its logits are whole
         model = {"class_path": "lm.training.LanguageModel", "init_args": {"net": {"class_path": "lm.models.Bigram"}}}
         Path("net.yaml").write_text(yaml.safe_dump(RECIPE | {"model": model}))
@@ -311,7 +292,28 @@ def test_a_wrong_loss_is_a_row(
     assert code == 0, err
     first = json.loads(out.splitlines()[-1])["rows"][0]
     assert first["name"] == "loss" and first["shape"] == []
-    with broken(module, old, new):
+    with broken(mutant):
         code, out, err = lm(*words)
     assert code == 1 and "1 of " in err and err.strip().endswith(": loss"), err
     assert [row["name"] for row in json.loads(out.splitlines()[-1])["rows"] if not row["approximate"]] == ["loss"]
+
+
+ALL = [*MUTANTS, *ACCUMULATION, *COMPILED, *(mutant for *_, mutant in LOSS_ALONE)]
+
+
+def test_mutants_find_their_place_however_the_source_is_formatted() -> None:
+    """What is not there, or more than once, is an error."""
+    names = [(one.place.partition(":")[0], one.name) for one in ALL]
+    assert len(names) == len(set(names))
+    files = {mutant: Path(str(mutant.module().__file__)) for mutant in ALL}
+    sources = {file: file.read_text() for file in files.values()}
+    formatted = {file: ast.unparse(ast.parse(source)) for file, source in sources.items()}
+    for mutant, file in files.items():
+        assert formatted[file] != sources[file]  # without comments, a statement in a line
+        assert ast.dump(mutant.changed(formatted[file])) == ast.dump(mutant.changed(sources[file])), mutant
+    with pytest.raises(LookupError, match="linear has 0 times: dy - layer"):
+        Mutant("linear", "dy - layer", "dy", "").changed("return dy @ layer  # dy - layer")
+    with pytest.raises(LookupError, match="linear has 2 times: dy @ x"):
+        Mutant("linear", "dy @ x", "dy", "").changed("a, b = dy @ x, dy @ x")
+    with pytest.raises(LookupError, match="linear:f is there 0 times"):
+        Mutant("linear:f", "dy @ x", "dy", "").changed("a = dy @ x")

@@ -12,7 +12,7 @@ from lm.backprop.linear import convolution
 from lm.backprop.loss import cross_entropy
 from lm.models import GPT, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.layers import BatchNorm
-from tests.backprop.test_rules import V, assert_same
+from tests.support.gradients import V, assert_same
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 size = st.integers(1, 6)

@@ -118,7 +118,7 @@ def test_what_ckpt_path_means(tmp_path: Path) -> None:
         resolve(tmp_path, "last")
     write(tmp_path / "step=0000005.ckpt")
     write(tmp_path / "last.ckpt", global_step=9)
-    with pytest.raises(UserError, match="has checkpoints already: say --ckpt_path last"):
+    with pytest.raises(UserError, match="has checkpoints already: say `ckpt_path` last"):
         resolve(tmp_path, None)
     assert resolve(tmp_path, "last") == resolve(tmp_path, "auto") == ("last.ckpt", [])
     assert resolve(tmp_path, str(tmp_path / "step=0000005.ckpt")) == ("step=0000005.ckpt", [])

@@ -1,5 +1,6 @@
 """`lm gradients`, over every recipe."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lm.backprop import atomic
 from lm.backprop.rules import _rules
 from tests.conftest import ROOT
 from tests.support.cases import often
+from tests.support.mutants import Mutant
 from tests.support.networks import recipe
 from tests.support.recipes import CONFIGS, NET, SMALL, distinct
 
@@ -60,8 +62,10 @@ def test_the_lectures_table(lm, workplace: Path, bessel: bool, bias: bool) -> No
     assert all(row["relative"] <= 1e-10 for row in rows)
 
 
-LINES = [line for line in Path(atomic.__file__).read_text().splitlines() if line.startswith('    d["')]
-LINES = [line for line in LINES if 'logit_maxes"] =' not in line]  # zero: no factor breaks it
+SOURCE = Path(atomic.__file__).read_text()
+LINES = [ast.unparse(node) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.stmt)]
+ZERO = ("d['logit_maxes'] =", "d['b1'] =")  # no factor breaks these
+LINES = [line for line in LINES if line.startswith("d['") and not line.startswith(ZERO)]
 BREAKS = {
     "/ n": "* n",
     "* v[": "+ v[",
@@ -74,7 +78,7 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("]")[0][7:-1])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("]")[0][3:-1])
 def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
     """Every line of the atomic backward pass that has something to break, broken."""
     from lm.models import MLP
@@ -85,13 +89,13 @@ def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
         parameter.data += 0.3 * torch.randn_like(parameter)
     tokens, targets = torch.randint(7, (6, 3)), torch.randint(7, (6,))
     assert all(row.approximate for row in atomic.against_autograd(net, tokens, targets))
-    source = Path(atomic.__file__).read_text()
     tried = 0
     for old, new in BREAKS.items():
-        if old not in line.split("#")[0]:
+        if old not in line:
             continue
         space: dict = {"__name__": "broken"}
-        exec(compile(source.replace(line, line.split("#")[0].replace(old, new, 1)), "broken", "exec"), space)
+        changed = Mutant("atomic", line, line.replace(old, new, 1), f"{old} is {new}").changed(SOURCE)
+        exec(compile(changed, "broken", "exec"), space)
         try:
             good = all(row.approximate for row in space["against_autograd"](net, tokens, targets))
         except (RuntimeError, KeyError):
@@ -155,7 +159,7 @@ def test_a_rule_that_fails_is_one_line(lm, workplace: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (("--level", "atomic"), "--level atomic: the atomic level is for an lm.models.MLP"),
+    (("--level", "atomic"), "with n_layer 1 and batch_norm: use --level fused\n"),
     (("--level", "atomic", "--dtype", "bfloat16"), "--level atomic is for --mode train"),
     (("--dtype", "float8"), "dtype"),
     (("--against", "differences", "--dtype", "float32"), "--against differences needs --dtype float64"),

@@ -23,6 +23,17 @@ BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("data: {init_args: {corpus: a, corpus: b}}", "bad.yaml: key corpus is there twice, in lines 1 and 1"),
         (BILLION, "bad.yaml: line .*: its aliases stand for more than 100,000 values"),
         ("a: &a [*a]", "bad.yaml: line 1 has an alias of what it is part of"),
+        *(
+            (f"{section}: {value}", f"bad.yaml: {section}: found .*, expected a YAML mapping")
+            for section, value in zip(
+                help.SECTIONS, ("[]", "3", "5.5", f"1{'0' * 30}", "[a]", "true", "-1"), strict=True
+            )
+        ),
+        *((f"config: {value}", "bad.yaml: config: a file names no others") for value in ("-1", "[a.yaml]", "{a: 1}")),
+        *(
+            (f"source: {value}", "bad.yaml: source: found .*, expected a list")
+            for value in ("-1", "text.txt", "{a: 1}")
+        ),
         ("a: " + "[" * 5000 + "]" * 5000, "bad.yaml: nested too deeply"),
     ],
 )

@@ -16,7 +16,7 @@ def killed(batch: DocumentBatch) -> Encoded:
 def test_a_worker_that_is_killed_ends_in_a_line() -> None:
     batch = DocumentBatch([], (0, 0, 0, 0), 0, 0, 0)
     with (
-        pytest.raises(UserError, match="--workers: a process that encodes has ended"),
+        pytest.raises(UserError, match="`workers`: a process that encodes has ended"),
         ordered(killed, [batch], 2) as done,
     ):
         list(done)

@@ -197,6 +197,9 @@ def test_sample_writes_and_reads_the_form_of_the_problems(lm, workplace: Path) -
     assert any(written != written[::-1] for written in answers)  # that they are turned round shows
     code, _, error = lm("sample", "--ckpt_path", "checkpoints/sums/last.ckpt", "--prompt", "1234+5=")
     assert code == 2 and "--prompt: '1234+5=' is no problem of this network" in error
+    Path("prompt.txt").write_text("1234+5=")
+    code, _, error = lm("sample", "--ckpt_path", "checkpoints/sums/last.ckpt", "--prompt_file", "prompt.txt")
+    assert code == 2 and "--prompt_file: '1234+5=' is no problem of this network" in error
 
 
 @pytest.mark.parametrize("data", ["TextData", "LinesData", "ArithmeticData"])

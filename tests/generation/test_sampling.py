@@ -61,7 +61,7 @@ def test_repetition_penalty_lowers_what_was_seen_whatever_its_sign() -> None:
 )
 def test_values_out_of_range_are_refused(settings: dict) -> None:
     (name,) = settings
-    with pytest.raises(UserError, match=f"--{name} is .*: it must be"):
+    with pytest.raises(UserError, match=f"^{name} is .*: it must be"):
         Sampler(**settings)
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -181,8 +181,7 @@ class Checkpoints(Checkpoint):
 
 
 def _io(trainer: Trainer) -> AtomicCheckpointIO:
-    io: Any = trainer.strategy.checkpoint_io
-    return io
+    return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
 
 def _writer(trainer: Trainer) -> BackgroundWriter:

@@ -16,7 +16,7 @@ from lightning.pytorch import callbacks as parts
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lm.errors import CommandError, UserError
+from lm.errors import CommandError, UserError, setting
 from lm.training import lightning_internals, schedules
 from lm.training.distributed import failing
 
@@ -41,10 +41,12 @@ CALLBACKS: dict[type[Callback], str] = {
     parts.BasePredictionWriter: "nothing is predicted: lm sample prints text",
     parts.BatchSizeFinder: f"{OWN_STEP}: say data.batch_size, which lm plan can find",
     parts.GradientAccumulationScheduler: f"{OWN_STEP}: say trainer.accumulate_grad_batches",
-    parts.BaseFinetuning: "each parameter belongs to the optimizer from the first step on: begin with --init_from",
-    parts.LearningRateFinder: f"{OWN_STEP}: try learning rates in runs of their own, --model.init_args.optimizer",
+    parts.BaseFinetuning: "each parameter belongs to the optimizer from the first step on: begin with "
+    + setting("init_from"),
+    parts.LearningRateFinder: f"{OWN_STEP}: try learning rates in runs of their own, model.init_args.optimizer",
     parts.ModelPruning: "a pruned network's parameters have other names, and no checkpoint of it would load",
-    parts.OnExceptionCheckpoint: "each stop between two steps is saved already: continue with --ckpt_path last",
+    parts.OnExceptionCheckpoint: "each stop between two steps is saved already: continue with "
+    f"{setting('ckpt_path')} last",
     parts.SpikeDetection: "it ends the run unsaved: say model.init_args.spike, which stops before the update or skips",
     parts.StochasticWeightAveraging: f"{OWN_WEIGHTS}; and the learning rate is the schedule's",
     parts.WeightAveraging: OWN_WEIGHTS,
@@ -99,10 +101,10 @@ def refuse_callbacks(callbacks: list[Callback], run: Path) -> None:
                 raise UserError(f"{name}: {reason}")
         if type(callback) is parts.ProgressBar:
             raise UserError(f"{name} draws nothing: say TQDMProgressBar or RichProgressBar")
-        for kind, setting, value in EPOCHS:
-            found = getattr(callback, f"_{setting}", getattr(callback, setting, None))
+        for kind, attribute, value in EPOCHS:
+            found = getattr(callback, f"_{attribute}", getattr(callback, attribute, None))
             if isinstance(callback, kind) and found == value:
-                raise UserError(f"{name}: {setting} is {value}: {NO_EPOCHS}: leave it out")
+                raise UserError(f"{name}: {attribute} is {value}: {NO_EPOCHS}: leave it out")
         seconds = lightning_internals.duration(callback) if isinstance(callback, parts.Timer) else None
         if seconds is not None and seconds <= 0:
             raise UserError(f"{name}: duration is {seconds:g} s: it must be above 0")

@@ -52,7 +52,7 @@ class RandomState(Callback):
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state(legacy=True))
+    kind, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -152,7 +152,7 @@ class Console(Callback):
 
     def __init__(self, stream: IO[str] | None = None, run: str | None = None, *, bar: bool = True) -> None:
         self.stream, self.run, self.with_bar = stream or sys.stdout, run, bar
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lm.bounds import checked
-from lm.errors import UserError
+from lm.errors import UserError, setting
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 from lm.training.distributed.sharding import is_sharded
 from lm.training.harmless import harmless
@@ -36,7 +36,10 @@ class SampleText(Callback):
         self._generator()
         if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # command-line bytes that are not UTF-8
             raise UserError(f"samples.prompt {self.prompt!r}: it is no UTF-8 text")
-        start_tokens(module.tokenizer, self.prompt, option="--samples.prompt")
+        try:
+            start_tokens(module.tokenizer, self.prompt)
+        except UserError as error:
+            raise UserError(f"{setting('samples.prompt')}: {error.text}") from error
 
     @harmless
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

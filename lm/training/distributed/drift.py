@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, distributed
 
-from lm.errors import CheckError
+from lm.errors import CheckError, setting
 
 
 def check_drift(net: torch.nn.Module, step: int) -> None:
@@ -28,7 +28,7 @@ def check_drift(net: torch.nn.Module, step: int) -> None:
     first = list(whole)[int((rows != usual).any(dim=0).nonzero()[0])]
     raise CheckError(
         f"step {step}: the weights of rank {', '.join(ranks)} differ from the other ranks', first at {first}: nothing "
-        "was saved since; look for a broken device, and continue with --ckpt_path auto"
+        f"was saved since; look for a broken device, and continue with {setting('ckpt_path')} auto"
     )
 
 

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lm import log
 from lm.bounds import checked
-from lm.errors import CheckError, Stopped, UserError, take_stops
+from lm.errors import CheckError, Stopped, UserError, setting, take_stops
 from lm.training import lightning_internals
 from lm.training.distributed.drift import check_drift
 from lm.training.distributed.meeting import Launcher, Meeting, end, end_starter, lost_child
@@ -144,7 +144,9 @@ class Watch(Callback):
             ended = CheckError(lost[0])
             ended.exit_code = lost[1]
             return ended
-        return CheckError(f"contact with another rank was lost: {str(error).splitlines()[0]}: --ckpt_path auto goes on")
+        return CheckError(
+            f"contact with another rank was lost: {str(error).splitlines()[0]}: {setting('ckpt_path')} auto goes on"
+        )
 
 
 class Lives:
@@ -248,7 +250,9 @@ class Lives:
     def _end(self, what: str, code: int = 1) -> None:
         if self.ended.is_set():
             return
-        line = f"rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with --ckpt_path auto"
+        line = (
+            f"rank {self.rank} ends: {what}; the newest checkpoint is whole: continue with {setting('ckpt_path')} auto"
+        )
         end(line, self.watch.children, code)
 
 

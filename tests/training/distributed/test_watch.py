@@ -63,6 +63,7 @@ def test_a_rank_that_hangs_is_named(workplace: Path, where: str) -> None:
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "no rank has come any further for 3 s, rank 1 behind the others" in error
+    assert "the newest checkpoint is whole: continue with --ckpt_path auto\n" in error
     assert all(f"rank {rank} hangs here:" in error for rank in (0, 1)) and "tests/support/stop.py" in error
 
 
@@ -72,6 +73,7 @@ def test_a_rank_that_drifts_is_named(workplace: Path) -> None:
     _, error = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "error: step 8: the weights of rank" in error and "h.0.ln_1.weight" in error
+    assert "look for a broken device, and continue with --ckpt_path auto\n" in error
     assert checkpoint.peek(Path("checkpoints/drifting/last.ckpt")).step == 5  # nothing was saved since
 
 

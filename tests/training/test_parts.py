@@ -1,4 +1,4 @@
-"""A network whose training does not fit into memory is refused before it is made."""
+"""A class that is no such part is refused, and so is a network whose training does not fit into memory."""
 
 from pathlib import Path
 
@@ -7,6 +7,24 @@ import torch
 
 from lm.models import GPT
 from lm.training import compute, optimizers, parts
+
+NET = "--model.init_args.net"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((NET, "torch.nn.ReLU"), "model.net: it cannot be made of vocab_size and block_size"),
+        ((NET, "torch.nn.Linear"), "model.net Linear is no network for tokens"),
+        (("--model.init_args.optimizer", "torch.optim.SparseAdam"), "model.optimizer SparseAdam: it is for sparse"),
+        (("--model.init_args.optimizer", "torch.optim.LBFGS"), "model.optimizer"),
+        (("--data", "lightning.pytorch.LightningDataModule"), "data LightningDataModule: it is not an lm.data"),
+        ((f"{NET}.init_args.n_embd", 2 * 10**9), "memory does not suffice"),
+    ],
+)
+def test_classes_and_sizes_that_cannot_be(lm, words: tuple, expected: str) -> None:
+    code, _, err = lm("fit", "--config", "tiny.yaml", *words)
+    assert code == 2 and err.startswith(f"error: {expected}") and err.count("\n") == 1, err
 
 
 def bytes_of(net: torch.nn.Module) -> int:

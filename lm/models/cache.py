@@ -1,0 +1,90 @@
+"""What a network keeps of the tokens it has read, so that its next call reads the new ones alone.
+
+Shapes: B batch, T new tokens, S all tokens so far, D channels of a head, … a layer's own leading dimensions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Cache:
+    """What the layers of one network need of the tokens read so far, such as attention's keys and values.
+
+    The same cache goes to each call of the network's forward; each call reads the tokens that follow those of the call
+    before, and gives the logits that one call for all of them would.
+
+    Args:
+        capacity: Most tokens, at most the network's block_size; memory for them is taken at the first call.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.tokens: Tensor | None = None
+        """int64 (B, S), all tokens so far."""
+        self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far, S."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no layer has kept anything."""
+        return not self._kept
+
+    def clear(self) -> None:
+        """Forget what layers have kept, but not the tokens."""
+        self._kept.clear()
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Take the next tokens (B, T); return all so far (B, S).
+
+        Raises:
+            ValueError: They are more than the capacity.
+        """
+        seen = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)  # (B, S), (B, T) -> (B, S+T)
+        if seen.shape[1] > self.capacity:
+            raise ValueError(f"{seen.shape[1]} tokens are more than the cache's {self.capacity}")
+        self.tokens = seen
+        return seen
+
+    def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keep what a layer has made of the tokens read last; return what it has of all so far.
+
+        Args:
+            layer: Whose.
+            new: Each (…, T, D).
+
+        Returns:
+            Each (…, S, D).
+        """
+        S = self.length  # noqa: N806
+        if layer not in self._kept:
+            self._kept[layer] = tuple(one.new_zeros(*one.shape[:-2], self.capacity, one.shape[-1]) for one in new)
+        kept = self._kept[layer]
+        for store, one in zip(kept, new, strict=True):
+            store[..., S - one.shape[-2] : S, :] = one
+        return tuple(store[..., :S, :] for store in kept)
+
+    def kept(self, layer: nn.Module, length: int) -> tuple[Tensor, ...]:
+        """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""
+        return tuple(store[..., :length, :] for store in self._kept[layer])
+
+    def follow(self, layer: nn.Module, x: Tensor, size: int, before: Tensor | None = None) -> Tensor:
+        """Return the last `size` positions that a layer has read, and x; keep the last ones for its next call.
+
+        Args:
+            layer: Whose.
+            x: What it reads now, (…, T).
+            size: How many.
+            before: What stands before x in the layer's first call, (…, any); by default as many zeros.
+
+        Returns:
+            (…, size + T).
+        """
+        if layer not in self._kept:
+            self._kept[layer] = (x.new_zeros(*x.shape[:-1], size) if before is None else before,)
+        both = torch.cat([*self._kept[layer], x], dim=-1)  # (…, size), (…, T) -> (…, size + T)
+        self._kept[layer] = (both[..., both.shape[-1] - size :],)
+        return both
