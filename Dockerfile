@@ -30,7 +30,6 @@ VOLUME ["/app/checkpoints", "/app/logs", "/data"]
 WORKDIR /app
 # lm is process 1: SIGTERM reaches it, it saves and exits 143; docker stop -t 120 gives it the time
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["lm", "health"]
 ENTRYPOINT ["lm"]
 CMD ["--help"]
 
@@ -69,7 +68,7 @@ COPY --from=dependencies-cuda /opt/lm /opt/lm
 COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
-RUN ["python", "-m", "lm.tokenizers.merges"]
+RUN ["python", "-m", "lm.tokenizers.published"]
 USER 1000:1000
 
 FROM base AS cpu
@@ -78,5 +77,5 @@ COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
 # GPT-2's ranks, where they can be downloaded: the image then needs no network for them
-RUN ["python", "-m", "lm.tokenizers.merges"]
+RUN ["python", "-m", "lm.tokenizers.published"]
 USER 1000:1000

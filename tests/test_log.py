@@ -1,12 +1,13 @@
 """Lines for machines: LM_LOG=json makes an object of each, and metrics.prom is what Prometheus reads."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lm.training.loggers.log_files import MetricsProm
+from lm.training.loggers.log_files import MetricsProm, check
 from tests.conftest import start
 from tests.support.ranks import finish, run, write_recipe
 
@@ -71,3 +72,20 @@ def test_a_reader_sees_a_whole_file_or_the_one_before(tmp_path: Path) -> None:
         assert 'lm_train_loss{run="run"} 2.0' in before.read()
     families = {family.name: family for family in text_string_to_metric_families(logger.path.read_text())}
     assert families["lm_val_loss"].samples[0].value == float("inf") and families["lm_step"].samples[0].value == 2
+
+
+def test_every_metric_has_a_name_that_prometheus_takes_and_no_two_the_same(tmp_path: Path) -> None:
+    logger = MetricsProm(tmp_path / "run")
+    logger.log_metrics({"val/größe": 1.0, "lr-AdamW": float("nan"), "val/loss": 2.0, "val.loss": 3.0}, step=1)
+    lines = [line for line in logger.path.read_text().splitlines() if not line.startswith("#")]
+    names = [re.match(r"([a-zA-Z_:][a-zA-Z0-9_:]*)\{run=\"run\"\} \S+$", line)[1] for line in lines]
+    assert names == ["lm_step", "lm_val_gr__e", "lm_lr_AdamW", "lm_val_loss"]
+
+
+def test_the_file_of_an_earlier_release_is_replaced(tmp_path: Path) -> None:
+    logger = MetricsProm(tmp_path)
+    logger.path.write_text('# TYPE lm_step gauge\nlm_step{run="run"} 4\n')
+    check(tmp_path)
+    logger.log_metrics({}, step=5)
+    check(tmp_path)
+    assert "} 5.0\n" in logger.path.read_text()

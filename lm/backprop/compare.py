@@ -155,9 +155,9 @@ def tolerances(rounded: dict[str, Tensor], wide: dict[str, Tensor]) -> dict[str,
     return {name: SPARE * max(error, typical) for name, error in errors.items()}
 
 
-def stir(net: nn.Module, size: float = 0.1) -> None:
+def stir(net: nn.Module) -> None:
     """Move every gain, bias and zero away from its first value, behind which errors hide."""
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim < 2 or not parameter.any():
-                parameter.add_(size * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn_like(parameter))

@@ -26,7 +26,6 @@ COMMANDS = {
     "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
     "import": ("lm.cli.export:import_", "make a checkpoint of what was exported"),
     "doctor": ("lm.cli.doctor:doctor", "say what of this machine matters to training, and what to change"),
-    "health": ("lm.cli.health:health", "say whether a container's server answers; for its health check"),
 }
 
 

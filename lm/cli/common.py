@@ -28,7 +28,7 @@ def print_json(values: dict[str, Any]) -> None:
 def one_line_errors(
     parser: Callable[[], ArgumentParser],
     words: Sequence[str] = (),
-    meant: Callable[[ArgumentParser, str], tuple[list[str], dict[str, list[str]]]] | None = None,
+    meant: Callable[[str], tuple[list[str], dict[str, list[str]]]] | None = None,
 ) -> Iterator[None]:
     """Turn what jsonargparse raises into a UserError that names the key, what was found, and the nearest known name.
 
@@ -53,7 +53,7 @@ def one_line_errors(
         names = known_names(parser())
         classes: dict[str, list[str]] = {}
         if meant:
-            more, classes = meant(parser(), " ".join(f"{one.key} {one.value}" for one in messages.said(words)))
+            more, classes = meant(" ".join(f"{one.key} {one.value}" for one in messages.said(words)))
             names = sorted({*names, *more})
         text = str(getattr(error, "message", None) or error)
         raise UserError(messages.explain(text, words, names, classes, parser().prog)) from error

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lm import __version__, storage
 from lm.checkpoints import disk
-from lm.cli import common, values
+from lm.cli import common, plain_help, values
 from lm.errors import CheckError, UserError
 from lm.training import compute
 
@@ -229,7 +228,7 @@ def clock() -> Iterator[Finding]:
         yield Finding("clock", stamp)
     if _kept_right() is False:
         advice = "start chrony or ntpd where the machines' logs are to be compared"
-        yield Finding("clock kept right", "the kernel knows of nobody who does", "note", advice)
+        yield Finding("clock synchronization", "none, as far as the kernel knows", "note", advice)
 
 
 def _kept_right() -> bool | None:
@@ -250,10 +249,8 @@ def doctor(arguments: list[str]) -> None:
     Raises:
         CheckError: Training would fail here.
     """
-    parser = ArgumentParser(
-        prog="lm doctor",
-        description="Say what of this machine matters to training, and what to change. Exit 1: training would fail.",
-        exit_on_error=False,
+    parser = plain_help.make_parser(
+        "doctor", "Say what of this machine matters to training, and what to change. Exit 1: training would fail."
     )
     parser.add_argument("--lock", type=Path | None, default=None, help="Hold installed packages against this lock.")
     parser.add_argument("--json", action="store_true", help="Print the findings as JSON; the table goes to stderr.")

@@ -4,21 +4,16 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from lm import log
 from lm.checkpoints import safetensors
-from lm.cli import common, values
+from lm.cli import common, plain_help, values
 
 
 def export(arguments: list[str]) -> None:
     """Run `lm export`."""
-    parser = ArgumentParser(
-        prog="lm export",
-        description="Write a checkpoint, a single file or sharded, in a format that other programs read.",
-        exit_on_error=False,
+    parser = plain_help.make_parser(
+        "export", "Write a checkpoint, a single file or sharded, in a format that other programs read."
     )
-    parser.allow_abbrev = False
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument(
         "--format",
@@ -38,12 +33,9 @@ def export(arguments: list[str]) -> None:
 
 def import_(arguments: list[str]) -> None:
     """Run `lm import`."""
-    parser = ArgumentParser(
-        prog="lm import",
-        description="Make a checkpoint of what lm export wrote: to sample from, to evaluate, and for --init_from.",
-        exit_on_error=False,
+    parser = plain_help.make_parser(
+        "import", "Make a checkpoint of what lm export wrote: to sample from, to evaluate, and for --init_from."
     )
-    parser.allow_abbrev = False
     parser.add_argument("--source", type=Path, required=True, help="The folder.")
     parser.add_argument("--output", type=Path, required=True, help="The checkpoint file: a new one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint of lm's.")

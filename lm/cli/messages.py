@@ -53,7 +53,6 @@ OTHER_COMMANDS = {  # options that only some commands have
     "num_nodes": "plan",
     "devices": "plan",
     "lock": "doctor",
-    "url": "health",
 }
 
 
@@ -128,8 +127,8 @@ def _explain(text: str, words: Sequence[str], names: Sequence[str], classes: dic
             return unknown(stray[1][2:].partition("=")[0], there, names, command)
         return _stray(stray[1], names, command)
     for pattern in UNKNOWN:
-        if found := re.findall(pattern, text):
-            return unknown(_joined([*keys, found[0]]), there, names, command)
+        if slip := re.search(pattern, text):
+            return unknown(_joined([*keys, *slip.groups()]), there, names, command)
     if re.search(r"init_args=Namespace\(net=None|required: (?:data, )?(?:model|net)\b", text):
         return "no network is said: give a recipe, --config configs/quickstart.yaml, or --model.init_args.net CLASS"
     if lacks := re.search(r"class_path '([\w.]+)': the following arguments are required: (\w+)", text):
@@ -173,6 +172,7 @@ UNKNOWN = (  # how jsonargparse says that a name is not known
     r"[Oo]ption ['\"]([\w.]+)['\"] is not",
     r"No action for key ['\"]([\w.]+)['\"]",
     r"does not accept nested key ['\"]([\w.]+)['\"]",
+    r"Group '([\w.]+)' does not accept option '(.+?)'",
 )
 ACCELERATOR = "see lm doctor; say --trainer.accelerator cpu, or auto for the fastest that there is"
 SIMPLE = (  # what needs nothing but the message's own words

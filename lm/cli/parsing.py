@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lm.checkpoints.restore import deny_what_runs_code
-from lm.cli import common, environment, help, messages, values
+from lm.cli import common, environment, help, messages, plain_help, values
 from lm.errors import UserError, causes
 from lm.training import LanguageModel
 from lm.training.callbacks.checkpointing import Checkpoints
@@ -96,6 +96,7 @@ class Recipes(LightningCLI):
                         "exit_on_error": False,
                         "allow_abbrev": False,
                     },
+                    parser_class=_Parser,
                     args=arguments,
                     run=False,
                     auto_configure_optimizers=False,
@@ -103,12 +104,6 @@ class Recipes(LightningCLI):
                 )
         finally:
             sys.argv = argv
-
-    def init_parser(self, **settings: Any) -> LightningArgumentParser:
-        """Make Lightning's parser, with our `dump`."""
-        parser = super().init_parser(**settings)
-        parser.__class__ = _Parser
-        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check all numbers against their bounds; or print the requested help, and stop."""
@@ -167,7 +162,10 @@ class Untrained(Recipes):
 
 
 class _Parser(LightningArgumentParser):
-    """Writes enum settings, such as those of Lightning's Timer, as the strings that a recipe would have."""
+    """Explains types in words, and writes enum settings, as of Lightning's Timer, as the strings of a recipe."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, formatter_class=plain_help.PlainHelp, **settings)
 
     def dump(self, cfg: Namespace, *args: Any, **settings: Any) -> str:
         """Return a recipe as text."""
@@ -227,11 +225,10 @@ def section_help(parser: LightningArgumentParser, section: str, words: list[str]
     return text[text.index("Help for") :]
 
 
-def recipe_names(parser: ArgumentParser, said: str) -> tuple[list[str], dict[str, list[str]]]:
+def recipe_names(said: str) -> tuple[list[str], dict[str, list[str]]]:
     """Return the full names of the settings of the classes that a recipe is made of, and what classes there are.
 
     Args:
-        parser: The recipe's parser.
         said: All that the recipe and the command line say: only classes in it count, where there are any.
     """
     from inspect import signature

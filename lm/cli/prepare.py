@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from lm.cli import common, values
+from lm.cli import common, plain_help, values
 from lm.corpus import shards
 from lm.corpus.formats import Settings
 from lm.corpus.prepare import Preparation, prepare, summary
@@ -17,12 +17,9 @@ from lm.errors import Stopped, UserError, take_stops
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm prepare`."""
-    parser = ArgumentParser(
-        prog="lm prepare",
-        description="Turn text into a folder of token shards. Interrupted, the same command goes on.",
-        exit_on_error=False,
+    parser = plain_help.make_parser(
+        "prepare", "Turn text into a folder of token shards. Interrupted, the same command goes on."
     )
-    parser.allow_abbrev = False
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of these options.")
     parser.add_argument("--source", nargs="+", type=str, help="Files, folders, globs, or - for standard input.")
     parser.add_argument("--output", type=Path | None, default=None, help="The folder of the prepared corpus.")

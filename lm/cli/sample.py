@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from lm import storage
 from lm.checkpoints.restore import deny_what_runs_code, load_network
-from lm.cli import common, values
+from lm.cli import common, plain_help, values
 from lm.errors import UserError
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 
@@ -21,14 +21,15 @@ TEXT = ("lm.data.TextData", "lm.data.LinesData")
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm sample`."""
-    parser = ArgumentParser(prog="lm sample", description="Print text as it is made.", exit_on_error=False)
-    parser.allow_abbrev = False
+    parser = plain_help.make_parser("sample", "Print text as it is made.")
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument("--prompt", type=str, default="", help="Text to continue; it is printed too.")
     parser.add_argument("--prompt_file", type=Path | None, default=None, help="A UTF-8 file with the prompt.")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="Longest continuation, in tokens.")
     parser.add_class_arguments(Sampler, None, as_group=True)
-    parser.add_argument("--stop", action="append", default=[], help="End a text before this string; repeatable.")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="End a text before this string; repeatable."
+    )
     parser.add_argument("--num_samples", type=int, default=1, help="How many texts, made side by side.")
     parser.add_argument("--seed", type=int, default=1337, help="Of the random choices.")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")

@@ -5,19 +5,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from lm.cli import common, values
+from lm.cli import common, plain_help, values
 from lm.corpus.formats import Settings
 from lm.corpus.tokenizer_training import train
 
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm tokenizer`."""
-    parser = ArgumentParser(
-        prog="lm tokenizer",
-        description="Train a byte-level byte-pair encoding on text; --tokenizer takes the file it writes.",
-        exit_on_error=False,
+    parser = plain_help.make_parser(
+        "tokenizer", "Train a byte-level byte-pair encoding on text; --tokenizer takes the file it writes."
     )
-    parser.allow_abbrev = False
     parser.add_argument("--source", nargs="+", type=str, required=True, help="Files, folders or globs.")
     parser.add_argument(
         "--vocab_size", type=int, required=True, help="Tokens, the 256 bytes among them; the end of text comes on top."

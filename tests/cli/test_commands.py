@@ -1,6 +1,7 @@
 """Each command, as the contract has it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,10 +38,34 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help.all"])
     assert stop.value.code == 0
-    others = {"doctor": "--lock", "health": "--url"} | dict.fromkeys(("gradients", "plan"), "--config")
+    others = {"doctor": "--lock"} | dict.fromkeys(("gradients", "plan"), "--config")
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
     option = others.get(command, "--ckpt_path")
     assert option in capsys.readouterr().out
+
+
+def test_the_documents_table_has_every_command_and_no_other() -> None:
+    table = re.findall(r"^\| (`lm .*?) \|", (ROOT / "docs/usage.md").read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`lm (\w+)`", " ".join(table))) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["fit", "gradients", "plan"])
+@pytest.mark.parametrize(
+    ("section", "slip", "meant"),
+    [
+        ("trainer", "val_chek_interval", "trainer.val_check_interval"),
+        ("trainer", "max-steps", "trainer.max_steps"),
+        ("samples", "max_new_token", "samples.max_new_tokens"),
+    ],
+)
+def test_a_slip_in_a_recipe_is_found_by_all_that_read_one(
+    lm, workplace: Path, command: str, section: str, slip: str, meant: str
+) -> None:
+    """Those that make no Trainer, too."""
+    Path("slip.yaml").write_text(f"{section}:\n  {slip}: 4\n")
+    code, _, err = lm(command, "--config", "tiny.yaml", "--config", "slip.yaml")
+    assert code == 2
+    assert err == f"error: slip.yaml, line 2: unknown option or key {section}.{slip}: did you mean {meant}?\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

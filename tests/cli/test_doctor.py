@@ -96,3 +96,10 @@ def test_a_clock_behind_the_logs_is_noted(workplace: Path, ahead: int, expected:
     os.utime(table, (now + ahead, now + ahead))
     found = next(doctor.clock())
     assert expected in (found.verdict, *found.value.split(", "))
+
+
+def test_a_clock_that_nothing_sets_is_noted_in_plain_words(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_kept_right", lambda: False)
+    found = list(doctor.clock())[-1]
+    assert (found.name, found.value) == ("clock synchronization", "none, as far as the kernel knows")
+    assert found.verdict == "note" and "chrony or ntpd" in found.advice

@@ -52,7 +52,6 @@ BASES = {
     "export": ("export", "--ckpt_path", "checkpoints/old/last.ckpt", "--output", "exported"),
     "import": ("import", "--source", "safe", "--output", "made.ckpt"),
     "doctor": ("doctor",),
-    "health": ("health",),
 }
 PARTS = {
     "model.init_args": training.LanguageModel,
@@ -61,7 +60,7 @@ PARTS = {
     "model.init_args.schedule.init_args": schedules.Cosine,
     "data.init_args": data.TextData,
 }
-WAITS = ("trainer.num_nodes", "trainer.devices", "url", "model.init_args.compile")
+WAITS = ("trainer.num_nodes", "trainer.devices", "model.init_args.compile")
 """Options by which a command rightly waits, for others or for a compiler: their good values are not tried."""
 ALSO = {
     "ckpt_path": "checkpoint",

@@ -30,6 +30,30 @@ def test_help_is_a_screen(command: str, capsys: pytest.CaptureFixture[str], monk
     assert len(lines) <= 50 and max(map(len, lines)) <= 120
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_an_option_takes_in_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, command, "--help")
+    assert not re.search(r"<(class|function)|lambda|object at|type: |default: |Literal|Optional|\| null|None", text)
+
+
+def test_an_option_is_shown_with_its_bounds_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(shown(capsys, "sample", "--help").split())
+    for said in (
+        "--ckpt_path PATH The checkpoint. (needed)",
+        "--prompt TEXT Text to continue; it is printed too. --prompt_file PATH A UTF-8 file with the prompt. --max",
+        "0 always takes the likeliest. (at least 0) [1.0]",
+        "this probability (Holtzman et al., 2019). (above 0 and at most 1) --min_p X",
+        "--seed N Of the random choices. [1337] --device TEXT",
+        "--json Print the result as JSON; the text goes to stderr. Chooses",
+    ):
+        assert said in text, said
+    assert "Share for testing. (at least 0 and below 1) [0.0]" in " ".join(shown(capsys, "prepare", "--help").split())
+    sections = "".join(shown(capsys, "fit", f"--help.{section}") for section in ("samples", "watch", "data", "model"))
+    for said in ("samples.max_new_tokens N", "watch.timeout X", "data.tokenizer TEXT", "across_documents {true,false}"):
+        assert f"  --{said}" in sections or f"  --data.{said}" in sections, said
+    assert "[true]" in sections and "[false]" in sections
+
+
 @pytest.mark.parametrize("command", help.PAGES)
 def test_a_page_is_true_to_its_parser(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     every = shown(capsys, command, "--help.all")

@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import start
 
 
-@pytest.mark.parametrize("words", [("--help",), ("health",)])
+@pytest.mark.parametrize("words", [("--help",), ("doctor",)])
 def test_a_full_standard_output(tmp_path, words: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         process = start(*words, cwd=tmp_path, stdout=full)

@@ -160,44 +160,6 @@ def test_gpt2s_ranks_can_be_mounted(image: Container, volumes: dict[str, Path], 
     assert code == 0 and "prepared: logs/corpus" in out, err
 
 
-STAND_IN = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Answer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
-
-HTTPServer(("127.0.0.1", int(sys.argv[-1])), Answer).serve_forever()
-"""
-
-
-def test_the_health_check_asks_a_server_and_leaves_a_training_alone(image: Container) -> None:
-    """As Docker runs it, inside the container. lm has no server yet: a stand-in answers by its rules."""
-    docker = json.loads(image.builder("inspect", image.name))["Docker"]["config"]
-    assert docker["Healthcheck"]["Test"][0] == "CMD"
-    check = docker["Healthcheck"]["Test"][1:]
-
-    def healthy(container: subprocess.Popen[str]) -> int:
-        inside = ["nsenter", f"--target={process_1(container)}", "--all", "--root", "--wd"]
-        return subprocess.run([*inside, "env", *image.config["Env"], *check], capture_output=True).returncode
-
-    server = image.start(command=["python", "-c", STAND_IN, "serve", "--port", "8765"])
-    training = image.start(*QUICKSTART, 100_000)
-    try:
-        until = time.monotonic() + 30
-        while healthy(server):
-            assert server.poll() is None and time.monotonic() < until, server.communicate()
-            time.sleep(0.2)
-        assert healthy(training) == 0
-        os.kill(process_1(server), signal.SIGSTOP)
-        assert healthy(server) == 1
-    finally:
-        for container in (server, training):
-            end(container)
-
-
 def test_what_compose_starts_trains_and_shows_the_curves(image: Container, volumes: dict[str, Path]) -> None:
     """The commands of compose.yaml's services, side by side on the same folders."""
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]

@@ -13,7 +13,7 @@ from lm import tokenizers
 from lm.corpus.tokenizer_training import SHORT, byte_table
 from lm.data import TextData
 from lm.errors import UserError
-from lm.tokenizers.merges import GPT2_PATTERN
+from lm.tokenizers.published import GPT2_PATTERN
 from tests.support.samples import random_text
 
 Run = Callable[..., tuple[int, str, str]]

@@ -1,7 +1,10 @@
+import ast
 import hashlib
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +13,17 @@ import pytest
 from lm import storage, tokenizers
 from lm.errors import UserError
 from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, merges
-from lm.tokenizers.merges import PUBLISHED
+from lm.tokenizers.published import PUBLISHED
+from tests.conftest import ROOT
 from tests.support.samples import BYTES, random_text
+
+
+def test_the_package_names_what_its_files_define_and_imports_nothing_heavy() -> None:
+    package = ast.parse(Path(tokenizers.__file__).read_text())
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in package.body)
+    assert set(tokenizers.__all__) >= {"Tokenizer", "CharTokenizer", "ByteTokenizer", "BytePairTokenizer", "from_state"}
+    code = "import sys, lm.tokenizers; print(*{'torch', 'tiktoken', 'tokenizers', 'lightning'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "\n"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,20 +1,17 @@
 """Weights that have drifted apart between the ranks, found by checksums."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, distributed
 
 from lm.errors import CheckError, setting
 
 
-def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list[Tensor]] | None = None) -> None:
+def check_drift(net: torch.nn.Module, step: int) -> None:
     """Compare checksums of all parameters over the ranks.
 
     Args:
         net: The network; parameters sharded over the ranks are not compared.
         step: Number of finished steps, for the message.
-        gather: Returns all ranks' tensors; torch.distributed's by default.
 
     Raises:
         CheckError: They differ; says on which ranks, and at which parameter first.
@@ -23,7 +20,7 @@ def check_drift(net: torch.nn.Module, step: int, gather: Callable[[Tensor], list
     if not whole:
         return
     sums = torch.stack([weight_sum(parameter.detach()) for parameter in whole.values()])  # (parameters,)
-    rows = torch.stack((gather or _gather)(sums))  # (ranks, parameters)
+    rows = torch.stack(_gather(sums))  # (ranks, parameters)
     usual = rows.mode(dim=0).values  # (parameters,)
     if (rows == usual).all():
         return

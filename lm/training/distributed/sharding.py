@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -160,8 +160,3 @@ def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.M
             {**group, "params": params} for group, params in zip(state["param_groups"], groups, strict=True)
         ],
     }
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; all ranks must call this."""
-    return tensor.full_tensor() if isinstance(tensor, distributed.tensor.DTensor) else tensor

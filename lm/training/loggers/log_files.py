@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from prometheus_client import Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 
 from lm import log, storage
 from lm.errors import UserError
@@ -222,21 +225,24 @@ class MetricsProm(_File):
         self._values: dict[str, float] = {}
         self._written: bytes | None = None
 
+    def collect(self) -> Iterator[Metric]:
+        """Yield all known values, as prometheus_client asks for them: train/loss as lm_train_loss."""
+        for name, value in self._values.items():
+            gauge = GaugeMetricFamily(f"lm_{name}", "the newest value", labels=["run"])
+            gauge.add_metric([self.name], value)
+            yield gauge
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write all known values: train/loss as lm_train_loss, the number of finished steps as lm_step."""
-        self._values |= {"step": step or 0} | {name: float(value) for name, value in metrics.items()}
-        names = {name: "lm_" + re.sub(r"\W", "_", name) for name in self._values}
-        rows = [
-            f'# TYPE {names[name]} gauge\n{names[name]}{{run="{self.name}"}} {value!r}\n'
-            for name, value in self._values.items()
-        ]
+        """Write all known values, and the number of finished steps as lm_step."""
+        for name, value in ({"step": step or 0} | metrics).items():
+            self._values[re.sub(r"\W", "_", name, flags=re.ASCII)] = float(value)
         if self._written and not os.path.lexists(self.path):
             self._removed(self.path)
         elif self._written and not (_is_file(self.path) and self.path.read_bytes() == self._written):
             raise UserError(f"{self.path} is not what lm wrote: it is left alone, move it away")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join(rows).encode()
+        data = generate_latest(self)
         with storage.whole(self.path, flushed=False) as file:  # the next step replaces it: not worth waiting for
             file.write(data)
         self._written = data
@@ -250,7 +256,8 @@ def check(folder: Path) -> None:
     """
     read_csv(folder / "metrics.csv")
     path = folder / "metrics.prom"
-    if os.path.lexists(path) and not (_is_file(path) and path.open("rb").read(10) in (b"", b"# TYPE lm_")):
+    ours = (b"", b"# HELP lm_", b"# TYPE lm_")  # the last is of earlier releases
+    if os.path.lexists(path) and not (_is_file(path) and path.open("rb").read(10) in ours):
         raise UserError(f"{path} was not written by lm: move it away")
 
 

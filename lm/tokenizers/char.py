@@ -1,0 +1,59 @@
+"""A tokenizer with one id per character."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.tokenizers.tokenizer import Tokenizer
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in the order of their code points.
+
+    A symbol that the vocabulary lacks is an error that names it: it is never dropped, nor taken for another.
+
+    Args:
+        symbols: The characters that it knows.
+        end: One more character, which stands before and after each text and gets id 0.
+        end_of_text: Whether there is an end-of-text token, which is not a character; it gets the last id.
+    """
+
+    def __init__(self, symbols: Iterable[str], end: str | None = None, end_of_text: bool = False) -> None:
+        known = set(symbols)
+        self.end = end
+        if end is not None:
+            self.eot, self.begins_with_eot = 0, True
+            known.discard(end)
+        self.symbols = ([] if end is None else [end]) + sorted(known)
+        self.n_vocab = len(self.symbols)
+        if end_of_text:
+            self.eot, self.n_vocab = self.n_vocab, self.n_vocab + 1
+        points = np.array([ord(symbol) for symbol in self.symbols], dtype=np.uint32)
+        self._order = np.argsort(points)  # the end mark may be out of order
+        self._points = points[self._order]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text, int64 (T,). A symbol that the vocabulary lacks is an error that names it."""
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        places = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+        known = self._points[places] == points
+        if not known.all():
+            unknown = sorted({chr(point) for point in np.unique(points[~known])})
+            listed = ", ".join(map(repr, unknown[:10])) + (
+                f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            )
+            raise UserError(f"the vocabulary of {len(self.symbols)} characters lacks {listed}")
+        return self._order[places]
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the UTF-8 bytes of each symbol."""
+        return [symbol.encode() for symbol in self.symbols] + [b""] * (self.n_vocab - len(self.symbols))
+
+    def state(self) -> dict[str, Any]:
+        """Return the symbols, and the end mark or end-of-text token where there is one."""
+        ends: dict[str, Any] = {"end": self.end} if self.end else {}
+        if self.n_vocab > len(self.symbols):
+            ends["end_of_text"] = True
+        return {"kind": "char", "symbols": "".join(self.symbols)} | ends

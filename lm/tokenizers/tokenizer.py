@@ -1,0 +1,77 @@
+"""What every tokenizer can do, and decoding one text id by id."""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+
+class Tokenizer(ABC):
+    """What every tokenizer can do."""
+
+    n_vocab: int
+    """Number of ids, V; every id is below it."""
+    eot: int | None = None
+    """Id of the end-of-text token, where there is one."""
+    begins_with_eot: bool = False
+    """Whether that token precedes every text in training, so that a prompt needs it too."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text, int64 (T,).
+
+        Raises:
+            UserError: The vocabulary lacks one of its symbols.
+        """
+
+    @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """Return the UTF-8 bytes that each id stands for; none for the end-of-text token."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return all that `from_state` needs to make an equal tokenizer: strings and lists of strings."""
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        return self.token_bytes()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes of ids; they may end inside a character."""
+        return b"".join(self._table[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decoder(self) -> "Decoder":
+        """Return a decoder for one text, id by id."""
+        return Decoder(self)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of stored ids: the smaller of 16 and 32 bits, little-endian, that holds them."""
+        return np.dtype("<u2" if self.n_vocab <= 1 << 16 else "<u4")
+
+
+class Decoder:
+    """Decodes one text id by id, and never breaks a character.
+
+    Args:
+        tokenizer: Gives the bytes of each id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def add(self, token: int) -> str:
+        """Take an id; return the characters that are now whole."""
+        return self._decode(self.tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """Take the end of the text; return U+FFFD where it ended inside a character, else nothing."""
+        return self._decode(b"", final=True)
