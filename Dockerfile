@@ -68,7 +68,7 @@ COPY --from=dependencies-cuda /opt/lm /opt/lm
 COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
-RUN ["python", "-m", "lm.tokenizers.published"]
+RUN ["python", "-c", "from lm.tokenizers.published import main; main()"]
 USER 1000:1000
 
 FROM base AS cpu
@@ -77,5 +77,5 @@ COPY --from=app /opt/lm /opt/lm
 COPY configs configs
 COPY cluster cluster
 # GPT-2's ranks, where they can be downloaded: the image then needs no network for them
-RUN ["python", "-m", "lm.tokenizers.published"]
+RUN ["python", "-c", "from lm.tokenizers.published import main; main()"]
 USER 1000:1000

@@ -83,7 +83,10 @@ def test_a_rule_that_adds_too_often_is_found(one_rank: None) -> None:
 def test_sharded_parameters_are_refused() -> None:
     """FSDP itself needs GPUs; the strategy object does not, so the trainer here is none."""
     module = ManualLanguageModel(net=lambda vocab_size, block_size: GPT(vocab_size, block_size))
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), precision="32-true", world_size=1)
+    trainer = SimpleNamespace(
+        strategy=FSDPStrategy(), precision="32-true", world_size=1, accumulate_grad_batches=1,
+        gradient_clip_val=None, gradient_clip_algorithm=None,
+    )  # fmt: skip
     module._trainer = trainer
     with pytest.raises(UserError, match="FSDPStrategy with ManualLanguageModel: the rules need whole parameters"):
         module.setup("fit")
