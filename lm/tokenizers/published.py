@@ -117,7 +117,3 @@ def main() -> None:
             return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / hashlib.sha1(encoding.url.encode()).hexdigest()).write_text(text)
-
-
-if __name__ == "__main__":
-    main()
