@@ -60,9 +60,9 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     """Train in a plain loop; return its seconds and last validation loss."""
     import torch
     from lightning.pytorch import LightningDataModule
+    from torch import nn
     from torch.nn import functional as F
 
-    from lm.checkpoints.restore import build
     from lm.models.layers import calibrate
     from lm.training.schedules import Schedule
 
@@ -70,7 +70,7 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     settings = recipe["model"]["init_args"]
     data = instantiate(LightningDataModule, recipe["data"], seed=recipe["seed_everything"])
     data.setup("fit")
-    net = build(settings["net"], data.vocab_size, data.block_size)
+    net = instantiate(nn.Module, settings["net"], vocab_size=data.vocab_size, block_size=data.block_size)
     optimizer = optimizer_of(settings, net)
     rate, schedule = optimizer.param_groups[0]["lr"], instantiate(Schedule, settings["schedule"])
     every = recipe["trainer"]["val_check_interval"]
