@@ -23,6 +23,7 @@ from lm import __version__, storage
 from lm.checkpoints import disk
 from lm.cli import common, plain_help, values
 from lm.errors import CheckError, UserError
+from lm.generation.narrow import has_instructions
 from lm.training import compute
 
 GIB = 1 << 30
@@ -91,6 +92,10 @@ def devices() -> Iterator[Finding]:
     verdict: Literal["ok", "note"] = "note" if threads > cores else "ok"
     yield Finding("CPU cores", f"{cores}, {threads} threads", verdict, "set OMP_NUM_THREADS to the number of cores")
     yield _compiler(torch.device("cpu"))
+    if has_instructions():
+        yield Finding("lm sample --dtype", "bfloat16 and int8: the CPU multiplies them")
+    else:
+        yield Finding("lm sample --dtype", "float32: the CPU has no instructions for bfloat16, which would be slower")
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is None:
         built = torch.version.cuda or torch.version.hip
