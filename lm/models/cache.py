@@ -35,6 +35,10 @@ class Cache:
         """Whether no layer has kept anything."""
         return not self._kept
 
+    def cut(self, length: int) -> None:
+        """Forget all tokens but the first `length`; for layers that keep what `extend` takes alone."""
+        self.tokens = None if not length or self.tokens is None else self.tokens[:, :length]
+
     def clear(self) -> None:
         """Forget what layers have kept, but not the tokens."""
         self._kept.clear()
