@@ -10,7 +10,7 @@ help:
 	@echo "make train        install, train configs/quickstart.yaml (continues if it was interrupted), print a sample"
 	@echo "make test         install with the test extra, run the tests; AREA=data: those of lm/data alone"
 	@echo "make test-slow    run the tests that take minutes"
-	@echo "make test-long    let a sample of all calls to the disk fail"
+	@echo "make test-long    what takes an hour: a sample of all calls to the disk fails, long comparisons"
 	@echo "make test-container  build the image and run it, without an engine: needs root, buildah and debootstrap"
 	@echo "make lint         linters, formatter, type checker, import contracts"
 	@echo "make lock         write requirements*.lock anew from constraints.txt"
