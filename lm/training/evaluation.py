@@ -47,15 +47,19 @@ class Evaluated(LightningModule):
         """Publish the evaluation: `val_loss` for callbacks, all of it for the loggers."""
         values = self.eval_loss.compute()
         self.eval_loss.reset()
-        self.log("val_loss", values["loss"], logger=False)  # the metric has summed over the ranks
         self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
         self.validation["tokens"] = int(values["tokens"])
         if self.exact_match is not None:
             self.validation["exact_match"] = float(self.exact_match.compute())
             self.exact_match.reset()
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            chosen = {k: v for k, v in self.validation.items() if k not in ("step", "tokens")}
-            self.write({f"val/{key}": value for key, value in chosen.items()}, self.global_step)
+        shown = {key: value for key, value in self.validation.items() if key not in ("step", "tokens")}
+        if self.trainer.state.fn != "fit":  # what a Trainer's own validate and test return; ranks have one sum already
+            kind = "test" if self.trainer.state.fn == "test" else "val"
+            self.log_dict({f"{kind}_{key}": value for key, value in shown.items()})
+            return
+        self.log("val_loss", shown["loss"], logger=False)
+        if not self.trainer.sanity_checking:
+            self.write({f"val/{key}": value for key, value in shown.items()}, self.global_step)
 
     def on_validation_end(self) -> None:
         """Keep the time of the evaluation out of tokens_per_second."""

@@ -23,6 +23,7 @@ from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
 from lm.tokenizers import Tokenizer
 from lm.training import compatibility, compute, lightning_internals, recipes
+from lm.training.callbacks import lightning
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
 from lm.training.distributed.sharding import is_sharded, shard
 from lm.training.division import Division
@@ -112,6 +113,8 @@ class LanguageModel(Evaluated):
             self.step.clip_norm = float(trainer.gradient_clip_val) or None
         if self.calibrate and trainer.world_size > 1:
             raise UserError("model.calibrate is for one process, as each has statistics of its own: set it to false")
+        if stage == "fit" and (count := getattr(trainer, "overfit_batches", 0)):
+            raise UserError(f"trainer.overfit_batches is {count}: {lightning.SETTINGS['overfit_batches'][1]}")
         ranks, micro_batches = trainer.world_size, trainer.accumulate_grad_batches
         alone = ranks == micro_batches == 1 and trainer.precision in ("32-true", "64-true")
         if stage == "fit" and self.steps_per_call > 1 and not alone:

@@ -86,6 +86,8 @@ class Step:
         self._log_every: int = trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
         for group, settings in zip(self._groups, self._settings, strict=True):
             group.update(settings)
+        if done := trainer.global_step:  # a run that resumes at its end saves the rate of its last step, as it was
+            self._set_rates(done - 1)
         self.log.start(trainer, self._targets, self._optimizer, self._settings)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
@@ -113,6 +115,9 @@ class Step:
         self._targets.clear()
         self.notice = None
         self.watching = [watcher for watcher in self._watchers if watcher.due(done + 1)]
+        self._set_rates(done)
+
+    def _set_rates(self, done: int) -> None:
         factor = self.schedule(done, self._max_steps)
         for group, settings in zip(self._groups, self._settings, strict=True):
             group["lr"] = settings["lr"] * factor

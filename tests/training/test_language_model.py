@@ -198,3 +198,21 @@ def test_a_trainer_of_ones_own_accumulates_and_clips_by_hand_too(workplace: Path
     torch.testing.assert_close(by_hand, by_graph, rtol=1e-9, atol=0)
     torch.testing.assert_close(fit(ManualLanguageModel, gradient_clip_val=1e-3), by_graph, rtol=1e-9, atol=0)
     assert not torch.equal(fit(ManualLanguageModel), by_graph)
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, ManualLanguageModel])
+def test_a_trainer_of_ones_own_evaluates_and_refuses(workplace: Path, kind: type[LanguageModel]) -> None:
+    def trainer(**settings: Any) -> Trainer:
+        return Trainer(
+            max_steps=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, **settings,
+        )  # fmt: skip
+
+    module, data = kind(net=Bigram), TextData(corpus="text.txt", block_size=8, batch_size=4, test_fraction=0.2)
+    trainer().fit(module, datamodule=data)
+    (found,) = trainer().validate(module, datamodule=data, verbose=False)
+    assert found == pytest.approx({f"val_{k}": v for k, v in module.validation.items() if k not in ("step", "tokens")})
+    (found,) = trainer().test(module, datamodule=data, verbose=False)
+    assert set(found) == {"test_loss", "test_perplexity", "test_bits_per_byte"} and found["test_loss"] > 0
+    with pytest.raises(UserError, match="trainer.overfit_batches is 2: training has no epochs"):
+        trainer(overfit_batches=2).fit(kind(net=Bigram), datamodule=data)

@@ -20,6 +20,7 @@ from tests.support.runs import assert_runs_equal, stop_with, table
 
 FIT = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 4, "--samples.max_new_tokens", 2]
 FIT += ["--checkpoint.every_n_steps", 2]
+FIT += ["--model.init_args.schedule.init_args.warmup_steps", 1]  # the last step's rate is not the first one's
 EVALUATIONS = {
     "at an interval": ["--trainer.val_check_interval", 2],
     "only at the end": ["--trainer.val_check_interval", 100],
@@ -53,12 +54,12 @@ def goes_on_to_the_same(lm, recipe: list[object], number: int) -> None:
     assert files(name) == files("whole"), number
 
 
-@pytest.mark.parametrize("evaluation", ["at an interval", "only at the end"])
+@pytest.mark.parametrize("evaluation", ["at an interval", "only at the end", "between periodic checkpoints"])
 def test_a_stop_in_the_last_step_is_made_up_for(lm, workplace: Path, evaluation: str) -> None:
     recipe = [*FIT, *EVALUATIONS[evaluation]]
     assert lm(*recipe, "--name", "whole", *at_forward(0))[0] == 0
     passes = int(Path("passes").read_text())
-    evaluated = passes - 4 if evaluation == "only at the end" else (passes - 4) // 2
+    evaluated = (passes - 4) // 2 if evaluation == "at an interval" else passes - 4
     goes_on_to_the_same(lm, recipe, passes - evaluated)  # the last step's own
 
 
