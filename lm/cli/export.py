@@ -7,8 +7,14 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from lm import log
-from lm.checkpoints import safetensors
+from lm.checkpoints import huggingface, imports, safetensors
 from lm.cli import common, values
+
+EXPORTS = {
+    "safetensors": safetensors.export_safetensors,
+    "hf": huggingface.export_huggingface,
+    "file": safetensors.export_file,
+}
 
 
 def export(arguments: list[str]) -> None:
@@ -22,17 +28,17 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument(
         "--format",
-        type=Literal["safetensors", "file"],
+        type=Literal["safetensors", "hf", "file"],
         default="safetensors",
-        help="safetensors: a folder of weights, tokenizer and configuration, without code or optimizer; file: one "
-        "checkpoint file with everything, of a sharded one.",
+        help="safetensors: a folder of weights, tokenizer and configuration, without code or optimizer; hf: a folder "
+        "that Hugging Face's transformers loads as GPT-2 or LLaMA; file: one checkpoint file with everything, of a "
+        "sharded one.",
     )
     parser.add_argument("--output", type=Path, required=True, help="The folder, or the file: a new one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what lm has exported there before.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     options = values.parse(parser, arguments)
-    write = {"safetensors": safetensors.export_safetensors, "file": safetensors.export_file}[options.format]
-    path = write(options.ckpt_path, options.output, overwrite=options.overwrite, note=_note)
+    path = EXPORTS[options.format](options.ckpt_path, options.output, overwrite=options.overwrite, note=_note)
     _say("exported", path, options.json)
 
 
@@ -40,16 +46,24 @@ def import_(arguments: list[str]) -> None:
     """Run `lm import`."""
     parser = ArgumentParser(
         prog="lm import",
-        description="Make a checkpoint of what lm export wrote: to sample from, to evaluate, and for --init_from.",
+        description="Make a checkpoint of what lm export wrote, of a GPT-2 or LLaMA as Hugging Face's transformers has "
+        "them, or of nanoGPT's ckpt.pt: to sample from, to evaluate, and for --init_from.",
         exit_on_error=False,
     )
     parser.allow_abbrev = False
-    parser.add_argument("--source", type=Path, required=True, help="The folder.")
+    parser.add_argument("--source", type=Path, required=True, help="The folder, or nanoGPT's file.")
     parser.add_argument("--output", type=Path, required=True, help="The checkpoint file: a new one.")
+    parser.add_argument(
+        "--tokenizer", type=str | None, default=None, help="If the source has none: char, byte, gpt2, a .tiktoken file."
+    )
+    parser.add_argument(
+        "--corpus", type=str | None, default=None, help="The text that char's symbols are from [shakespeare]."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint of lm's.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     options = values.parse(parser, arguments)
-    path = safetensors.import_safetensors(options.source, options.output, overwrite=options.overwrite, note=_note)
+    names = {name: options[name] for name in ("tokenizer", "corpus", "overwrite")}
+    path = imports.import_any(options.source, options.output, note=_note, **names)
     _say("imported", path, options.json)
 
 
