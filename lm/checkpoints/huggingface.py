@@ -136,11 +136,12 @@ The recipe:
 """
 
 
-def read_huggingface(source: Path) -> Foreign:
+def read_huggingface(source: Path, with_tokenizer: bool = True) -> Foreign:
     """Return what a folder of transformers holds: a network of one of `layouts.LAYOUTS`, and its tokenizer.
 
     Args:
         source: A folder with config.json, safetensors or a pytorch_model.bin, single or sharded, and a tokenizer.
+        with_tokenizer: Whether its tokenizer is read.
 
     Raises:
         ValueError: It says what is wrong, or what lm has no equal of.
@@ -166,7 +167,7 @@ def read_huggingface(source: Path) -> Foreign:
         said = {name: said[name] for name in SAID if name in said}
         ours = conversion.shapes(settings | said, vocab_size, block_size)
         weights, settings = conversion.without_zeros(weights, settings, said, ours)
-    return Foreign(settings, weights, vocab_size, block_size, _tokenizer(source))
+    return Foreign(settings, weights, vocab_size, block_size, _tokenizer(source) if with_tokenizer else None)
 
 
 def _json(path: Path) -> Json:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -145,10 +146,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "out of the folder": (lambda f: shard(f, "../out/part.safetensors"), "'../out/part.safetensors', which is no file"),
     "an absolute path": (lambda f: shard(f, "/etc/passwd"), "'/etc/passwd', which is no file of the folder"),
     "no such shard": (lambda f: shard(f, "other.safetensors"), "other.safetensors"),
-    "a number as shard": (lambda f: shard(f, 3), "TypeError"),
+    "a number as shard": (lambda f: shard(f, 3), "it is damaged (TypeError"),
     "an index of nothing": (
         lambda f: (shard(f), (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}')),
-        "AttributeError",
+        "it is damaged (AttributeError",
     ),
     "not in its shard": (
         lambda f: (f / f"{WEIGHTS}.index.json").write_text(
@@ -342,6 +343,31 @@ def test_a_bad_file_is_one_line(lm: Run, case: str) -> None:
     code, _, err = lm("import", "--source", "ckpt.pt", "--output", "b.ckpt")
     assert code == 2 and err.startswith("error: --source ckpt.pt: ") and expected in err, err
     assert len(err.splitlines()) == 1 and not Path("b.ckpt").exists() and not Path("ran").exists()
+
+
+def test_a_folder_begins_a_run_and_its_gradients_agree(lm: Run) -> None:
+    """The recipe is the one that the imported checkpoint has."""
+    tokenizer = CharTokenizer({*Path("text.txt").read_text()})
+    written(Path("a.ckpt"), {**SMALL, **TODAY, "n_kv_head": 2, "norm_eps": 1e-6}, tokenizer, dtype=torch.float32)
+    huggingface.export_huggingface(Path("a.ckpt"), Path("out"))
+    import_any(Path("out"), Path("b.ckpt"))
+    recipe = checkpoint.peek(Path("b.ckpt")).config
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    data = ("--data.init_args.corpus", "text.txt", "--data.init_args.tokenizer")
+    code, out, err = lm("gradients", "--config", "recipe.yaml", *data, "char", "--json")
+    assert code == 0 and json.loads(out)["ok"], err
+    words = ("fit", "--config", "recipe.yaml", *data, "inherit", "--trainer.max_steps", 1)
+    losses = []
+    for origin in ("a.ckpt", "b.ckpt", "out"):
+        name = ("--name", origin.replace(".", "-"), "--trainer.enable_progress_bar", "false")
+        code, out, err = lm(*words, *name, "--init_from", origin, "--json")
+        assert code == 0, err
+        losses.append(json.loads(out)["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    (Path("out") / WEIGHTS).unlink()
+    code, _, err = lm(*words, "--name", "none", "--init_from", "out")
+    assert code == 2 and err.startswith("error: --init_from out: it has neither model.safetensors nor")
+    assert len(err.splitlines()) == 1
 
 
 def test_lms_own_checkpoint_needs_no_import(lm: Run, folder: Path) -> None:
