@@ -5,8 +5,10 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from lm.checkpoints.layouts import Json, Layout, Settings
+from lm.checkpoints.layouts import OURS, UNPLACED, Json, Layout, Settings
 from lm.models import GPT
+
+MOST_POSITIONS = 1 << 22  # a table of rotary positions has two rows for each
 
 
 def shapes(settings: Settings, vocab_size: int, block_size: int) -> dict[str, torch.Size]:
@@ -127,6 +129,33 @@ def incoming(reader: Reader, settings: Settings, ours: dict[str, torch.Size], co
             found[key] = (value.T if part.transposed else value).contiguous()
     reader.finish()
     return found
+
+
+def network(layout: Layout, config: Json, reader: Reader) -> tuple[Settings, dict[str, Tensor], int, int]:
+    """Return the GPT that a layout's configuration and tensors are: settings, weights, vocab_size, block_size.
+
+    Args:
+        layout: Which.
+        config: The keys of a config.json, and under `OURS` the settings that have no place there.
+        reader: Has the tensors.
+
+    Raises:
+        ValueError: It says what is wrong, or what lm has no equal of.
+    """
+    try:
+        settings, vocab_size, block_size = layout.settings(config)
+    except ValueError as error:
+        raise ValueError(f"{reader.said}: {error}") from error
+    if settings["n_layer"] > len(reader.left):  # before any is made
+        raise ValueError(f"{reader.said} says {settings['n_layer']} layers, and there are {len(reader.left)} tensors")
+    if block_size > MOST_POSITIONS:
+        raise ValueError(f"{reader.said} says {block_size} positions, and lm takes {MOST_POSITIONS}")
+    weights = incoming(reader, settings, shapes(settings, vocab_size, block_size), config)
+    if isinstance(said := config.get(OURS), dict):
+        said = {name: said[name] for name in UNPLACED if name in said}
+        ours = shapes(settings | said, vocab_size, block_size)
+        weights, settings = without_zeros(weights, settings, said, ours)
+    return settings, weights, vocab_size, block_size
 
 
 def without_zeros(

@@ -28,11 +28,7 @@ from lm.tokenizers import huggingface as tokenizer_files
 WEIGHTS, CONFIG, GENERATION, CARD = "model.safetensors", "config.json", "generation_config.json", "README.md"
 BIN, INDEX = "pytorch_model.bin", ".index.json"
 NAMES = r"model\.safetensors|(generation_|tokenizer_)?config\.json|tokenizer\.json|README\.md"
-SAID = ("bias", "attention_bias", "dropout")
-"""Settings of GPT that neither layout has a place for, as config.json has them under `OURS`."""
 LARGEST = 1 << 28  # bytes of a JSON file; those of published tokenizers have a tenth of that
-MOST_POSITIONS = 1 << 22  # a table of rotary positions has two rows for each
-NETWORK = ("lm.models.GPT", "lm.models.gpt.GPT")
 
 
 def export_huggingface(
@@ -54,15 +50,9 @@ def export_huggingface(
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
-        if saved.net["class_path"] not in NETWORK:
-            raise UserError(
-                f"checkpoint {ckpt_path}: its network is {saved.net['class_path']}, and {' and '.join(layouts.LAYOUTS)}"
-                " hold lm.models.GPT alone: export it as safetensors"
-            )
         weights, tokenizer = saved.weights, from_state(saved.tokenizer)
-        settings = layouts.settings_of(saved.net.get("init_args") or {})
         try:
-            layout = layouts.choose(settings)
+            settings, layout = layouts.choose(saved.net, layouts.LAYOUTS)
             files = tokenizer_files.to_files(tokenizer, saved.block_size)
         except ValueError as error:
             raise UserError(f"checkpoint {ckpt_path}: {error}: export it as safetensors") from error
@@ -96,7 +86,7 @@ def _config(layout: Layout, settings: Settings, saved: Saved, tokenizer: Tokeniz
         "dtype": str(saved.weights["wte.weight"].dtype).removeprefix("torch."),
         **layout.config(settings | {"hidden_size": hidden}, saved.vocab_size, saved.block_size),
         **_ends(tokenizer),
-        OURS: {name: settings[name] for name in SAID},
+        OURS: layouts.unplaced(settings),
     }
 
 
@@ -152,22 +142,9 @@ def read_huggingface(source: Path, with_tokenizer: bool = True) -> Foreign:
     if layout is None:
         known = ", ".join(layouts.LAYOUTS)
         raise ValueError(f"its model_type is {str(config.get('model_type'))[:80]}, and lm knows {known}")
-    try:
-        settings, vocab_size, block_size = layout.settings(config)
-    except ValueError as error:
-        raise ValueError(f"{CONFIG}: {error}") from error
     names, read = _tensors(source)
-    if settings["n_layer"] > len(names):
-        raise ValueError(f"{CONFIG} says {settings['n_layer']} layers, and there are {len(names)} tensors")
-    if block_size > MOST_POSITIONS:
-        raise ValueError(f"{CONFIG} says {block_size} positions, and lm takes {MOST_POSITIONS}")
-    ours = conversion.shapes(settings, vocab_size, block_size)
-    weights = conversion.incoming(conversion.Reader(layout, names, read), settings, ours, config)
-    if isinstance(said := config.get(OURS), dict):
-        said = {name: said[name] for name in SAID if name in said}
-        ours = conversion.shapes(settings | said, vocab_size, block_size)
-        weights, settings = conversion.without_zeros(weights, settings, said, ours)
-    return Foreign(settings, weights, vocab_size, block_size, _tokenizer(source) if with_tokenizer else None)
+    found = conversion.network(layout, config, conversion.Reader(layout, names, read))
+    return Foreign(*found, _tokenizer(source) if with_tokenizer else None)
 
 
 def _json(path: Path) -> Json:

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lm import outputs
-from lm.checkpoints import checkpoint, huggingface, nanogpt, owned, safetensors
+from lm import outputs, storage
+from lm.checkpoints import checkpoint, gguf, huggingface, nanogpt, owned, safetensors
 from lm.checkpoints.foreign import Foreign
 from lm.checkpoints.schema import Saved
 from lm.corpus import sources
 from lm.errors import UserError, described, setting
 from lm.tokenizers import make
 
-EXPECTED = "say a folder of lm export, one of Hugging Face's with config.json, or nanoGPT's ckpt.pt"
+EXPECTED = "say a folder of lm export, one of Hugging Face's with config.json, a GGUF file, or nanoGPT's ckpt.pt"
 
 
 def import_any(
@@ -26,7 +26,7 @@ def import_any(
     """Write a checkpoint from what lm or another program exported: for inference and fine-tuning, not for resuming.
 
     Args:
-        source: A folder of `lm export`, a folder of Hugging Face's transformers, or nanoGPT's ckpt.pt.
+        source: A folder of `lm export`, a folder of Hugging Face's transformers, a GGUF file, or nanoGPT's ckpt.pt.
         output: A new file.
         tokenizer: Its name, see `lm.tokenizers.make`, where the source has none, or lm no equal of its own.
         corpus: The text whose characters are the symbols of the tokenizer `char`.
@@ -93,6 +93,8 @@ def read(
     try:
         if source.is_dir():
             found, usual = huggingface.read_huggingface(source, tokenizer is None), None
+        elif _is_gguf(source):
+            found, usual = gguf.read_gguf(source, tokenizer is None), None
         else:
             found, usual = nanogpt.read_nanogpt(source)
         if name := tokenizer or (None if found.tokenizer else usual):
@@ -112,6 +114,11 @@ def read(
         ids = f"{found.tokenizer.n_vocab:,}"
         note(f"{source}: its embedding has {saved.vocab_size:,} rows for {ids} ids: the last ones are no token's")
     return saved
+
+
+def _is_gguf(source: Path) -> bool:
+    with storage.plain(source).open("rb") as file:
+        return file.read(len(gguf.MAGIC)) == gguf.MAGIC
 
 
 def _with_tokenizer(found: Foreign, name: str, corpus: str | None) -> Foreign:

@@ -18,6 +18,9 @@ Json = dict[str, Any]
 OURS = "lm"
 """The key of a config.json that lm wrote: which biases the network has; the others are zeros there."""
 
+UNPLACED = ("bias", "attention_bias", "dropout")
+"""Settings of GPT that layouts have no place for."""
+
 
 class Part(NamedTuple):
     """One of GPT's weights as another layout has it."""
@@ -268,17 +271,30 @@ def settings_of(init_args: Settings) -> Settings:
     return {p.name: p.default for p in parameters if p.default is not p.empty} | init_args
 
 
-def choose(settings: Settings) -> Layout:
-    """Return the layout that holds a GPT's settings.
+def unplaced(settings: Settings) -> Settings:
+    """Return the settings of a GPT that no layout has a place for, as an export has them beside it."""
+    return {name: settings[name] for name in UNPLACED}
+
+
+def choose(net: dict[str, Any], layouts: dict[str, Layout]) -> tuple[Settings, Layout]:
+    """Return a GPT's settings, defaults filled in, and the layout that holds them.
+
+    Args:
+        net: A network's class_path and init_args.
+        layouts: By their names.
 
     Raises:
-        ValueError: None does; the message names the settings.
+        ValueError: None does; the message names the settings. Or it is another network.
     """
-    lacking = {layout: layout.lacks(settings) for layout in LAYOUTS.values()}
+    if net["class_path"] not in ("lm.models.GPT", "lm.models.gpt.GPT"):
+        names = " and ".join(layouts)
+        raise ValueError(f"its network is {net['class_path']}, and {names} hold lm.models.GPT alone")
+    settings = settings_of(net.get("init_args") or {})
+    lacking = {layout: layout.lacks(settings) for layout in layouts.values()}
     for layout, missing in lacking.items():
         if not missing:
-            return layout
+            return settings, layout
     first, *others = lacking.values()
     if common := [one for one in first if all(one in other for other in others)]:
-        raise ValueError(f"neither {' nor '.join(LAYOUTS)} holds {', '.join(common)}")
+        raise ValueError(f"neither {' nor '.join(layouts)} holds {', '.join(common)}")
     raise ValueError("; ".join(f"{layout.name} does not hold {', '.join(each)}" for layout, each in lacking.items()))

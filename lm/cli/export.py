@@ -7,12 +7,13 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from lm import log
-from lm.checkpoints import huggingface, imports, safetensors
+from lm.checkpoints import gguf, huggingface, imports, safetensors
 from lm.cli import common, values
 
 EXPORTS = {
     "safetensors": safetensors.export_safetensors,
     "hf": huggingface.export_huggingface,
+    "gguf": gguf.export_gguf,
     "file": safetensors.export_file,
 }
 
@@ -28,11 +29,11 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, help="The checkpoint.")
     parser.add_argument(
         "--format",
-        type=Literal["safetensors", "hf", "file"],
+        type=Literal["safetensors", "hf", "gguf", "file"],
         default="safetensors",
         help="safetensors: a folder of weights, tokenizer and configuration, without code or optimizer; hf: a folder "
-        "that Hugging Face's transformers loads as GPT-2 or LLaMA; file: one checkpoint file with everything, of a "
-        "sharded one.",
+        "that Hugging Face's transformers loads as GPT-2 or LLaMA; gguf: a file for llama.cpp; file: one checkpoint "
+        "file with everything, of a sharded one.",
     )
     parser.add_argument("--output", type=Path, required=True, help="The folder, or the file: a new one.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what lm has exported there before.")
@@ -47,11 +48,11 @@ def import_(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="lm import",
         description="Make a checkpoint of what lm export wrote, of a GPT-2 or LLaMA as Hugging Face's transformers has "
-        "them, or of nanoGPT's ckpt.pt: to sample from, to evaluate, and for --init_from.",
+        "them, of a GGUF file, or of nanoGPT's ckpt.pt: to sample from, to evaluate, and for --init_from.",
         exit_on_error=False,
     )
     parser.allow_abbrev = False
-    parser.add_argument("--source", type=Path, required=True, help="The folder, or nanoGPT's file.")
+    parser.add_argument("--source", type=Path, required=True, help="The folder or file.")
     parser.add_argument("--output", type=Path, required=True, help="The checkpoint file: a new one.")
     parser.add_argument(
         "--tokenizer", type=str | None, default=None, help="If the source has none: char, byte, gpt2, a .tiktoken file."

@@ -190,9 +190,15 @@ class BytePairTokenizer(Tokenizer):
     def merge_table(self) -> dict[bytes, int]:
         """The parsed merge table; raises UserError where a line is malformed."""
         try:
-            return published.from_text(self.ranks, self.special_ids.values())
+            every = self.special is None  # those of other programs may lack bytes that their corpus had not
+            return published.from_text(self.ranks, self.special_ids.values(), every_byte=every)
         except ValueError as error:
             raise UserError(f"not a .tiktoken file, whose lines are base64 bytes and a rank ({error})") from error
+
+    @cached_property
+    def _no_ids(self) -> set[int]:
+        """The single bytes that are no tokens; tiktoken would end the process."""
+        return {byte for byte in range(256) if bytes([byte]) not in self.merge_table}
 
     @cached_property
     def _encoding(self) -> "tiktoken.Encoding":
@@ -203,6 +209,8 @@ class BytePairTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64 (T,); the characters `<|endoftext|>` in it are ordinary ones."""
+        if self._no_ids and (unknown := sorted(self._no_ids.intersection(well_formed(text).encode()))):
+            raise UserError(f"the vocabulary lacks the byte {', '.join(f'0x{byte:02x}' for byte in unknown)}")
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def token_bytes(self) -> list[bytes]:

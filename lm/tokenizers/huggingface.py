@@ -24,11 +24,12 @@ DIGITS_PATTERN = r"""\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 _BYTE_LEVEL: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_NO_WORDS: list[Json] = [_BYTE_LEVEL | {"use_regex": False}]
+NO_WORDS: list[Json] = [_BYTE_LEVEL | {"use_regex": False}]
+"""The pre-tokenizer of `byte`, whose text is one word."""
 
 
 def _words(pattern: str) -> list[Json]:
-    return [_split(pattern), *_NO_WORDS]
+    return [_split(pattern), *NO_WORDS]
 
 
 def _split(pattern: str) -> Json:
@@ -68,7 +69,7 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
         words, decoder = _CHARACTERS, {"type": "Fuse"}
     else:
         if isinstance(tokenizer, ByteTokenizer):
-            ranks, words = {bytes([i]): i for i in range(256)}, _NO_WORDS
+            ranks, words = {bytes([i]): i for i in range(256)}, NO_WORDS
             special, end = {END_OF_TEXT: tokenizer.eot}, END_OF_TEXT
         else:
             assert isinstance(tokenizer, BytePairTokenizer)
@@ -164,13 +165,28 @@ def from_files(whole: Json, settings: Json) -> Tokenizer:
         raise ValueError(f"its token {twice!r} has two ids")
     ranks = _ranks({name: i for name, i in vocab.items() if name not in added})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    if words == _NO_WORDS and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
+    if words == NO_WORDS and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
         return ByteTokenizer()
     pattern = next((pattern for pattern, known in WORDS.items() if known == words), None)
     if pattern is None:
         raise ValueError(f"its pre_tokenizer, {_kinds(whole.get('pre_tokenizer'))}, cuts words as none of lm's does")
     _check_merges(ranks, pairs)
     return of_ranks(ranks, added, end, pattern)
+
+
+def of_symbols(vocab: dict[str, int], added: list[Json], settings: Json) -> Tokenizer:
+    """Return the tokenizer of single characters, each a byte and written in GPT-2's characters for bytes.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    table = byte_table()
+    symbols = {bytes(map(table.__getitem__, name)).decode("latin-1"): i for name, i in vocab.items()}
+    special = {one["content"]: one["id"] for one in added}
+    if end := settings.get("eos_token"):
+        settings = {"eos_token": end if end in special else chr(table[end])}
+    model = {"type": "WordLevel", "vocab": symbols | special}
+    return from_files({"model": model, "pre_tokenizer": _CHARACTERS[0], "added_tokens": added}, settings)
 
 
 def of_ranks(ranks: dict[bytes, int], special: dict[str, int], end: str | None, pattern: str) -> BytePairTokenizer:
@@ -184,7 +200,7 @@ def of_ranks(ranks: dict[bytes, int], special: dict[str, int], end: str | None, 
         tokenizer = BytePairTokenizer(text, pattern)
     else:
         tokenizer = BytePairTokenizer(text, pattern, dict(sorted(special.items())), end or END_OF_TEXT)
-    from_text(text, special.values())
+    from_text(text, special.values(), every_byte=False)
     return tokenizer
 
 

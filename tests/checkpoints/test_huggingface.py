@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm.checkpoints import checkpoint, huggingface
-from lm.checkpoints.huggingface import SAID
 from lm.checkpoints.imports import import_any
-from lm.checkpoints.layouts import COMMON, LAYOUTS
+from lm.checkpoints.layouts import COMMON, LAYOUTS, UNPLACED
 from lm.checkpoints.restore import load_network
 from lm.checkpoints.schema import Saved
 from lm.corpus import formats, sources
@@ -324,7 +323,7 @@ def test_a_setting_that_neither_holds_is_named(lm: Run, case: str) -> None:
 def test_every_setting_is_held_or_refused() -> None:
     """A new setting of GPT has to be entered in a layout, unless it is written elsewhere or computes nothing."""
     checked = {*COMMON, *(name for layout in LAYOUTS.values() for name in layout.holds(SMALL))}
-    written = {"vocab_size", "block_size", "hidden_size", "norm_eps", "rope_theta", "tie_weights", *SMALL, *SAID}
+    written = {"vocab_size", "block_size", "hidden_size", "norm_eps", "rope_theta", "tie_weights", *SMALL, *UNPLACED}
     assert set(inspect.signature(GPT).parameters) == checked | written | {"init_std"}
 
 

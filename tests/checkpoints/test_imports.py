@@ -87,7 +87,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda f: os.truncate(f / WEIGHTS, 1000), "model.safetensors is damaged, or no safetensors file"),
     "cut in the middle": (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size // 2), "model.safetensors i"),
     "empty": (lambda f: os.truncate(f / WEIGHTS, 0), "model.safetensors is damaged, or no safetensors file"),
-    "foreign": (lambda f: (f / WEIGHTS).write_bytes(b"GGUF" + bytes(4000)), "model.safetensors is damaged, or no safe"),
+    "foreign": (lambda f: (f / WEIGHTS).write_bytes(b"GGML" + bytes(4000)), "model.safetensors is damaged, or no safe"),
     "a huge header": (lambda f: huge_header(f / WEIGHTS), "model.safetensors is damaged, or no safetensors file"),
     "more than there is": (lambda f: lying_header(f / WEIGHTS), "model.safetensors is damaged, or no safetensors file"),
     "a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "Is a directory"),
