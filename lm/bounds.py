@@ -97,6 +97,7 @@ BOUNDS = {
     "fuse": Bound(2, 2**16, whole=True),
     "dropout": BELOW_ONE,
     "rope_theta": POSITIVE,
+    "norm_eps": POSITIVE,
     "logit_soft_cap": POSITIVE,
     "init_std": POSITIVE,
     "head_scale": ANY,

@@ -39,9 +39,7 @@ def export_safetensors(
     Raises:
         UserError: The checkpoint is damaged, or the folder is not free or cannot be written to.
     """
-    outputs.check_place(output, made="folder of an export")
-    _put_back(output)
-    outputs.check_free(output, made="folder of an export", ours=_is_export, overwrite=overwrite)
+    check_folder(output, NAMES, _is_export, overwrite=overwrite)
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
@@ -49,26 +47,57 @@ def export_safetensors(
         alone, same = _without_doubles(weights)
         rest = saved.entry() | {"step": saved.step, "same": same}
         data = {WEIGHTS: save(alone, metadata={"format": "pt"}), REST: json.dumps(rest, ensure_ascii=False).encode()}
-    _note_not_finite(ckpt_path, weights, note)
+    note_not_finite(ckpt_path, weights, note)
+    write_folder(output, NAMES, data)
+    return output
+
+
+def check_folder(output: Path, names: str, ours: Callable[[Path], bool], *, overwrite: bool) -> None:
+    """Check that an export may be written to a folder; see `outputs.check_free`.
+
+    Args:
+        output: The folder.
+        names: A regular expression, the names of an export's files.
+        ours: Returns whether a folder is such an export.
+        overwrite: Whether that may be replaced.
+
+    Raises:
+        UserError: It is not free.
+    """
+    outputs.check_place(output, made="folder of an export")
+    _put_back(output, names)
+    outputs.check_free(output, made="folder of an export", ours=ours, overwrite=overwrite)
+
+
+def write_folder(output: Path, names: str, data: dict[str, bytes]) -> None:
+    """Write a folder, whole or not at all, in place of an earlier export, if any.
+
+    Args:
+        output: The folder, checked by `check_folder`.
+        names: A regular expression, the names of an export's files.
+        data: The contents of its files, by name.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
     part = storage.part_of(output)
     try:
         with storage.folder_made(output.parent):
             part.mkdir()
             for name, content in data.items():
                 storage.write_whole(part / name, content)
-            storage.replace_folder(part, output, NAMES)
+            storage.replace_folder(part, output, names)
     except OSError as error:
         with suppress(OSError, UserError):
-            storage.remove_folder(part, rf"\.?({WEIGHTS}|{REST}).*")
+            storage.remove_folder(part, rf"\.?({names}).*")
         raise UserError(
             f"{setting('output')} {output}: {error.strerror or error}: say a folder that can be written to"
         ) from error
-    return output
 
 
-def _put_back(folder: Path) -> None:
+def _put_back(folder: Path, names: str) -> None:
     with suppress(OSError):  # the folder is read-only: what comes next says so
-        storage.put_back(folder, NAMES)
+        storage.put_back(folder, names)
 
 
 def _is_export(path: Path) -> bool:
@@ -80,7 +109,8 @@ def _is_export(path: Path) -> bool:
     return False
 
 
-def _note_not_finite(path: Path, weights: dict[str, Tensor], note: Callable[[str], None]) -> None:
+def note_not_finite(path: Path, weights: dict[str, Tensor], note: Callable[[str], None]) -> None:
+    """Say which weight is not finite, if one is."""
     if name := schema.not_finite(weights):
         note(f"{path}: {name} is not finite: it is written as it is, the network is of no use")
 
@@ -116,7 +146,7 @@ def import_safetensors(
             not free or cannot be written.
     """
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
-    _put_back(source)
+    _put_back(source, NAMES)
     try:
         rest = json.loads(storage.plain(source / REST).read_text())
         weights = load_file(storage.plain(source / WEIGHTS))
@@ -136,8 +166,8 @@ def import_safetensors(
         raise UserError(
             f"{setting('source')} {source}: it is not what lm export writes ({what}): export it again"
         ) from error
-    _note_not_finite(source, weights, note)
-    _write(saved.imported(), output)
+    note_not_finite(source, weights, note)
+    write_file(saved.imported(), output)
     return output
 
 
@@ -156,12 +186,13 @@ def export_file(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     saved = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
-        _note_not_finite(ckpt_path, Saved.of(saved).state, note)
-    _write(saved, output)
+        note_not_finite(ckpt_path, Saved.of(saved).state, note)
+    write_file(saved, output)
     return output
 
 
-def _write(saved: dict[str, Any], output: Path) -> None:
+def write_file(saved: dict[str, Any], output: Path) -> None:
+    """Write a checkpoint file; raises UserError where it cannot be written."""
     try:
         with storage.folder_made(output.parent):
             checkpoint.write(saved, output)

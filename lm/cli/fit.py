@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
-from lm.checkpoints import checkpoint, disk, runs, sharded
+from lm.checkpoints import checkpoint, disk, imports, runs, sharded
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
@@ -46,7 +46,7 @@ class Fit(parsing.Recipes):
             "--init_from",
             type=Path | None,
             default=None,
-            help="A checkpoint whose weights a new run begins with: new optimizer, step 0.",
+            help="A checkpoint, or a folder of Hugging Face's transformers, whose weights a new run begins with.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -80,7 +80,7 @@ class Fit(parsing.Recipes):
         origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
         self.first_step = origin.step if origin else 0
         if config.init_from is not None:
-            checkpoint.verify(config.init_from)  # a missing or damaged one is found before anything costs time
+            imports.peek(config.init_from, "init_from")  # what is wrong with it is found before anything costs time
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes out of the run."""
@@ -232,7 +232,7 @@ class Fit(parsing.Recipes):
         origin = self.ckpt_path or self.config.init_from
         if origin is None:
             raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
-        data.tokenizer = from_state(checkpoint.peek(origin).tokenizer)
+        data.tokenizer = from_state(imports.peek(origin, "init_from").tokenizer)
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Drop log entries after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""

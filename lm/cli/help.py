@@ -39,7 +39,7 @@ Train a network; writes checkpoints/RUN and logs/RUN.
 the run
   --name RUN                          its name [the config's file name]
   --ckpt_path last|auto|PATH          last continues, auto continues or starts, a path starts from that checkpoint
-  --init_from CHECKPOINT              begin a new run with these weights: new optimizer, step 0
+  --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's: new optimizer, step 0
   --seed_everything N                 [1337]
 the training
   --trainer.max_steps N               how many optimizer steps

@@ -12,6 +12,7 @@ from lm import bounds, outputs, storage
 from lm.corpus import formats
 from lm.errors import UserError, setting
 from lm.tokenizers import BytePairTokenizer
+from lm.tokenizers.huggingface import byte_table
 from lm.tokenizers.merges import from_text, to_text
 
 SHORT = re.compile(r"(?s).{1,4096}(?:(?<=[^\W\d_])(?=\n)|\Z)|.{1,8192}")  # ends at the end of a word, if there is one
@@ -104,10 +105,3 @@ def measure(tokenizer: BytePairTokenizer, corpus: Iterator[str]) -> float:
         if read >= SAMPLE:
             break
     return size / max(1, tokens)
-
-
-def byte_table() -> dict[str, int]:
-    """Return the byte for each printable character by which `tokenizers`, like GPT-2, represents it."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FeedForward = Literal["gelu", "relu", "relu_squared", "swiglu", "single", "none"]
+FeedForward = Literal["gelu", "gelu_erf", "relu", "relu_squared", "swiglu", "single", "none"]
 
 
 class ReLUSquared(nn.Module):
@@ -81,6 +81,7 @@ def make_feed_forward(
     if kind == "swiglu":
         hidden_size = hidden_size or -(-(8 * n_embd // 3) // 8) * 8  # three matrices have as many weights as two of 4C
         return SwiGLU(n_embd=n_embd, hidden_size=hidden_size, dropout=dropout, bias=bias)
-    activations = {"gelu": nn.GELU(approximate="tanh"), "relu": nn.ReLU(), "relu_squared": ReLUSquared()}
+    gelu = nn.GELU(approximate="tanh")
+    activations = {"gelu": gelu, "gelu_erf": nn.GELU(), "relu": nn.ReLU(), "relu_squared": ReLUSquared()}
     hidden_size = hidden_size or 4 * n_embd
     return BlockMLP(n_embd=n_embd, hidden_size=hidden_size, activation=activations[kind], dropout=dropout, bias=bias)

@@ -7,6 +7,7 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -129,14 +130,16 @@ class GPT(nn.Module):
             default. LLaMA 3 8B has 8 for 32.
         qk_norm: Whether each head's queries and keys are RMS-normalised before their product (Henry et al. 2020).
         projection: Whether a linear layer mixes the heads' outputs.
-        feed_forward: "gelu", "relu" and "relu_squared" are two layers with that activation, "swiglu" is gated,
-            "single" one layer and a ReLU, "none" leaves the feed-forward network out.
+        feed_forward: "gelu", "gelu_erf", "relu" and "relu_squared" are two layers with that activation (GPT-2's is
+            "gelu", by tanh; nanoGPT's "gelu_erf", without), "swiglu" is gated, "single" one layer and a ReLU, "none"
+            leaves the feed-forward network out.
         hidden_size: Width inside the feed-forward network; by default 4 n_embd, with swiglu 8/3 n_embd rounded up to a
             multiple of 8, which has as many weights.
         residual: Whether a block adds its results to its input rather than replacing it.
         norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019), "none" for none.
         norm_position: "pre" normalises what each part of a block reads, and the last block's result; "post" normalises
             each sum, as in Vaswani et al.
+        norm_eps: What a normalisation adds to the variance, or to the mean square (some LLaMAs: 1e-6).
         positions: "learned" adds an embedding of the position, "rotary" rotates queries and keys (Su et al. 2021),
             "none" leaves order to the causal mask.
         rope_theta: The base of rotary angles.
@@ -174,6 +177,7 @@ class GPT(nn.Module):
         residual: bool = True,
         norm: Norm = "layer",
         norm_position: NormPosition = "pre",
+        norm_eps: float = 1e-5,
         positions: Positions = "learned",
         rope_theta: float = 10000.0,
         logit_soft_cap: float | None = None,
@@ -196,18 +200,18 @@ class GPT(nn.Module):
             rotary = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
         heads = {"n_head": n_head, "n_kv_head": n_kv_head, "attention_bias": attention_bias, "projection": projection}
         common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
+        norms = partial(make_norm, norm, n_embd, bias=bias, eps=norm_eps)
 
         def block() -> Block:
             attn = make_attention(attention, qk_norm=qk_norm, rotary=rotary, **heads, **common)
             mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
-            norms = make_norm(norm, n_embd, bias=bias), make_norm(norm, n_embd, bias=bias)
-            return Block(attn=attn, mlp=mlp, norms=norms, norm_position=norm_position, residual=residual)
+            return Block(attn=attn, mlp=mlp, norms=(norms(), norms()), norm_position=norm_position, residual=residual)
 
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(block() for _ in range(n_layer))
-        self.ln_f = make_norm(norm, n_embd, bias=bias) if norm_position == "pre" else nn.Identity()
+        self.ln_f = norms() if norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)
         self.reset_parameters()
         if tie_weights:

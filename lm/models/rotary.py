@@ -33,7 +33,8 @@ class Rotary(nn.Module):
             )
         if not theta > 0:
             raise ValueError(f"rope_theta is {theta}: it must be above 0; LLaMA has 10000")
-        frequencies = theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)  # (D/2,)
+        # every bit as Hugging Face's, which a negative exponent would not give
+        frequencies = 1 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)  # (D/2,)
         angles = torch.outer(torch.arange(block_size, dtype=torch.float32), frequencies)  # (T,) × (D/2,) -> (T, D/2)
         angles = torch.cat([angles, angles], dim=1)  # (T, D/2) -> (T, D): both halves turn alike
         self.register_buffer("cos", angles.cos(), persistent=False)

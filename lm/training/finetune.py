@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lm.checkpoints import checkpoint
-from lm.checkpoints.schema import Saved
+from lm.checkpoints import imports
 from lm.errors import UserError, setting
 from lm.tokenizers import Tokenizer, from_state, identity
 from lm.training import compatibility
@@ -21,7 +20,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
     Args:
         net: Takes the weights.
         tokenizer: The data's.
-        path: The checkpoint.
+        path: The checkpoint, or a folder of Hugging Face's transformers.
         config: The recipe; None to compare shapes alone.
 
     Returns:
@@ -31,7 +30,7 @@ def take_weights(net: nn.Module, tokenizer: Tokenizer, path: Path, config: dict[
         UserError: The checkpoint cannot be read, or is of another vocabulary or another network.
         CheckError: Its weights are not finite.
     """
-    saved = Saved.of(checkpoint.load(path))
+    saved = imports.load(path, "init_from")
     there = from_state(saved.tokenizer)
     if identity(there.state()) != identity(tokenizer.state()):
         raise UserError(

@@ -10,7 +10,7 @@ import yaml
 from lm.cli.plan import BYTES, TIMES, spelled
 from lm.models import GPT
 from lm.planning import needs
-from tests.conftest import ROOT
+from tests.conftest import MISSING, ROOT
 from tests.support.cases import often
 from tests.support.recipes import CONFIGS, distinct
 
@@ -80,6 +80,23 @@ def test_gpt3s_sizes_are_the_papers(name: str) -> None:
         block = sum(p.numel() for p in GPT(50257, 2048, **{**net, "n_layer": 2}).parameters()) - count
     assert count + (layers - 1) * block == pytest.approx(1e6 * millions, rel=0.025)
     assert text["trainer"]["max_steps"] * data["batch_size"] * 2048 == pytest.approx(300e9, rel=0.001)
+
+
+GPT2 = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
+"""What OpenAI's checkpoints have."""
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_gpt2s_sizes_are_openais(lm, data_for, name: str) -> None:
+    """The recipe of 124M is nanoGPT's, without biases."""
+    config = ROOT / f"configs/gpt2-{name}.yaml"
+    recipe = yaml.safe_load(config.read_text())
+    net, data = recipe["model"]["init_args"]["net"]["init_args"], recipe["data"]["init_args"]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(50257, data["block_size"], **{**net, "bias": True}).parameters())
+    assert count == GPT2[name] and net.get("bias", True) == (name != "124m")
+    code, out, err = lm("plan", "--config", config, "--devices", 8, "--json", *data_for(recipe))
+    assert code == 0 and (MISSING or net.get("bias") is False or json.loads(out)["parameters"] == count), err
 
 
 def test_one_that_fits_nowhere_is_told_what_would_do(lm, data_for) -> None:

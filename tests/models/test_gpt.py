@@ -339,6 +339,7 @@ def test_feed_forward_formulas() -> None:
     torch.testing.assert_close(mlp(x), linear(mlp.c_proj, hidden), **same)
     formulas = {
         "gelu": lambda z: z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+        "gelu_erf": lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2))),
         "relu": lambda z: torch.where(z > 0, z, 0.0),
         "relu_squared": lambda z: torch.where(z > 0, z * z, 0.0),
     }
@@ -362,6 +363,14 @@ def test_feed_forward_formulas() -> None:
 def test_width_of_the_feed_forward(kind: str, n_embd: int, hidden_size: int | None, width: int) -> None:
     net = GPT(65, 16, n_layer=1, n_head=4, n_embd=n_embd, feed_forward=kind, hidden_size=hidden_size)
     assert net.h[0].mlp.c_proj.in_features == width
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_every_norm_takes_its_eps(norm: str) -> None:
+    for settings, expected in (({}, 1e-5), ({"norm_eps": 0.5}, 0.5)):
+        net = GPT(65, 16, n_layer=2, n_head=2, n_embd=8, norm=norm, **settings)
+        norms = [module for module in net.modules() if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm)]
+        assert len(norms) == 5 and {one.eps for one in norms} == {expected}
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])

@@ -34,6 +34,8 @@ NETWORKS = {
     "gpt one head": lambda: GPT(V, T, n_layer=1, n_head=1, n_embd=8, norm="none", feed_forward="none", residual=False),
     "gpt post norm": lambda: GPT(V, T, **SMALL, norm_position="post", feed_forward="relu", projection=False),
     "gpt squared relu": lambda: GPT(V, T, **SMALL, feed_forward="relu_squared", positions="none", attention_bias=False),
+    "gpt erf": lambda: GPT(V, T, **SMALL, feed_forward="gelu_erf", norm_eps=0.1),
+    "gpt rms eps": lambda: GPT(V, T, **SMALL, norm="rms", norm_eps=0.1),
     "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1),
     "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
     "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),

@@ -9,8 +9,10 @@ CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
 
 
 def distinct(config: Path) -> bool:
-    """Return whether a recipe is another's with other sizes, as those of GPT-3 are."""
-    return config.parent.stem != "gpt3" or config.stem == "125m"
+    """Return whether a recipe is not another's with other sizes, as those of GPT-2 and GPT-3 are."""
+    if config.parent.stem == "gpt3":
+        return config.stem == "125m"
+    return not config.stem.startswith("gpt2-") or config.stem == "gpt2-124m"
 
 
 NET = "--model.init_args.net.init_args"
