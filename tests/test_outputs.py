@@ -162,6 +162,41 @@ def test_a_prepared_corpus_takes_no_tokenizer_of_another_program_away(lm, place:
     refused(lm, place, place / "out", (*WRITERS["prepare"], "out"), "another program's tokenizer.json")
 
 
+PLAN = '{"plan": "build the house", "budget": 3}'
+NESTED = '{"plan": {"source": "a quarry", "tokenizer": 1}, "place": "here", "format": "a list"}'
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"manifest.json": PLAN},
+        {"manifest.json": NESTED},
+        {"progress.json": NESTED, "train-1.tokens": "of a reward"},
+        {"progress.json": PLAN, "train-1.tokens": "of a reward"},
+        {"progress.json": "[" * 100_000},
+    ],
+)
+def test_a_prepared_corpus_takes_no_plan_of_another_program_away(
+    lm, place: Path, files: dict[str, str], overwrite: bool
+) -> None:
+    (place / "out").mkdir()
+    for name, text in files.items():
+        (place / "out" / name).write_text(text)
+    words = (*WRITERS["prepare"], "out", *["--overwrite"] * overwrite)
+    refused(lm, place, place / "out", words, "another program's plan")
+    assert f"its {next(iter(files))} is not lm prepare's" in lm(*words)[2]
+
+
+@pytest.mark.parametrize("name", ["train-1.tokens", "val-00007.part", "progress.json"])
+def test_a_corpus_with_a_file_of_anothers_is_not_replaced(lm, place: Path, name: str) -> None:
+    assert lm(*WRITERS["prepare"], "out")[0] == 0
+    (place / "out" / name).write_text(PLAN)
+    words = (*WRITERS["prepare"], "out", "--val_fraction", 0.5, "--overwrite")
+    refused(lm, place, place / "out", words, name)
+    assert f"holds other files ({name})" in lm(*words)[2]
+
+
 RUN = ("fit", "--config", "tiny.yaml", "--name", "new", "--trainer.max_steps", 6)
 
 

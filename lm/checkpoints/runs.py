@@ -14,7 +14,7 @@ def clear(folder: Path) -> None:
     """Remove what a process killed while writing has left. No other process may be using the folder."""
     probes = [path for path in folder.glob(".probe.*") if re.fullmatch(r"\.probe\.[0-9a-f]+", path.name)]
     for part in (*storage.parts(folder, r".*\.ckpt"), *probes):
-        if owned.is_ours(part):
+        if not owned.is_foreign(part):
             part.unlink()
     for part in (*sharded.unfinished(folder), *folder.glob(".*.ckpt.copy.part")):
         owned.remove(part)

@@ -237,7 +237,8 @@ class Fit(parsing.Recipes):
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Drop log entries after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        log_files.forget(self.logs, self.first_step)
+        if aside := log_files.forget(self.logs, self.first_step):
+            self.say(f"note: {self.logs} has an earlier run's logs: they are kept in {aside}", level="warning")
         for logger in self.trainer.loggers:
             if isinstance(logger, log_files.Events):
                 logger.opened = True

@@ -293,7 +293,7 @@ def find(sources: Iterable[str], unread: list[str] | None = None) -> list[Path]:
         path = Path(source).expanduser()
         try:
             if path.is_dir():
-                matches = sorted(p for p in _walk(path, (), unread) if suffix(p) in IN_FOLDERS)
+                matches = sorted(p for p in _walk(path, (), unread) if _is_taken(p))
             elif path.exists() or not glob.has_magic(source):
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise UserError(f"source {source}: a pipe or a device, which cannot be read twice: say a file")
@@ -314,12 +314,13 @@ def find(sources: Iterable[str], unread: list[str] | None = None) -> list[Path]:
 def left_out(sources: Iterable[str]) -> str | None:
     """Return a line that counts and names the files in folders that `find` leaves out; None where there are none."""
     folders = [Path(source).expanduser() for source in sources if Path(source).expanduser().is_dir()]
-    others = sorted(p for folder in folders for p in _walk(folder, (), []) if suffix(p) not in IN_FOLDERS)
+    others = sorted(p for folder in folders for p in _walk(folder, (), []) if not _is_taken(p))
     if not others:
         return None
     named = _few([*map(str, others)])
     many = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
-    return f"note: {many} left out, of another kind than {', '.join(IN_FOLDERS)}: {named} (a path or a glob takes any)"
+    kinds = ", ".join(IN_FOLDERS) + ", hidden, or a pipe" * any(suffix(p) in IN_FOLDERS for p in others)
+    return f"note: {many} left out, of another kind than {kinds}: {named} (a path or a glob takes any)"
 
 
 def not_read(sources: Iterable[str]) -> str | None:
@@ -347,7 +348,7 @@ def _reason(path: Path, error: OSError | ValueError) -> str:
 
 
 def _walk(folder: Path, above: tuple[str, ...], unread: list[str] | None) -> Iterator[Path]:
-    """Yield all files below a folder; anything else, such as a pipe, is skipped."""
+    """Yield all that lies below a folder and can be read; of a hidden folder, only itself."""
     real = os.path.realpath(folder)
     if real in above:
         _leave(folder, f"a loop of symbolic links leads back to {real}", unread)
@@ -358,15 +359,19 @@ def _walk(folder: Path, above: tuple[str, ...], unread: list[str] | None) -> Ite
         _leave(folder, _reason(folder, error), unread)
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         path = Path(entry.path)
-        if not _readable(path, unread):
+        hidden = entry.name.startswith(".")
+        if not hidden and not _readable(path, unread):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not hidden:
             yield from _walk(path, (*above, real), unread)
-        elif entry.is_file():
+        else:
             yield path
+
+
+def _is_taken(path: Path) -> bool:
+    """Return whether a folder stands for a file in it."""
+    return suffix(path) in IN_FOLDERS and not path.name.startswith(".") and path.is_file()
 
 
 def _readable(path: Path, unread: list[str] | None) -> bool:

@@ -7,10 +7,11 @@ processes nor an interruption changes a byte.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from lm import bounds, outputs, storage, tokenizers
 from lm.corpus import formats, shards
 from lm.corpus.formats import Settings
+from lm.corpus.shard_header import MAGIC
 from lm.corpus.shard_writer import FILES, ShardWriter, save_tokenizer
 from lm.corpus.workers import DocumentBatch, Encode, Piece, ordered, split_of
 from lm.errors import UserError, setting
@@ -152,25 +154,22 @@ class _Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            try:
-                known = json.loads(storage.plain(path).read_text())
-                same = known["plan"] == plan
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{setting('output')} {self.folder}: its {name} is not lm prepare's") from error
-            if not same and self.job.overwrite and storage.holds_only(self.folder, FILES):
-                self._clear(*(p.name for p in self.folder.iterdir() if p != self.spool))
-                break
-            if not same:
+            if not self._is_own(path):
+                raise UserError(
+                    f"{setting('output')} {self.folder}: its {name} is not lm prepare's: say another folder"
+                )
+            known = json.loads(path.read_text())
+            if known["plan"] != plan and not self.job.overwrite:
                 raise UserError(
                     f"{setting('output')} {self.folder}: holds another corpus, or this one from other text or "
                     f"settings: say another folder, or {setting('overwrite')}"
                 )
+            if known["plan"] != plan:
+                self._refuse_others(path for path in self.folder.iterdir() if not self._is_own(path))
+                self._clear(*(p.name for p in self.folder.iterdir() if p != self.spool))
+                break
             return known if name == "progress.json" else None
-        others = [p.name for p in self.folder.iterdir() if p != self.spool and not self._is_tokenizer(p)]
-        if others:
-            raise UserError(
-                f"{setting('output')} {self.folder}: holds other files ({others[0]}): say an empty or a new folder"
-            )
+        self._refuse_others(p for p in self.folder.iterdir() if p != self.spool and not self._is_tokenizer(p))
         save_tokenizer(self.folder, self._make_tokenizer())
         return {"plan": plan, "place": [0, 0, 0, 0], "counts": dict.fromkeys(COUNTS, 0)}
 
@@ -321,6 +320,34 @@ class _Run:
         with suppress(UserError, OSError, LookupError, ValueError, TypeError, AttributeError):
             return path.name == "tokenizer.json" and bool(tokenizers.load_tokenizer(path))
         return False
+
+    def _is_own(self, path: Path) -> bool:
+        """Return whether lm prepare wrote a file: its name is one of its own, and its contents are."""
+        if path.is_symlink() or not path.is_file() or not re.fullmatch(FILES, path.name):
+            return False
+        if path.name == "tokenizer.json":
+            return self._is_tokenizer(path)
+        if path.suffix == ".json":
+            with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                known = json.loads(path.read_text())
+                kept = (
+                    known["format"] == "lm tokens"
+                    if path.name == "manifest.json"
+                    else known["place"] and known["counts"]
+                )
+                return bool(kept) and isinstance(known["plan"]["source"], str) and "tokenizer" in known["plan"]
+            return False
+        with path.open("rb") as file:
+            head = file.read(len(MAGIC))
+        if path.suffix == ".tokens":
+            return head == MAGIC
+        return path.suffix != ".part" or head == MAGIC or not head.strip(b"\0")  # a part gets its header at the end
+
+    def _refuse_others(self, others: Iterable[Path]) -> None:
+        if other := next(iter(others), None):
+            raise UserError(
+                f"{setting('output')} {self.folder}: holds other files ({other.name}): say an empty or a new folder"
+            )
 
     def _clear(self, *names: str) -> None:
         for name in names:

@@ -10,11 +10,12 @@ import torch
 from lm.checkpoints.background import BackgroundWriter
 from lm.errors import UserError
 from lm.training.checkpoint_io import AtomicCheckpointIO
+from tests.support.samples import CONTENTS
 
 
 def contents() -> dict[str, Any]:
     weight = torch.arange(6.0).view(2, 3)
-    return {"tied": [weight, weight], "step": torch.tensor(3), "plain": {"a": 1}, "empty": torch.empty(0), "lm": {}}
+    return {"tied": [weight, weight], "step": torch.tensor(3), "plain": {"a": 1}, "empty": torch.empty(0)}
 
 
 def test_a_snapshot_does_not_change_with_the_state_and_shares_what_was_shared() -> None:
@@ -42,7 +43,7 @@ def test_training_goes_on_while_a_file_is_written_and_none_is_written_twice(
         writing.pop()
 
     monkeypatch.setattr(torch, "save", slow)
-    state = contents()
+    state = CONTENTS | contents()
     io.save_checkpoint(state, tmp_path / "a.ckpt")  # returns, though it may not write yet
     state["tied"][0] += 100  # the next step
     io.writer.check()

@@ -216,9 +216,10 @@ def test_a_sharded_checkpoint_that_is_half_removed_has_not_its_name(
 def test_a_folder_that_cannot_be_removed_does_not_undo_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder, content in ((tmp_path / "last.ckpt", b"old"), (tmp_path / ".last.ckpt.new.part", b"new")):
-        folder.mkdir()
-        (folder / "lm.pt").write_bytes(content)
+    for name in ("last.ckpt", ".last.ckpt.new.part"):
+        (tmp_path / name).mkdir()
+        torch.save(CONTENTS, tmp_path / name / "lm.pt")
+    (tmp_path / name / "checksums.json").write_bytes(b"new")
 
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(self))
@@ -226,6 +227,6 @@ def test_a_folder_that_cannot_be_removed_does_not_undo_the_save(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
         owned.take_place(tmp_path / ".last.ckpt.new.part", tmp_path / "last.ckpt")
-    assert (tmp_path / "last.ckpt/lm.pt").read_bytes() == b"new"
+    assert (tmp_path / "last.ckpt/checksums.json").read_bytes() == b"new"
     runs.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -1,11 +1,12 @@
 """Sources that are left out are said."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lm.corpus import shards
+from lm.corpus import formats, shards
 
 TEXT = "a text of some words\n" * 50
 
@@ -40,3 +41,18 @@ def test_links_to_nowhere_and_loops_are_counted_and_named_where_errors_are_skipp
     (inner / "back").symlink_to("..")
     code, _, err = lm("prepare", "--tokenizer", "byte", "--output", "two", "--source", "texts", "--errors", "skip")
     assert code == 0 and "note: 2 sources could not be read" in err and "leads back to" in err
+
+
+def test_hidden_files_and_pipes_in_a_folder_are_counted_and_named(
+    lm: Callable[..., tuple[int, str, str]], workplace: Path
+) -> None:
+    folder = workplace / "texts"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt", ".git/c.txt"):
+        (folder / name).write_text(TEXT)
+    os.mkfifo(folder / "pipe.txt")
+    assert formats.find(["texts"]) == [Path("texts/a.txt")]
+    code, _, err = lm("prepare", "--source", "texts", "--tokenizer", "byte", "--output", "out")
+    kinds = ".jsonl, .ndjson, .parquet, .txt, .md, hidden, or a pipe"
+    names = "texts/.git, texts/.hidden.txt, texts/pipe.txt (a path or a glob takes any)"
+    assert code == 0 and f"note: 3 files are left out, of another kind than {kinds}: {names}" in err, err

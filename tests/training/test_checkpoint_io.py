@@ -1,5 +1,6 @@
 """What others do to a run's folder while it trains: nothing of theirs is replaced, and training goes on."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,21 @@ class Harm(Callback):
                 shutil.rmtree(RUN)
 
 
+class Block(Callback):
+    """Puts something of another's at every name of the next checkpoints: pipes, a link, a folder."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step == 6:
+            io: AtomicCheckpointIO = trainer.strategy.checkpoint_io  # type: ignore[assignment]
+            io.writer.wait()
+            for name in ("last.ckpt", "best.ckpt"):
+                (RUN / name).unlink(missing_ok=True)
+                (RUN / name).symlink_to("step=0000005.ckpt")
+            os.mkfifo(RUN / "step=0000010.ckpt")
+            (RUN / "step=0000012.ckpt").mkdir()
+            os.mkfifo(RUN / "step=0000012-2.ckpt")
+
+
 def callback(name: str, *steps: int) -> tuple[str, str]:
     harm = f'{{"class_path": "{__name__}.Harm", "init_args": {{"name": "{name}", "steps": {list(steps)}}}}}'
     return "--trainer.callbacks", f"[{harm}]"
@@ -55,6 +71,19 @@ def test_a_file_of_anothers_is_left_alone_and_training_goes_on(lm, workplace: Pa
     (RUN / name).rename("thesis")
     code, out, err = lm("fit", "--config", "tiny.yaml", "--ckpt_path", "auto", "--trainer.max_steps", 14)
     assert code == 0 and "done: step 14" in out and f"; {RUN / 'last.ckpt'};" in out, err
+
+
+def test_where_every_name_is_taken_a_free_one_is_found(lm, workplace: Path) -> None:
+    before = ("--trainer.callbacks", f"[{__name__}.Block]")
+    code, out, err = lm("fit", "--config", "tiny.yaml", *before)
+    assert code == 0 and f"; {RUN / 'step=0000012-3.ckpt'};" in out, err
+    for taken, saved in (("step=0000010", "step=0000010-2"), ("last", "step=0000010-2"), ("best", "step=0000012-3")):
+        text = f"note: {RUN / taken}.ckpt is in the way and was not written by lm: it is left alone, "
+        assert sum(text in line for line in err.splitlines()) == 1, err
+        assert taken == "best" or f"{text}{RUN / saved}.ckpt is saved instead" in err, err
+    for name, step in (("step=0000010-2.ckpt", 10), ("step=0000012-3.ckpt", 12)):
+        assert checkpoint.peek(checkpoint.verify(RUN / name)).step == step
+    assert (RUN / "step=0000010.ckpt").is_fifo() and (RUN / "last.ckpt").is_symlink()
 
 
 def test_a_folder_that_is_removed_is_made_again_and_it_is_said_once(lm, workplace: Path) -> None:

@@ -1,5 +1,6 @@
 """When checkpoints are written, under which names, and which are kept."""
 
+import itertools
 import math
 import re
 from contextlib import suppress
@@ -157,10 +158,15 @@ class Checkpoints(Checkpoint):
             self.saved = trainer.global_step, self.validated_step
 
     def _free(self, trainer: Trainer, targets: list[Path]) -> list[Path]:
-        """Return the targets that no other program's file occupies; if none is free, the periodic one."""
-        foreign = [path for path in targets if owned.is_foreign(path)] if trainer.is_global_zero else []
-        (foreign,) = trainer.strategy.broadcast([foreign])  # ranks that look by themselves may see different files
-        free = [path for path in targets if path not in foreign] or [self._periodic(trainer.global_step)]
+        """Return the targets that no other program's file occupies; if none is free, a name of the step's that is."""
+        foreign, free = [], []
+        if trainer.is_global_zero:
+            foreign = [path for path in targets if owned.is_foreign(path)]
+            free = [path for path in targets if path not in foreign]
+            name = self._periodic(trainer.global_step)
+            others = (name.with_stem(f"{name.stem}-{number}") for number in itertools.count(2))
+            free = free or [next(path for path in itertools.chain([name], others) if not owned.is_foreign(path))]
+        foreign, free = trainer.strategy.broadcast([foreign, free])  # each rank may see different files
         for path in foreign if trainer.is_global_zero else []:
             text = f"note: {path} is in the way and was not written by lm: it is left alone, {free[0]} is saved instead"
             harmless.note_once(self, f"{text}: move it away", kind=path)

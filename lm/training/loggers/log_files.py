@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import os
 import re
 import struct
@@ -23,6 +24,9 @@ from lm import log, storage
 from lm.errors import UserError
 
 VERSION = b"brain.Event:"  # in the first record of every event file
+SUFFIX = ".lm"  # of lm's event files
+_EARLIER = (b"train/loss_step", b"train/skipped", b"train/loss$", b"val/bits_per_byte")  # in those of earlier releases
+_STEP = re.compile(rb'^lm_step\{run="', re.MULTILINE)  # in metrics.prom
 
 
 class Removed:
@@ -52,7 +56,8 @@ class Events(TensorBoardLogger):
     def __init__(self, folder: Path, step: int = 0, *, opened: bool = True, removed: Removed | None = None) -> None:
         # purge_step makes a running TensorBoard hide later steps; `forget` also cuts them off the files
         purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
-        super().__init__(save_dir=str(folder.parent), name=folder.name, version="", default_hp_metric=False, **purge)
+        place: dict[str, Any] = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+        super().__init__(**place, default_hp_metric=False, filename_suffix=SUFFIX, **purge)
         self.opened, self._removed = opened, removed or Removed()
         self._file: tuple[Path, bytes] | None = None  # and its first bytes, which hold its creation time
 
@@ -254,11 +259,19 @@ def check(folder: Path) -> None:
     Raises:
         UserError: One is.
     """
-    read_csv(folder / "metrics.csv")
+    _own_table(folder)
     path = folder / "metrics.prom"
-    ours = (b"", b"# HELP lm_", b"# TYPE lm_")  # the last is of earlier releases
-    if os.path.lexists(path) and not (_is_file(path) and path.open("rb").read(10) in ours):
+    if os.path.lexists(path) and not (_is_file(path) and (not (data := path.read_bytes()) or _STEP.search(data))):
         raise UserError(f"{path} was not written by lm: move it away")
+
+
+def _own_table(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and rows of a log folder's table, after checking that it is of lm's metrics."""
+    path = folder / "metrics.csv"
+    columns, rows = read_csv(path)
+    if (len(columns) > 1 or rows) and not any(str(name).startswith(("train/", "val/")) for name in columns):
+        raise UserError(f"{path} is not the table that lm wrote (it has no train/ or val/ column): move it away")
+    return columns, rows
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -324,28 +337,52 @@ def _event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
-def forget(folder: Path, step: int) -> None:
-    """Remove from a log folder what was logged after a step, by a process that died after its last checkpoint."""
+def _own_events(folder: Path) -> list[Path]:
+    """Return the event files that lm wrote: by their suffix, those of earlier releases by their tags."""
+    found = [path for path in _event_files(folder) if _is_file(path)]
+    return [
+        path
+        for path in found
+        if VERSION in (data := path.read_bytes())[:100]
+        and (path.name.endswith(SUFFIX) or any(t in data for t in _EARLIER))
+    ]
+
+
+def forget(folder: Path, step: int) -> Path | None:
+    """Remove from a log folder what was logged after a step, by a process that died after its last checkpoint.
+
+    A run that starts anew takes nothing away: what an earlier one has logged is moved to a folder in it.
+
+    Returns:
+        That folder; None where nothing was moved.
+    """
     table = folder / "metrics.csv"
-    columns, rows = read_csv(table)
+    columns, rows = _own_table(folder)
     kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+    ends = {path: end for path in _own_events(folder) if (end := _end(path, step)) < path.stat().st_size}
+    if not step and (len(kept) < len(rows) or ends):
+        names = (folder / f"earlier-{number}" for number in itertools.count(1))
+        aside = next(path for path in names if not os.path.lexists(path))
+        aside.mkdir()
+        for path in (table, folder / "metrics.prom", *_own_events(folder)):
+            if path.exists():
+                path.rename(aside / path.name)
+        return aside
     if len(kept) < len(rows):
         write_csv(table, columns, kept)
-    for events in _event_files(folder):
-        if _is_file(events):
-            _cut_events(events, step)
+    for path, end in ends.items():
+        os.truncate(path, end)
+    return None
 
 
-def _cut_events(path: Path, step: int) -> None:
-    """Truncate an event file before its first event past a step, or before a torn one.
+def _end(path: Path, step: int) -> int:
+    """Return where an event file's first event past a step begins, or a torn one.
 
     A record is its length (uint64), a checksum (uint32), the event, and a checksum (uint32).
     """
     from tensorboard.compat.proto.event_pb2 import Event
 
     data = path.read_bytes()
-    if VERSION not in data[:100]:  # not an event file
-        return
     end = 0
     while end + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, end)
@@ -359,5 +396,4 @@ def _cut_events(path: Path, step: int) -> None:
         if event.step > step and not event.HasField("session_log"):  # this start's session_log marks where it begins
             break
         end = stop
-    if end < len(data):
-        os.truncate(path, end)
+    return end

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.tensorboard import SummaryWriter
 
 from lm.errors import UserError
 from lm.training.loggers import log_files
@@ -197,3 +198,69 @@ def test_a_refusal_after_the_last_row_loses_no_row(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="Read-only"):
         logger.log_metrics({"loss": 3.0}, step=2)
     assert logger.path.read_bytes() == written
+
+
+def their_events() -> list[Path]:
+    """Write scalars as another program does, and return the files."""
+    writer = SummaryWriter(str(LOGS))
+    for step in range(50):
+        writer.add_scalar("other/reward", step / 50, step)
+        writer.add_scalar("train/loss", step / 50, step)
+    writer.close()
+    return _event_files(LOGS)
+
+
+def test_another_programs_events_are_left_alone(lm, workplace: Path) -> None:
+    theirs = {path: path.read_bytes() for path in their_events()}
+    for words in ((), ("--ckpt_path", "checkpoints/tiny/step=0000005.ckpt", "--trainer.max_steps", 8)):
+        code, _, err = lm("fit", "--config", "tiny.yaml", *words)
+        assert code == 0, err
+        assert {path: path.read_bytes() for path in theirs} == theirs
+    assert steps() == [*map(str, range(1, 9))]
+    assert all(path.name.endswith(".lm") for path in {*_event_files(LOGS)} - theirs.keys())
+
+
+def test_a_run_that_starts_anew_keeps_an_earlier_ones_logs(lm, workplace: Path) -> None:
+    for number in ("1", "2"):
+        assert lm("fit", "--config", "tiny.yaml")[0] == 0
+        before = sorted(path.read_bytes() for path in [*LOGS.glob("metrics.*"), *_event_files(LOGS)])
+        shutil.rmtree("checkpoints/tiny")
+        code, out, _ = lm("fit", "--config", "tiny.yaml")
+        assert code == 0 and f"note: {LOGS} has an earlier run's logs: they are kept in {LOGS}/earlier-{number}" in out
+        assert sorted(path.read_bytes() for path in (LOGS / f"earlier-{number}").iterdir()) == before
+        assert steps() == [*map(str, range(1, 13))] and len(_event_files(LOGS)) == 1
+        shutil.rmtree("checkpoints/tiny")
+        for path in [*LOGS.glob("metrics.*"), *_event_files(LOGS)]:
+            path.unlink()
+
+
+def test_an_earlier_releases_events_are_cut_behind_the_checkpoint(lm, workplace: Path) -> None:
+    assert lm("fit", "--config", "tiny.yaml")[0] == 0
+    (path,) = _event_files(LOGS)
+    earlier = path.rename(path.with_suffix(""))
+    before = earlier.read_bytes()
+    forget(LOGS, 5)
+    assert earlier.read_bytes() == before[: earlier.stat().st_size] and events() == {*range(1, 6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.csv", "step,reward,comment\n1,0.5,a\n"),
+        ("metrics.csv", "step\n1\n"),
+        ("metrics.prom", "# HELP lm_sensors_temp of a CPU\n# TYPE lm_sensors_temp gauge\nlm_sensors_temp 40.0\n"),
+        ("metrics.prom", '# TYPE lm_steps gauge\nlm_steps{run="tiny"} 40.0\n'),
+    ],
+)
+def test_another_programs_metrics_are_refused_and_kept(lm, workplace: Path, name: str, text: str) -> None:
+    LOGS.mkdir(parents=True)
+    (LOGS / name).write_text(text)
+    code, _, err = lm("fit", "--config", "tiny.yaml")
+    assert code == 2 and f"error: {LOGS / name} " in err and "move it away" in err and len(err.splitlines()) == 1
+    assert [path.name for path in LOGS.iterdir()] == [name] and (LOGS / name).read_text() == text
+
+
+def test_an_earlier_releases_metrics_are_lms(tmp_path: Path) -> None:
+    (tmp_path / "metrics.prom").write_text('# TYPE lm_step gauge\nlm_step{run="tiny"} 12\n')
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,4.0\n")
+    log_files.check(tmp_path)
