@@ -1,9 +1,12 @@
 """Launchers' variables that contradict each other, or that are no numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from lm.cli import environment
 from lm.errors import UserError
+from tests.conftest import start
 
 
 @pytest.mark.parametrize(
@@ -28,3 +31,13 @@ def test_a_rank_of_no_world_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="RANK in the environment is 3, and there is no WORLD_SIZE"):
         environment.check()
+
+
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+@pytest.mark.parametrize("variable", ["RANK=x", "RANK=", "SLURM_PROCID=x", "JSM_NAMESPACE_RANK=x"])
+def test_what_is_no_number_is_refused_before_lightning_reads_it(command: str, variable: str, workplace: Path) -> None:
+    name, _, value = variable.partition("=")
+    process = start(command, cwd=workplace, fresh=True, environment={name: value})  # here Lightning is imported already
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, ""), err
+    assert err == f"error: {name} in the environment is {value!r}: a launcher sets it to a number: unset it\n"
