@@ -41,6 +41,12 @@ def check() -> None:
         raise UserError(
             f"RANK in the environment is {found['RANK']}, and there is no WORLD_SIZE: unset it, or use torchrun"
         )
+    lacks = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in found]
+    if "TORCHELASTIC_RUN_ID" in os.environ and lacks:  # Lightning takes it for a sign that torchrun has set them all
+        absent = " or ".join(lacks)
+        raise UserError(
+            f"TORCHELASTIC_RUN_ID is in the environment, and there is no {absent}: unset it, or use torchrun"
+        )
     alone = not {"RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"} & found.keys()
     if found.get("LOCAL_RANK") and alone:
         raise UserError(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import yaml
 
+from lm.cli import yaml_files
+
 LONGEST = 300  # characters of a message
 FOREIGN = {  # other programs' names
     "epochs": "trainer.max_steps",
@@ -321,6 +323,7 @@ def _file_fault(file: str) -> str | None:
     try:
         text = Path(file).read_bytes().decode()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml_files.parse(text)
     except RecursionError:
         return ": nested too deeply to be a config"
     except UnicodeDecodeError as error:
@@ -336,7 +339,8 @@ def _file_fault(file: str) -> str | None:
         lines = text.splitlines()
         if line <= len(lines) and "\t" in lines[line - 1][: len(lines[line - 1]) - len(lines[line - 1].lstrip())]:
             return f", line {line}: it is indented by a tab: YAML wants spaces"
-        return f", line {line}: the config is no YAML mapping: {error.problem or error.context}"
+        kind = "" if isinstance(error, yaml.constructor.ConstructorError) else "the config is no YAML mapping: "
+        return f", line {line}: {kind}{error.problem or error.context}"
     except yaml.YAMLError as error:  # a byte that text never has
         return f": the config is no YAML text: {' '.join(str(error).split())}"
     if node is None or (isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")):

@@ -47,6 +47,12 @@ def prepare(arguments: list[str]) -> None:
         value, leaf = value if equals else following, name.split(".")[-1].lstrip("-")
         if leaf in PATHS and not value:
             raise UserError(f"{name} '': it is empty: name a file, or leave the option out")
+        if (
+            leaf in bounds.BOUNDS
+            and leaf not in (*PATHS, "max_time")
+            and re.fullmatch(r"[-+]?\d+(:\d+)+(\.\d*)?", value)
+        ):
+            raise UserError(f"{name}: found '{value[:40]}', expected a number: the parser would read it to base 60")
         if leaf not in READ_ONCE and DEEP.match(value):
             raise UserError(f"{name}: its value is nested too deeply to be one")
         if name in ("-c", "--config"):
