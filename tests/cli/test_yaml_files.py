@@ -83,7 +83,7 @@ def test_names_with_dots_and_quoted_numbers_are_read() -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("fit", "--trainer.max_steps"), ("sample", "--seed"), ("plan", "--data.init_args.batch_size")],
+    [("fit", "--trainer.max_steps"), ("sample", "--seed"), ("plan", "--data.batch_size")],
 )
 def test_a_number_to_base_60_in_an_option(lm, command: str, option: str) -> None:
     for words in ((option, "1:30"), (f"{option}=1:30",)):
