@@ -52,6 +52,10 @@ class Bound:
 
     def __str__(self) -> str:
         """Return what follows "it must be"."""
+        return self.wanted()
+
+    def wanted(self, value: Any = None) -> str:
+        """Return what follows "it must be", of a value that is not."""
         kind = "a whole number, " * self.whole or "a finite number"
         low = f"{'above' if self.open_low else 'at least'} {_shown(self.low)}"
         high = f"{'below' if self.open_high else 'at most'} {_shown(self.high)}"
@@ -59,8 +63,10 @@ class Bound:
             return kind + self.note
         if self.share:
             return f"{low}: a whole number, or a share, at most 1.0{self.note}"
-        if self.high >= INT64:
-            return low + self.note
+        above = isinstance(value, int | float) and value > self.high
+        if self.high >= INT64 and not above:  # no limit that anyone would reach
+            finite = " and finite" if isinstance(value, float) and not math.isfinite(value) else ""
+            return f"{low}{finite}{self.note}"
         return f"{low} and {high}{self.note}"
 
 
@@ -208,7 +214,7 @@ def complaints(values: Mapping[str, Any], owner: str = "", path: str = "") -> It
     for name, value in values.items():
         if (allowed := bound(owner, str(name))) is not None:
             if not allowed.allows(value):
-                yield f"{path}{name} is {_shown(value)}: it must be {allowed}"
+                yield f"{path}{name} is {_shown(value)}: it must be {allowed.wanted(value)}"
         elif isinstance(value, Mapping):
             inner = SECTIONS.get(name, owner) if not path else owner
             yield from complaints(value, inner, f"{path}{name}.")

@@ -22,6 +22,7 @@ from lm.training.distributed.watch import Watch
 from lm.training.language_model import LanguageModel
 from tests.conftest import parser_of
 
+INT64 = 2**63 - 1
 NET = {"vocab_size": 5, "block_size": 8}
 NEEDED: dict[type, dict[str, Any]] = {
     **{getattr(models, name): NET for name in models.__all__},
@@ -131,6 +132,19 @@ def test_every_number_of_a_command_has_a_bound(command: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
+        (
+            "samples.seed",
+            10**22,
+            f"samples.seed is {10**22}: it must be at least {-(2**63)} and at most {INT64}",
+        ),
+        (
+            "checkpoint.keep_last",
+            2**63,
+            f"checkpoint.keep_last is {2**63}: it must be at least 1 and at most {INT64}",
+        ),
+        ("model.clip_norm", ".inf", "model.clip_norm is inf: it must be at least 0 and finite; 0 or null never scales"),
+        ("data.seed", 10**20, f"data.seed is {10**20}: data follow seed_everything: say that alone"),
+        ("data.init_args.seed", 8, "data.init_args.seed is 8: data follow seed_everything: say that alone"),
         ("data.batch_size", 0, "data.batch_size is 0: it must be at least 1"),
         ("model.clip_norm", -1, "model.clip_norm is -1: it must be at least 0; 0 or null never scales"),
         ("model.spike", 0.5, "model.spike is 0.5: it must be above 1; null for none"),

@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import FrameType
 
 from lm import __version__, log
-from lm.cli import help, streams
+from lm.cli import environment, help, streams
 from lm.errors import CommandError, Stopped, UserError, as_user_error, take_stops
 
 COMMANDS = {
@@ -139,6 +139,7 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in help.PAGES:  # all of their help fits on a screen
         rest = ["--help" if word == "--help.all" else word for word in rest]
+    environment.numbers()
     module, function = COMMANDS[name][0].split(":")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each of its warnings brings fifty lines of stack
     gc.disable()  # imported objects stay; searching them for garbage takes half a second

@@ -1,12 +1,16 @@
 """What a parser complains about, in one line: which option or key and where it was said, what was found, what to do."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from lm.cli import yaml_files
 
 LONGEST = 300  # characters of a message
 FOREIGN = {  # other programs' names
@@ -287,6 +291,7 @@ def _wrong_value(
     if one is not None and one.value is not None:
         value = one.value
     where = str(one) if one else key
+    where = where if classes or (one and one.place) else f"--{where}"  # a recipe's keys have no dashes
     shown = shortened(repr(value), 60)
     place = next((place for place in classes if _plain(place) == _plain(key)), None)
     literal = re.findall(r"Literal\[(.+?)\]", text)
@@ -304,7 +309,18 @@ def _wrong_value(
         kinds = [f"a list of {count[1]}"]
     elif not kinds and (inner := re.search(r"Expected <class '(\w+)'>", text)):  # of a list's elements
         kinds = [f"{inner[1]} in it"]
+    if {"int", "float"} & {*kinds} and (number := _number(value)) is not None:
+        if not math.isfinite(number):
+            return f"{where} is {number}: it must be a finite number"
+        if number.is_integer() and abs(number) < 2**53:
+            return f"{where}: found {shown}, expected {' or '.join(kinds)}: write {number:.0f}"
     return f"{where}: found {shown}, expected {' or '.join(kinds) or f'another kind: see {command} --help'}"
+
+
+def _number(text: str) -> float | None:
+    with suppress(ValueError):
+        return float(text)
+    return None
 
 
 def config_fault(words: Sequence[str]) -> str | None:
@@ -321,6 +337,7 @@ def _file_fault(file: str) -> str | None:
     try:
         text = Path(file).read_bytes().decode()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml_files.parse(text)
     except RecursionError:
         return ": nested too deeply to be a config"
     except UnicodeDecodeError as error:
@@ -336,7 +353,8 @@ def _file_fault(file: str) -> str | None:
         lines = text.splitlines()
         if line <= len(lines) and "\t" in lines[line - 1][: len(lines[line - 1]) - len(lines[line - 1].lstrip())]:
             return f", line {line}: it is indented by a tab: YAML wants spaces"
-        return f", line {line}: the config is no YAML mapping: {error.problem or error.context}"
+        kind = "" if isinstance(error, yaml.constructor.ConstructorError) else "the config is no YAML mapping: "
+        return f", line {line}: {kind}{error.problem or error.context}"
     except yaml.YAMLError as error:  # a byte that text never has
         return f": the config is no YAML text: {' '.join(str(error).split())}"
     if node is None or (isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")):

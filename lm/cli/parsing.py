@@ -112,6 +112,9 @@ class Recipes(LightningCLI):
             raise SystemExit(0)
         super().parse_arguments(parser, args)
         values.check(self.config)
+        for one in messages.said(args):
+            if one.key in ("data.seed", "data.init_args.seed") and one.value != str(self.config.seed_everything):
+                raise UserError(f"{one} is {str(one.value)[:40]}: data follow seed_everything: say that alone")
         check_devices(self.config.get("trainer"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lm import storage
 from lm.checkpoints.restore import deny_what_runs_code, load_network
 from lm.cli import common, plain_help, values
+from lm.cli.messages import shortened
 from lm.errors import UserError
 from lm.generation.narrow import Dtype, narrowed
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
@@ -128,12 +129,19 @@ def _prompt(prompt: str, file: Path | None) -> str:
 
 
 def _device(name: str) -> torch.device:
-    """Return a device by name, checked to be there."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+    """Return a device by name, checked to be there.
+
+    Raises:
+        UserError: It is not, or it does not work.
+    """
+    there = dict.fromkeys(("auto", "cpu"), torch.device("cpu"))
+    if torch.accelerator.is_available() and (fastest := torch.accelerator.current_accelerator()):
+        there |= {"auto": fastest, fastest.type: fastest}
+        there |= {f"{fastest.type}:{i}": torch.device(fastest.type, i) for i in range(torch.accelerator.device_count())}
+    if name not in there:
+        raise UserError(f"--device {shortened(name, 60)}: there is none here: say {' or '.join(there)}")
     try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=there[name]).item()
+    except RuntimeError as error:  # a GPU that is full, or broken
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return there[name]

@@ -19,6 +19,10 @@ READ_ONCE = ("prompt", "stop", "prompt_file", "source", "output")
 DEEP = re.compile(r"(?:[\[{]\s*){100}")
 """More nested brackets than any setting has; a parser would exhaust Python's stack."""
 
+NUMBERS = bounds.BOUNDS.keys() - {*PATHS, "max_time"}
+BASE_60 = re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?")
+"""1:30, which parsers take for the number 90."""
+
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Return a command's options.
@@ -47,6 +51,8 @@ def prepare(arguments: list[str]) -> None:
         value, leaf = value if equals else following, name.split(".")[-1].lstrip("-")
         if leaf in PATHS and not value:
             raise UserError(f"{name} '': it is empty: name a file, or leave the option out")
+        if leaf in NUMBERS and BASE_60.fullmatch(value):
+            raise UserError(f"{name}: found '{value[:40]}', expected a number in decimal digits")
         if leaf not in READ_ONCE and DEEP.match(value):
             raise UserError(f"{name}: its value is nested too deeply to be one")
         if name in ("-c", "--config"):

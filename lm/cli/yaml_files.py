@@ -1,6 +1,7 @@
 """YAML as lm reads it: no duplicate keys, no exploding aliases; top-level holders of anchors are left out."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,12 @@ from lm.cli.help import SECTIONS
 from lm.errors import UserError
 
 LARGEST = 100_000  # values, with aliases expanded; a recipe has some dozens
+
+
+TAG = "tag:yaml.org,2002:"
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")
+DECEPTIVE = re.compile(r"[-+]?(0[0-7_]*[1-7][0-7_]*|[\d_]+(:\d+)+\.?[\d_]*)")
+"""Numbers to base 8 and 60: 010, which is 8, and 1:30, which is 90."""
 
 
 class Refused(yaml.YAMLError):
@@ -106,25 +113,57 @@ def _size(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int
         inside = (*above, id(node))
         total = 1
         if isinstance(node, yaml.MappingNode):
-            _no_key_twice(node)
             total += sum(_size(part, sizes, inside) for pair in node.value for part in pair)
         elif isinstance(node, yaml.SequenceNode):
             total += sum(_size(part, sizes, inside) for part in node.value)
         if total > LARGEST:
             _refuse(f"line {node.start_mark.line + 1}: its aliases stand for more than {LARGEST:,} values: use fewer")
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        _check_value(node)
         sizes[id(node)] = total
     return sizes[id(node)]
 
 
-def _no_key_twice(node: yaml.MappingNode) -> None:
-    lines: dict[tuple[str, str], int] = {}
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            if (key.tag, key.value) in lines:
-                first = lines[key.tag, key.value]
-                _refuse(f"key {key.value} is there twice, in lines {first} and {line}: drop one")
-            lines[key.tag, key.value] = line
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse keys that are no names, or there twice: alike, or through dots, of which the parser keeps the later."""
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag not in (TAG + "str", TAG + "merge"):
+            shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+            _refuse(f"line {line}: key {shown or 'null'} is no name: write it in quotes if it is one")
+        if key.value in lines:
+            _refuse(f"key {key.value} is there twice, in lines {lines[key.value]} and {line}: drop one")
+        parts = [path for path in lines if path.startswith(f"{key.value}.")]
+        if parts and isinstance(value, yaml.MappingNode):
+            _refuse(
+                f"key {key.value} is there twice, in lines {lines[parts[0]]} ({parts[0]}) and {line}: write it once"
+            )
+        lines[key.value] = line
+        if any("." in other.value for other, _ in node.value):
+            lines |= {f"{key.value}.{path}": at for path, at in _paths(value)}
+
+
+def _paths(node: yaml.Node) -> Iterator[tuple[str, int]]:
+    """Yield the dotted path of each key in a mapping, and its line."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        yield key.value, key.start_mark.line + 1
+        yield from ((f"{key.value}.{path}", line) for path, line in _paths(value))
+
+
+def _check_value(node: yaml.Node) -> None:
+    """Refuse tags that ask for more than plain values, and numbers that do not mean what they look like."""
+    line = node.start_mark.line + 1
+    if node.tag.removeprefix(TAG) not in PLAIN:
+        tag = f"!!{node.tag.removeprefix(TAG)}" if node.tag.startswith(TAG) else node.tag
+        _refuse(f"line {line}: the tag {tag} is not read here: leave it out, or quote the text")
+    if node.tag in (TAG + "int", TAG + "float"):
+        if len(node.value) > 1000:
+            _refuse(f"line {line}: a number of {len(node.value):,} digits: none is that large")
+        if DECEPTIVE.fullmatch(node.value):
+            meant = yaml.safe_load(node.value)
+            _refuse(f"line {line}: {node.value} is {meant} in YAML: write {meant}, or '{node.value}' for a text")
 
 
 def _refuse(text: str) -> None:

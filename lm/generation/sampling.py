@@ -66,7 +66,9 @@ class Sampler:
         if self.top_p is not None:
             ordered, order = probabilities.sort(descending=True)
             before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; 0 for the likeliest
-            probabilities = probabilities.masked_fill((before >= self.top_p).scatter(1, order, before >= self.top_p), 0)
+            out = before >= self.top_p
+            out[:, 0] = False  # the likeliest stays, also where 32 bits round top_p to 0
+            probabilities = probabilities.masked_fill(out.scatter(1, order, out), 0)
         if self.min_p is not None:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0)

@@ -181,7 +181,10 @@ TABLE = {
         (*FIT, "--data.init_args.tokenizer", "inherit"),
         "data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from",
     ),
-    "no such device": ((*SAMPLE, "--device", "gpu9"), "--device gpu9"),
+    **{
+        f"no device {name}": ((*SAMPLE, "--device", name), f"--device {name}: there is none here: say auto or cpu")
+        for name in ("gpu9", "hpu", "mkldnn", "xla", "privateuseone", "cuda:99", "cpu:5", "")
+    },
 }
 
 

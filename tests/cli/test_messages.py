@@ -74,6 +74,22 @@ LINES = {
     "no nodes": ((*FIT, "--trainer.num_nodes", "0"), "trainer.num_nodes"),
     "no such profiler": ((*FIT, "--trainer.profiler", "nope"), "trainer.profiler: say simple"),
     "no time": ((*FIT, "--trainer.max_time", "x"), "trainer.max_time is x: say DD:HH:MM:SS"),
+    **{
+        f"{option} {value}": (
+            (*words, f"{option}={value}"),
+            f"error: {shown} is {float(value)}: it must be a finite number",
+        )
+        for value in ("nan", "inf", "-inf")
+        for words, option, shown in (
+            (SAMPLE, "--temperature", "--temperature"),
+            (SAMPLE, "--repetition_penalty", "--repetition_penalty"),
+            (FIT, "--model.clip_norm", "model.clip_norm"),
+            (FIT, "--trainer.gradient_clip_val", "trainer.gradient_clip_val"),
+        )
+    },
+    "no number": ((*SAMPLE, "--temperature", "abc"), "error: --temperature: found 'abc', expected float"),
+    "an int with a power": ((*FIT, "--trainer.max_steps", "1e3"), "found '1e3', expected int: write 1000"),
+    "an int with a point": ((*SAMPLE, "--seed", "10.0"), "--seed: found '10.0', expected int: write 10"),
     "a section of a wrong kind": ((*FIT, "--trainer", "x"), "trainer: found 'x', expected a YAML mapping"),
     "a recipe without its option": (("fit", "configs/t.yaml"), "say --config configs/t.yaml"),
     "a recipe of gradients": (("gradients", "t.yaml"), "say --config t.yaml"),

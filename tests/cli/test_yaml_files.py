@@ -34,6 +34,37 @@ BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
             (f"source: {value}", "bad.yaml: source: found .*, expected a list")
             for value in ("-1", "text.txt", "{a: 1}")
         ),
+        (
+            "trainer.max_steps: 3\ntrainer: {max_steps: 4}",
+            r"bad.yaml: key trainer is there twice, .* 1 \(.* and 2",
+        ),
+        ("trainer.max_steps: 3\ntrainer: {devices: 4}", r"bad.yaml: key trainer is there twice, .* 1 \(.* and 2"),
+        (
+            "trainer: {max_steps: 4}\ntrainer.max_steps: 3",
+            "bad.yaml: key trainer.max_steps is there twice, .* 1 and 2",
+        ),
+        ("data:\n  init_args.a.b: 3\n  init_args: {a: {b: 4}}", r"bad.yaml: key init_args is there twice, in lines 2 "),
+        (
+            "data: {init_args: {a: 1}}\ndata.init_args: {b: 2}",
+            "bad.yaml: key data.init_args is there twice, .* 1 and 2",
+        ),
+        *(
+            (f"{key}: 1", f"bad.yaml: line 1: key {key or 'null'} is no name")
+            for key in ("null", "~", "1", "0.5", "yes")
+        ),
+        *((f"? {key}\n: 1", "bad.yaml: line 1: key a list or a mapping is no name") for key in ("[a]", "{a: 1}")),
+        ("trainer: {1: 2}", "bad.yaml: line 1: key 1 is no name"),
+        ("\na: !!python/object:os.system {}", "bad.yaml: line 2: the tag !!python/object:os.system is not read here"),
+        ("name: !foo x", "bad.yaml: line 1: the tag !foo is not read here"),
+        ("name: =", "bad.yaml: line 1: the tag !!value is not read here"),
+        ("name: !!set {a}", "bad.yaml: line 1: the tag !!set is not read here"),
+        ("trainer:\n  <<: 5", "--config bad.yaml, line 2: expected a mapping or list of mappings for merging"),
+        ("name: !!map [a]", "--config bad.yaml, line 1: expected a mapping node"),
+        ('name: "\\ud800"', "--config bad.yaml, line 1: .* invalid Unicode character escape code"),
+        (f"seed_everything: {'1' * 5000}", "bad.yaml: line 1: a number of 5,000 digits: none is that large"),
+        ("trainer:\n  max_steps: 010", "bad.yaml: line 2: 010 is 8 in YAML: write 8, or '010' for a text"),
+        ("trainer: {max_steps: -1:30}", "bad.yaml: line 1: -1:30 is -90 in YAML: write -90, or"),
+        ("trainer: {gradient_clip_val: 1:30.5}", "bad.yaml: line 1: 1:30.5 is 90.5 in YAML"),
         ("a: " + "[" * 5000 + "]" * 5000, "bad.yaml: nested too deeply"),
     ],
 )
@@ -43,6 +74,22 @@ def test_what_is_refused(lm, workplace: Path, text: str, expected: str) -> None:
         code, _, err = lm(*words)
         assert (code, err.count("\n")) == (2, 1), err
         assert re.match(f"error: {expected}", err), err
+
+
+def test_names_with_dots_and_quoted_numbers_are_read() -> None:
+    assert yaml_files.parse("{wiki.txt: 1, wiki: 2}") == {"wiki.txt": 1, "wiki": 2}  # a corpus of two files
+    assert yaml_files.parse("a: {b: 1}\na.c: 2\n'1': '010'") == {"a": {"b": 1}, "a.c": 2, "1": "010"}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("fit", "--trainer.max_steps"), ("sample", "--seed"), ("plan", "--data.batch_size")],
+)
+def test_a_number_to_base_60_in_an_option(lm, command: str, option: str) -> None:
+    for words in ((option, "1:30"), (f"{option}=1:30",)):
+        code, _, err = lm(command, *words)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert err.startswith(f"error: {option}: found '1:30', expected a number"), err
 
 
 def test_a_key_twice_in_an_option(lm) -> None:

@@ -65,6 +65,24 @@ def test_values_out_of_range_are_refused(settings: dict) -> None:
         Sampler(**settings)
 
 
+@pytest.mark.parametrize("logits", [LOGITS, -LOGITS, torch.zeros(1, 5)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: 1e-320} for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+        *({name: 1.0} for name in ("top_p", "min_p")),
+        *({name: 1e308} for name in ("temperature", "repetition_penalty")),
+        *({"top_k": k} for k in (1, 2**63 - 1)),
+        {"temperature": 1e-37, "top_k": 1, "top_p": 1e-320, "min_p": 1.0, "repetition_penalty": 1e308},
+    ],
+)
+def test_at_the_bounds_the_likeliest_stays(settings: dict, logits: torch.Tensor) -> None:
+    found = Sampler(**settings).probabilities(logits.float(), torch.tensor([[0, 3, 0]]))
+    assert float(found.sum()) == pytest.approx(1) and found.isfinite().all(), found
+    if "repetition_penalty" not in settings:
+        assert (found[logits == logits.max()] > 0).any()
+
+
 def take(net: torch.nn.Module, prompt: list[list[int]], count: int, seed: int = 1) -> torch.Tensor:
     stream = generate(net, torch.tensor(prompt), sampler=Sampler(), generator=torch.Generator().manual_seed(seed))
     return torch.stack([next(stream) for _ in range(count)], dim=1)  # (B, count)
