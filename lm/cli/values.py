@@ -19,7 +19,7 @@ READ_ONCE = ("prompt", "stop", "prompt_file", "source", "output")
 DEEP = re.compile(r"(?:[\[{]\s*){100}")
 """More nested brackets than any setting has; a parser would exhaust Python's stack."""
 
-NUMBERS = bounds.BOUNDS.keys() - {*PATHS, "max_time"}
+NUMBERS = bounds.BOUNDS.keys() - {*PATHS, "max_time", "val_check_interval"}  # those may be times
 BASE_60 = re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?")
 """1:30, which parsers take for the number 90."""
 

@@ -154,7 +154,7 @@ class _Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            if not self._is_own(path):
+            if not self._is_own(storage.plain(path)):
                 raise UserError(
                     f"{setting('output')} {self.folder}: its {name} is not lm prepare's: say another folder"
                 )
