@@ -84,17 +84,18 @@ def engine(net: nn.Module, slots: int, wanted: list[Request]) -> Callable[[], in
 
 def contestants(shape: str, texts: int, tokens: int) -> dict[str, Callable[[], int]]:
     """Return who takes part, in the order of their turns; bars are against the first."""
-    found = {"generate, float32": ours(network(shape), texts, tokens)}
+    many = f"{texts} text" + "s" * (texts > 1)
+    found = {f"generate, float32, {many}": ours(network(shape), texts, tokens)}
     try:
-        found["transformers, float32"] = theirs(shape, texts, tokens)
+        found[f"transformers, float32, {many}"] = theirs(shape, texts, tokens)
     except ImportError:
         print("transformers is not installed: pip install 'lm[hf]' to see it beside ours")
     for dtype in ("bfloat16", "int8"):
-        found[f"generate, {dtype}"] = ours(narrowed(network(shape), dtype), texts, tokens)  # type: ignore[arg-type]
+        found[f"generate, {dtype}, {many}"] = ours(narrowed(network(shape), dtype), texts, tokens)  # type: ignore[arg-type]
     wanted = requests(4 * texts, min(256, 2 * tokens))
     total = sum(request.max_new_tokens for request in wanted)
-    found[f"engine, {len(wanted)} requests in {texts} slots"] = engine(network(shape), texts, wanted)
-    found[f"generate, {len(wanted)} texts"] = ours(network(shape), len(wanted), total // len(wanted))
+    found[f"engine, {len(wanted)} requests, {many} at once"] = engine(network(shape), texts, wanted)
+    found[f"generate, float32, {len(wanted)} texts"] = ours(network(shape), len(wanted), total // len(wanted))
     return found
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"| {options.shape}, tokens a second | texts | here | / float32 |\n| --- | --- | --- | --- |")
+    print(f"| {options.shape}, tokens a second | here | / float32 |\n| --- | --- | --- |")
     for texts in options.texts:
         runs = contestants(options.shape, texts, options.tokens)
         speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -117,10 +118,10 @@ def main() -> None:
                 began = time.monotonic()
                 made = run()
                 speeds[name].append(made / (time.monotonic() - began))
-        base = speeds["generate, float32"]
+        base = next(iter(speeds.values()))
         for name, found in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
-            print(f"| {name} | {texts} | {statistics.median(found):,.0f} | {ratio:.2f} |", flush=True)
+            print(f"| {name} | {statistics.median(found):,.0f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
