@@ -67,7 +67,7 @@ def test_a_request_is_as_if_alone(kind: str) -> None:
     """Whatever else is there, to the last token; LM_MIXES=500 is what the documents promise."""
     draw = random.Random(2)
     net = made(kind)
-    for mix in range(int(os.environ.get("LM_MIXES", "40")) // len(KINDS)):
+    for mix in range(int(os.environ.get("LM_MIXES", "20")) // len(KINDS)):
         requests = [drawn(draw) for _ in range(draw.randint(2, 10))]
         alone = [Engine(net, TOKENIZER, slots=16).run([request])[0] for request in requests]
         together = mixed(Engine(net, TOKENIZER, slots=16), requests, draw)
