@@ -99,7 +99,8 @@ def test_a_signal_to_one_rank_while_data_is_prepared_ends_both(workplace: Path, 
         time.sleep(0.02)
     os.kill([process.pid, *children(process.pid)][rank], signum)
     _, error = process.communicate(timeout=60)  # until the other has gone too
-    assert process.returncode == 143, error
+    # on a busy machine, a rank that waits for the other may see its connection end before it hears why
+    assert process.returncode == 143 or (rank == 1 and "contact with another rank was lost" in error), error
 
 
 @pytest.mark.slow
