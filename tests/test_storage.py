@@ -8,7 +8,7 @@ import pytest
 
 from lm import outputs, storage
 from lm.checkpoints import disk
-from lm.corpus import formats, sources
+from lm.corpus import source_files, sources
 from lm.errors import UserError
 
 
@@ -102,7 +102,7 @@ def test_a_dead_link_is_said_as_itself(tmp_path: Path) -> None:
     (tmp_path / "texts" / "gone.txt").symlink_to("nowhere.txt")
     expected = r"texts/gone\.txt: a link to nowhere\.txt, which is not there"
     with pytest.raises(UserError, match=expected):
-        formats.find([str(tmp_path / "texts")])
+        source_files.find([str(tmp_path / "texts")])
     assert outputs.kind(tmp_path / "texts" / "gone.txt") == "a link to nowhere.txt, which is not there"
 
 

@@ -124,9 +124,10 @@ def take_place(part: Path, path: Path) -> None:
     Raises:
         UserError: lm did not write what is there.
     """
-    check(path)
-    if os.path.lexists(path) and not (is_ours(path) or _is_zeros(path)):
-        _set_aside(path)
+    if os.path.lexists(path) and not is_ours(path):
+        check(path)
+        if not _is_zeros(path):
+            _set_aside(path)
     old = path.with_name(f".{path.name}.old.part")
     if path.is_dir() or (path.exists() and part.is_dir()):
         if os.path.lexists(old):

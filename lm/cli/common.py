@@ -62,13 +62,13 @@ def one_line_errors(
 @contextmanager
 def text_options(source: list[str]) -> Iterator[None]:
     """Add to an error about a text the setting that helps; at the end, note the files that were left out."""
-    from lm.corpus import formats
+    from lm.corpus import formats, source_files
 
     try:
         yield
     except formats.TextError as error:
         raise UserError(f"{error.text}{error.advice}") from error
-    for note in (formats.left_out(source), formats.not_read(source) if source != ["-"] else None):
+    for note in (source_files.left_out(source), source_files.not_read(source) if source != ["-"] else None):
         if note:
             print(note, file=sys.stderr)
 

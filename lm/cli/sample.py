@@ -62,10 +62,7 @@ def sample(arguments: list[str]) -> None:
     except UserError as error:
         raise UserError(f"{'--prompt_file' if options.prompt_file else '--prompt'}: {error.text}") from error
     answer = task.readable if task and asked else str
-    try:
-        net = narrowed(fitted.net, options.dtype)
-    except UserError as error:
-        raise UserError(f"--{error.text}") from error
+    net = narrowed(fitted.net, options.dtype)
     device = next(net.parameters()).device
     began = time.monotonic()
     tokens = generate(

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lm import bounds, outputs, storage, tokenizers
-from lm.corpus import formats, shards
+from lm.corpus import formats, shards, source_files
 from lm.corpus.formats import Settings
 from lm.corpus.shard_header import MAGIC
 from lm.corpus.shard_writer import FILES, ShardWriter, save_tokenizer
@@ -110,7 +110,7 @@ class _Run:
             part.unlink()
         if "-" in job.source:
             self._spool_stdin()
-        self.files = [self.spool] if "-" in job.source else formats.find(job.source, job.reading.unread)
+        self.files = [self.spool] if "-" in job.source else source_files.find(job.source, job.reading.unread)
         self.by_characters = job.split == "characters" or (
             job.split == "auto" and len(self.files) == 1 and formats.reader_of(self.files[0], job.reading) is None
         )

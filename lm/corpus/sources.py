@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm import storage
-from lm.corpus import formats
+from lm.corpus import formats, source_files
 from lm.errors import UserError
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -39,12 +39,12 @@ def find(corpus: str) -> Source:
     path = Path(corpus).expanduser()
     if not os.path.lexists(path):
         raise UserError(f"corpus {corpus}: no such file or folder, and not one of {', '.join(NAMED)}")
-    return _from_files(formats.find([str(path)]))
+    return _from_files(source_files.find([str(path)]))
 
 
 def left_out(corpus: str) -> str | None:
     """Return a line on the files of a folder that are left out as not text; None where there are none."""
-    return None if corpus in NAMED else formats.left_out([corpus])
+    return None if corpus in NAMED else source_files.left_out([corpus])
 
 
 def _from_files(paths: list[Path]) -> Source:

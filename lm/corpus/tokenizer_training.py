@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lm import bounds, outputs, storage
-from lm.corpus import formats
+from lm.corpus import formats, source_files
 from lm.errors import UserError, setting
 from lm.tokenizers import BytePairTokenizer
 from lm.tokenizers.huggingface import byte_table
@@ -45,7 +45,7 @@ def train(
         raise UserError(f"{setting('output')} {output}: say a name that ends in .tiktoken")
     if not output.parent.is_dir():
         raise UserError(f"{setting('output')} {output}: there is no folder {output.parent}: make it")
-    paths = formats.find(source, settings.unread)
+    paths = source_files.find(source, settings.unread)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -259,8 +259,10 @@ class Engine:
         if not logits.amax().isfinite():  # NaN is the largest of all
             raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
         for text, row in zip(texts, logits.split(1), strict=True):
-            seen = torch.tensor([[*text.request.prompt, *text.tokens]])
-            probabilities = text.request.sampler.probabilities(row, seen)  # (1, V)
+            sampler, seen = text.request.sampler, None
+            if sampler.repetition_penalty != 1:
+                seen = torch.tensor([[*text.request.prompt, *text.tokens]])  # (1, T)
+            probabilities = sampler.probabilities(row, seen)  # (1, V)
             token = int(torch.multinomial(probabilities, 1, generator=text.generator))
             if text.request.logprobs is not None:
                 logs = row[0].log_softmax(0)  # (V,)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.errors import UserError
+from lm.errors import UserError, setting
 from lm.models.rotary import Rotary
 
 Dtype = Literal["float32", "bfloat16", "int8"]
@@ -56,7 +56,7 @@ def narrowed(net: nn.Module, dtype: Dtype) -> nn.Module:
     if dtype == "float32":
         return net
     if dtype == "int8" and next(net.parameters()).device.type != "cpu":
-        raise UserError("dtype int8 is for CPUs: say bfloat16")
+        raise UserError(f"{setting('dtype')} int8 is for CPUs: say bfloat16")
     angles = [(module, module.cos, module.sin) for module in net.modules() if isinstance(module, Rotary)]
     if dtype == "int8":
         for parent in list(net.modules()):

@@ -42,17 +42,18 @@ class Sampler:
     def __post_init__(self) -> None:
         bounds.check(vars(self), "lm.Sampler", "", UserError)
 
-    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Return the probability of each token.
 
         Args:
             logits: (B, V).
-            seen: int64 (B, T), the text so far.
+            seen: int64 (B, T), the text so far, which only a repetition_penalty asks for.
 
         Returns:
             (B, V), rows that sum to 1.
         """
         if self.repetition_penalty != 1:
+            assert seen is not None
             old = logits.gather(1, seen)  # (B, T)
             new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
             logits = logits.scatter(1, seen, new).nan_to_num()  # a tiny penalty makes infinities

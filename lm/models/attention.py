@@ -174,9 +174,8 @@ class SeparateHeads(nn.Module):
     ) -> Tensor:
         """Map (B, T, C) to (B, T, C); see `CausalSelfAttention`, but positions make no difference."""
         allowed = None if allowed is None else allowed.squeeze(1)  # (B, 1, T, S) -> (B, T, S)
-        y = torch.cat(
-            [head(x, allowed, cache) for head in self.heads], dim=2
-        )  # H of (B, T, D) -> (B, T, C): heads side by side
+        heads = [head(x, allowed, cache) for head in self.heads]  # H of (B, T, D)
+        y = torch.cat(heads, dim=2)  # -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -58,6 +58,7 @@ LEFT: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", ["last.ckpt", "step=0000005.ckpt", ".last.ckpt.12ab.part", "out.ckpt"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_another_program_wrote_is_not_ours_whatever_its_name(tmp_path: Path, kind: str, name: str) -> None:

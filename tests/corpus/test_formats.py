@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.corpus import formats, sources
+from lm.corpus import formats, source_files, sources
 from lm.corpus.formats import zstd
 from lm.errors import UserError
 from tests.conftest import start
@@ -91,7 +91,7 @@ def test_what_a_folder_leaves_out_is_counted_and_named(workplace: Path, lm: Run)
         (folder / name).write_bytes(TEXT)
     for name in ("a.pdf", "deep/b.csv", "c.json", "d", "e.html"):
         (folder / name).write_bytes(b"x")
-    assert [path.name for path in formats.find([str(folder)])] == ["a.TXT", "c.Txt", "b.md"]
+    assert [path.name for path in source_files.find([str(folder)])] == ["a.TXT", "c.Txt", "b.md"]
     note = "note: 5 files are left out, of another kind than .jsonl, .ndjson, .parquet, .txt, .md: "
     code, _, error = lm("prepare", "--source", "texts", "--tokenizer", "byte", "--output", "out", "--workers", 1)
     assert code == 0 and note + "texts/a.pdf, texts/c.json, texts/d, …" in error
@@ -173,7 +173,7 @@ def test_pipes_devices_and_links_to_nowhere(workplace: Path, lm: Run) -> None:
     (folder / "folder.txt" / "b.txt").write_bytes(TEXT)
     os.mkfifo(folder / "pipe.txt")
     os.mkfifo("pipe.jsonl")
-    assert len(formats.find([str(folder)])) == 2
+    assert len(source_files.find([str(folder)])) == 2
     Path("dead.txt").symlink_to("nowhere.txt")
     expected = {"pipe.jsonl": "a pipe or a device", "dead.txt": "a link to nowhere.txt, which is not there",
                 "/dev/zero": "a pipe or a device"}  # fmt: skip

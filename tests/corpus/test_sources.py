@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.corpus import formats, shards
+from lm.corpus import shards, source_files
 
 TEXT = "a text of some words\n" * 50
 
@@ -51,7 +51,7 @@ def test_hidden_files_and_pipes_in_a_folder_are_counted_and_named(
     for name in ("a.txt", ".hidden.txt", ".git/b.txt", ".git/c.txt"):
         (folder / name).write_text(TEXT)
     os.mkfifo(folder / "pipe.txt")
-    assert formats.find(["texts"]) == [Path("texts/a.txt")]
+    assert source_files.find(["texts"]) == [Path("texts/a.txt")]
     code, _, err = lm("prepare", "--source", "texts", "--tokenizer", "byte", "--output", "out")
     kinds = ".jsonl, .ndjson, .parquet, .txt, .md, hidden, or a pipe"
     names = "texts/.git, texts/.hidden.txt, texts/pipe.txt (a path or a glob takes any)"

@@ -73,5 +73,5 @@ def test_the_engine_takes_them() -> None:
 def test_integers_are_for_cpus() -> None:
     with torch.device("meta"):
         net = GPT(16, 8, n_layer=1, n_head=1, n_embd=32)
-    with pytest.raises(UserError, match="int8 is for CPUs"):
+    with pytest.raises(UserError, match="`dtype` int8 is for CPUs"):
         narrowed(net, "int8")

@@ -339,13 +339,16 @@ def _event_files(folder: Path) -> list[Path]:
 
 def _own_events(folder: Path) -> list[Path]:
     """Return the event files that lm wrote: by their suffix, those of earlier releases by their tags."""
-    found = [path for path in _event_files(folder) if _is_file(path)]
-    return [
-        path
-        for path in found
-        if VERSION in (data := path.read_bytes())[:100]
-        and (path.name.endswith(SUFFIX) or any(t in data for t in _EARLIER))
-    ]
+    return [path for path in _event_files(folder) if _is_file(path) and _is_own(path)]
+
+
+def _is_own(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(100)
+        if VERSION not in head or path.name.endswith(SUFFIX):
+            return VERSION in head
+        data = head + file.read()
+    return any(tag in data for tag in _EARLIER)
 
 
 def forget(folder: Path, step: int) -> Path | None:
