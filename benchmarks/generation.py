@@ -1,15 +1,19 @@
-"""How fast text is made: by `generate` in each dtype, by the engine, and by transformers where it is installed.
+"""How fast text is made: by `generate` in each dtype, by the engine, and by peers where they are installed.
 
     python benchmarks/generation.py [--shape 10M|124M] [--texts 1 16] [--tokens 240] [--rounds 3] [--threads 2]
 
 Weights are random, all texts begin with one token and have as many tokens, sampled at temperature 1. All take turns in
-one process, so a ratio is a figure even where the machine is shared. The engine continues requests of 16 to 256 tokens;
-below it, `generate` makes as many texts of their mean length.
+one process, so a ratio is a figure even where the machine is shared. The engine continues four times as many requests
+of 16 to 256 tokens as it has slots; below it, `generate` makes texts of their mean length, as many at once.
+
+The last columns are of one pass over as many texts: the time of a token, and which share of the memory's bandwidth
+reading the weights takes in that time.
 """
 
 import argparse
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +23,7 @@ from torch import nn
 
 from lm.generation import Sampler, generate
 from lm.generation.engine import Engine, Request
-from lm.generation.narrow import narrowed
+from lm.generation.packed import packed
 from lm.models import GPT
 from lm.tokenizers import ByteTokenizer
 
@@ -27,6 +31,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "10M": {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384},
     "124M": {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
 }
+
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def network(shape: str) -> nn.Module:
@@ -48,16 +55,22 @@ def ours(net: nn.Module, texts: int, tokens: int) -> Callable[[], int]:
     return run
 
 
-def theirs(shape: str, texts: int, tokens: int) -> Callable[[], int]:
-    """Return the same by transformers' generate."""
+def gpt2(shape: str) -> Any:
+    """Return the same network as transformers has it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = SHAPES[shape]
+    torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=sizes["vocab_size"], n_positions=sizes["block_size"], n_embd=sizes["n_embd"],
         n_layer=sizes["n_layer"], n_head=sizes["n_head"], bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model: Any = GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval()
+
+
+def theirs(shape: str, texts: int, tokens: int) -> Callable[[], int]:
+    """Return the same by transformers' generate."""
+    model = gpt2(shape)
 
     def run() -> int:
         prompt = torch.zeros(texts, 1, dtype=torch.int64)
@@ -65,6 +78,32 @@ def theirs(shape: str, texts: int, tokens: int) -> Callable[[], int]:
         with torch.inference_mode():
             out = model.generate(prompt, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=tokens)
         assert out.shape == (texts, 1 + tokens)
+        return texts * tokens
+
+    return run
+
+
+def translated(shape: str, dtype: str, texts: int, tokens: int) -> Callable[[], int]:
+    """Return the same by ctranslate2, from a network that transformers has made and its own converter has read."""
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPES[shape]["vocab_size"])}, unk_token="t0"))
+        ends = {"bos_token": "t0", "eos_token": "t1", "unk_token": "t0"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(folder)
+        gpt2(shape).save_pretrained(folder)
+        TransformersConverter(folder).convert(f"{folder}/converted", quantization=dtype)
+        made: Any = ctranslate2.Generator(
+            f"{folder}/converted", compute_type=dtype, inter_threads=1, intra_threads=torch.get_num_threads()
+        )
+
+    def run() -> int:
+        wanted = {"max_length": tokens, "min_length": tokens, "sampling_topk": 0, "max_batch_size": texts}
+        found = made.generate_batch([["t0"]] * texts, include_prompt_in_result=False, **wanted)
+        assert all(len(one.sequences_ids[0]) == tokens for one in found)
         return texts * tokens
 
     return run
@@ -83,20 +122,34 @@ def engine(net: nn.Module, slots: int, wanted: list[Request]) -> Callable[[], in
 
 
 def contestants(shape: str, texts: int, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return who takes part, in the order of their turns; bars are against the first."""
+    """Return who takes part, in the order of their turns; ratios are to the first."""
     many = f"{texts} text" + "s" * (texts > 1)
-    found = {f"generate, float32, {many}": ours(network(shape), texts, tokens)}
+    found = {}
     try:
         found[f"transformers, float32, {many}"] = theirs(shape, texts, tokens)
-    except ImportError:
-        print("transformers is not installed: pip install 'lm[hf]' to see it beside ours")
-    for dtype in ("bfloat16", "int8"):
-        found[f"generate, {dtype}, {many}"] = ours(narrowed(network(shape), dtype), texts, tokens)  # type: ignore[arg-type]
+        for dtype in ("float32", "int8"):
+            found[f"ctranslate2, {dtype}, {many}"] = translated(shape, dtype, texts, tokens)
+    except ImportError as error:
+        print(f"{error.name} is not installed: pip install 'lm[hf]' ctranslate2 to see them beside ours")
+    for dtype in ("float32", "bfloat16", "int8"):
+        found[f"generate, {dtype}, {many}"] = ours(packed(network(shape), dtype), texts, tokens)  # type: ignore[arg-type]
     wanted = requests(4 * texts, min(256, 2 * tokens))
-    total = sum(request.max_new_tokens for request in wanted)
-    found[f"engine, {len(wanted)} requests, {many} at once"] = engine(network(shape), texts, wanted)
-    found[f"generate, float32, {len(wanted)} texts"] = ours(network(shape), len(wanted), total // len(wanted))
+    mean = sum(request.max_new_tokens for request in wanted) // len(wanted)
+    net = packed(network(shape))
+    found[f"engine, float32, {len(wanted)} requests, {many} at once"] = engine(net, texts, wanted)
+    found[f"generate, float32, {many} of {mean} tokens"] = ours(net, texts, mean)
     return found
+
+
+def bandwidth() -> float:
+    """Return how many bytes a second are read from memory."""
+    numbers = torch.ones(1 << 26)  # 256 MB
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        numbers.sum()
+        times.append(time.monotonic() - began)
+    return numbers.nbytes / min(times)
 
 
 def main() -> None:
@@ -109,7 +162,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"| {options.shape}, tokens a second | here | / float32 |\n| --- | --- | --- |")
+    memory, weights = bandwidth(), sum(one.numel() for one in network(options.shape).parameters())
+    print(f"memory is read at {memory / 1e9:.1f} GB/s\n")
+    print(f"| {options.shape}, tokens a second | here | / the first | ms a token | bandwidth |")
+    print("| --- | --- | --- | --- | --- |")
     for texts in options.texts:
         runs = contestants(options.shape, texts, options.tokens)
         speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -121,7 +177,10 @@ def main() -> None:
         base = next(iter(speeds.values()))
         for name, found in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
-            print(f"| {name} | {statistics.median(found):,.0f} | {ratio:.2f} |", flush=True)
+            step = texts / statistics.median(found)  # seconds
+            size = weights * next(size for dtype, size in BYTES.items() if dtype in name)
+            share = f"{size / step / memory:.0%}"
+            print(f"| {name} | {texts / step:,.0f} | {ratio:.2f} | {1000 * step:.1f} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

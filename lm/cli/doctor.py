@@ -23,7 +23,7 @@ from lm import __version__, storage
 from lm.checkpoints import disk
 from lm.cli import common, plain_help, values
 from lm.errors import CheckError, UserError
-from lm.generation.narrow import has_instructions
+from lm.generation.packed import has_instructions
 from lm.training import compute
 
 GIB = 1 << 30

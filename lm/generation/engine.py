@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.errors import CheckError, UserError
-from lm.generation.sampling import Sampler, TextStream, generate
+from lm.generation.sampling import Sampler, TextStream, choose, generate
 from lm.generation.slots import Slots
 from lm.models import GPT
 from lm.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ class Text:
         self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.finished: Reason | None = None
         self.slot: int | None = None
-        self.read = 0  # tokens of the prompt
+        self.read = 0  # tokens of the prompt, but for its last
         self.alone: Iterator[Tensor] | None = None  # its tokens, where it cannot share a step
         self.generator = torch.Generator().manual_seed(request.seed)
         self._stream, self._new = TextStream(tokenizer, list(request.stop)), ""
@@ -167,15 +167,16 @@ class Engine:
             CheckError: A logit is not finite.
         """
         self._admit()
-        grown = self._read_prompt()
-        ready = [text for text in self.running if self._ready(text) and text not in grown]
-        if ready:
-            grown += self._decode(ready)
+        self._read_prompt()
+        ready = [text for text in self.running if self._ready(text)]
+        grown = self._decode(ready) if ready else []
         for text in self.running:
             if text.alone is not None:
                 text.add(int(next(text.alone)))
                 grown.append(text)
         self._leave()
+        if not self.waiting:
+            self._close_gaps()
         return grown
 
     def run(self, requests: Sequence[Request]) -> list[Text]:
@@ -198,35 +199,31 @@ class Engine:
                 self.cache.lengths[text.slot] = 0
                 self._prompts[text.slot] = []
 
-    def _read_prompt(self) -> list[Text]:
-        """Read a piece of the first prompt that is not read yet; after its last, the text gets its first token."""
+    def _read_prompt(self) -> None:
+        """Read a piece of the first prompt that is not read yet; its last token is read with the others' tokens."""
         text = next((one for one in self.running if one.alone is None and not self._ready(one)), None)
         if text is None:
-            return []
+            return
         assert self.cache is not None and text.slot is not None
-        prompt = list(text.request.prompt)
+        prompt = list(text.request.prompt[:-1])
         if not text.read:
             self._share(text, prompt)
         part = prompt[text.read : text.read + self.piece]
-        width = min(self.piece, self.block_size - text.read)  # always the same for a piece at this place
-        tokens = torch.tensor([part + [0] * (width - len(part))], device=self.device)  # (1, T)
-        self.cache.select(slice(text.slot, text.slot + 1))
-        logits = self._forward(tokens)  # (1, T, V)
+        width = min(-(-len(part) // self.rows) * self.rows, self.block_size - text.read)
+        if part:
+            tokens = torch.tensor([part + [0] * (width - len(part))], device=self.device)  # (1, T)
+            self.cache.select(slice(text.slot, text.slot + 1))
+            self._forward(tokens)
         text.read += len(part)
         self.cache.lengths[text.slot] = text.read
         self._prompts[text.slot] = prompt[: text.read]
-        if text.read < len(prompt):
-            return []
-        self._choose([text], logits[:, len(part) - 1])
-        return [text]
 
     def _share(self, text: Text, prompt: list[int]) -> None:
         """Copy the pieces that another slot has read of the same prompt."""
         assert self.cache is not None and text.slot is not None
-        most = min(len(prompt), self.block_size) - 1  # of its last token the logits are needed
 
         def common(other: list[int]) -> int:
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt[:most], other, strict=False))
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))
             return sum(1 for _ in same) // self.piece * self.piece
 
         slot, length = max(((slot, common(other)) for slot, other in self._prompts.items()), key=lambda pair: pair[1])
@@ -240,7 +237,7 @@ class Engine:
         stop = -(-(max(text.slot for text in texts if text.slot is not None) + 1) // self.rows) * self.rows
         last = torch.zeros(stop, 1, dtype=torch.int64)
         for text in texts:
-            last[text.slot] = text.tokens[-1]
+            last[text.slot] = text.tokens[-1] if text.tokens else text.request.prompt[-1]
         self.cache.select(slice(0, stop))
         logits = self._forward(last.to(self.device))[:, -1]  # (B, 1) -> (B, V)
         slots = [text.slot for text in texts]
@@ -258,14 +255,9 @@ class Engine:
         logits = logits.float().cpu()
         if not logits.amax().isfinite():  # NaN is the largest of all
             raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
-        for text, row in zip(texts, logits.split(1), strict=True):
-            sampler, seen = text.request.sampler, None
-            if sampler.repetition_penalty != 1:
-                seen = torch.tensor([[*text.request.prompt, *text.tokens]])  # (1, T)
-            probabilities = sampler.probabilities(row, seen)  # (1, V)
-            token = int(torch.multinomial(probabilities, 1, generator=text.generator))
+        for text, row, token in zip(texts, logits, self._draw(texts, logits), strict=True):
             if text.request.logprobs is not None:
-                logs = row[0].log_softmax(0)  # (V,)
+                logs = row.log_softmax(0)  # (V,)
                 likeliest = logs.topk(min(text.request.logprobs, len(logs)))
                 text.logprobs.append(
                     (float(logs[token]), dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)))
@@ -274,6 +266,22 @@ class Engine:
             if len(text.request.prompt) + len(text.tokens) > self.block_size and text.finished is None:
                 self._go_alone(text)
 
+    def _draw(self, texts: list[Text], logits: Tensor) -> list[int]:
+        """Return a token of each text, from logits (B, V); texts of equal samplers are drawn together."""
+        groups: dict[Any, list[int]] = {}
+        for i, text in enumerate(texts):
+            sampler = text.request.sampler
+            groups.setdefault(sampler if sampler.repetition_penalty == 1 else text, []).append(i)
+        tokens = torch.empty(len(texts), 1, dtype=torch.int64)
+        for members in groups.values():
+            request, seen = texts[members[0]].request, None
+            if request.sampler.repetition_penalty != 1:
+                seen = torch.tensor([[*request.prompt, *texts[members[0]].tokens]])  # (1, T)
+            probabilities = request.sampler.probabilities(logits[members], seen)  # (b, V)
+            draws = [torch.rand(1, 1, dtype=torch.float64, generator=texts[i].generator) for i in members]
+            tokens[members] = choose(probabilities, torch.cat(draws))
+        return tokens.squeeze(1).tolist()
+
     def _go_alone(self, text: Text) -> None:
         """Let a text make its tokens by itself from here on."""
         request = text.request
@@ -281,7 +289,7 @@ class Engine:
         text.alone = generate(self.net, so_far, sampler=request.sampler, generator=text.generator)
 
     def _ready(self, text: Text) -> bool:
-        return text.alone is None and text.read == len(text.request.prompt)
+        return text.alone is None and text.read == len(text.request.prompt) - 1
 
     def _leave(self) -> None:
         for text in [one for one in self.running if one.finished]:
@@ -289,6 +297,18 @@ class Engine:
             assert text.slot is not None
             self._free = sorted([*self._free, text.slot])
             text.alone = None
+
+    def _close_gaps(self) -> None:
+        """Move texts to the first slots, so that a step reads fewer rows."""
+        for text in sorted(self.running, key=lambda text: -(text.slot or 0)):
+            assert text.slot is not None
+            if not self._free or self._free[0] > text.slot:
+                break
+            old, text.slot = text.slot, self._free.pop(0)
+            if self.cache is not None:
+                self.cache.copy(old, text.slot, int(self.cache.lengths[old]))
+                self._prompts[text.slot] = self._prompts.pop(old, [])
+            self._free = sorted([*self._free, old])
 
 
 @torch.inference_mode()

@@ -64,6 +64,8 @@ class Sampler:
             least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
             logits = logits.masked_fill(logits < least, -torch.inf)
         probabilities = logits.softmax(-1)
+        if self.top_p is None and self.min_p is None:
+            return probabilities
         if self.top_p is not None:
             ordered, order = probabilities.sort(descending=True)
             before = ordered.cumsum(-1) - ordered  # probability of all that are likelier; 0 for the likeliest
@@ -73,7 +75,24 @@ class Sampler:
         if self.min_p is not None:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0)
-        return probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities / probabilities.cumsum(-1)[:, -1:]  # sum(-1) would round a single row otherwise than many
+
+
+def choose(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Return the token of each row whose part of the probabilities, laid end to end, has the row's random number.
+
+    torch.multinomial draws a number for each token of the vocabulary; this takes one for each row, and gives a row the
+    same token whatever the others are.
+
+    Args:
+        probabilities: (B, V), not negative; a row's sum need not be 1.
+        draws: float64 (B, 1), at least 0 and below 1.
+
+    Returns:
+        int64 (B, 1); never a token of probability 0.
+    """
+    ends = probabilities.double().cumsum(-1)  # (B, V)
+    return torch.searchsorted(ends, draws * ends[:, -1:], right=True)
 
 
 @torch.inference_mode()
@@ -99,14 +118,15 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
     """
     text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
     takes_cache = "cache" in inspect.signature(net.forward).parameters
-    cache, new = Cache(block_size) if takes_cache else None, prompt
+    cache, new = Cache(block_size, last=1) if takes_cache else None, prompt
     while True:
         whole = cache is None or text.shape[1] > block_size
         logits = net(text[:, -block_size:]) if whole else net(new, cache)  # (B, T, V), or (B, V) of a fixed context
         logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu()  # (B, V)
         if not logits.amax().isfinite():  # NaN is the largest of all
             raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
-        token = torch.multinomial(sampler.probabilities(logits, text.cpu()), 1, generator=generator)  # (B, 1)
+        probabilities = sampler.probabilities(logits, text.cpu())  # (B, V)
+        token = choose(probabilities, torch.rand(len(text), 1, dtype=torch.float64, generator=generator))  # (B, 1)
         new = token.to(text.device)
         text = torch.cat([text, new], dim=1)
         yield token.squeeze(1)

@@ -29,11 +29,12 @@ class Slots(Cache):
     """
 
     def __init__(self, number: int, capacity: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(capacity)
+        super().__init__(capacity, last=1)
         self.number, self._room = number, _aligned(capacity)
         self.lengths = torch.zeros(number, dtype=torch.int64, device=device)
         """Tokens of each text that were read, (N,); set by the engine."""
         self.texts = torch.zeros(number, self._room, dtype=torch.int64, device=device)
+        self._slots = torch.arange(number, device=device)[:, None]  # (N, 1)
         self._rows = slice(0, number)
         self._positions, self._keys = self.texts, self._room
 
@@ -66,7 +67,7 @@ class Slots(Cache):
             self._kept[layer] = tuple(
                 one.new_zeros(self.number, *one.shape[1:-2], self._room, one.shape[-1]) for one in new
             )
-        rows = torch.arange(self.number, device=self.texts.device)[self._rows, None]  # (B, 1)
+        rows = self._slots[self._rows]  # (B, 1)
         for store, one in zip(self._kept[layer], new, strict=True):
             store.movedim(-2, 1)[rows, self._positions] = one.movedim(-2, 1)  # (N, S, …, D), (B, T, …, D)
         return tuple(store[self._rows, ..., : self._keys, :] for store in self._kept[layer])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import CheckError, UserError
-from lm.generation.sampling import Sampler
+from lm.generation.sampling import Sampler, generate
 from lm.models import GPT
 from lm.models.cache import Cache
 
@@ -80,7 +80,7 @@ class Repetition:
 def speculate(
     net: GPT, prompt: Tensor, draft: Draft, *, sampler: Sampler, generator: torch.Generator, ahead: int = 4
 ) -> Iterator[int]:
-    """Yield the next tokens of one text, until it is as long as the network's context.
+    """Yield the next tokens of one text, without end; nothing is guessed where it is longer than the context.
 
     Args:
         net: The network, in eval mode.
@@ -113,6 +113,7 @@ def speculate(
             if not kept:
                 break
         cache.cut(min(cache.length, text.shape[1] - 1))
+    yield from (int(token) for token in generate(net, text, sampler=sampler, generator=generator))
 
 
 def _read(net: GPT, cache: Cache, text: Tensor) -> Tensor:

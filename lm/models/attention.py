@@ -58,7 +58,8 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = n_head if n_kv_head is None else n_kv_head
         self.head_size = n_embd // n_head
         self.dropout = dropout
-        self.widths = [count * self.head_size for count in (n_head, self.n_kv_head, self.n_kv_head)]
+        self.heads = [n_head, self.n_kv_head, self.n_kv_head]
+        self.widths = [count * self.head_size for count in self.heads]
         attention_bias = bias if attention_bias is None else attention_bias
         self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
         self.q_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
@@ -71,8 +72,8 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query (B, H, T, D), key and value (B, H, S, D) of all heads, from x (B, T, C); see `forward`."""
-        parts = self.c_attn(x).split(self.widths, dim=2)  # (B, T, C) -> (B, T, C) and, of H' key heads, two (B, T, H'D)
-        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)  # -> (B, H or H', T, D)
+        parts = self.c_attn(x).unflatten(2, (-1, self.head_size))  # (B, T, C) -> (B, T, H + 2 H', D), H' key heads
+        q, k, v = parts.transpose(1, 2).split(self.heads, dim=1)  # -> (B, H, T, D), two (B, H', T, D)
         if self.q_norm is not None and self.k_norm is not None:
             precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
             q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
@@ -80,6 +81,8 @@ class CausalSelfAttention(nn.Module):
             where = None if positions is None else positions.unsqueeze(-2)  # one angle for all heads
             q, k = self.rotary(q, where), self.rotary(k, where)
         if cache is not None:
+            if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # its kernels for few queries are slow in 16 bits
+                q, k, v = q.float(), k.float(), v.float()
             k, v = cache.extend(self, k, v)  # (B, H', T, D) -> (B, H', S, D)
         if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
             k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
@@ -113,6 +116,8 @@ class CausalSelfAttention(nn.Module):
         causal = allowed is None and T == S
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
+        if cache is not None:
+            y = y.type_as(x)
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -17,10 +17,11 @@ class Cache:
 
     Args:
         capacity: Most tokens, at most the network's block_size; memory for them is taken at the first call.
+        last: Of how many of the last tokens of a call logits are needed at least; None for all.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, last: int | None = None) -> None:
+        self.capacity, self.last = capacity, last
         self.tokens: Tensor | None = None
         """int64 (B, S), all tokens so far."""
         self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
@@ -84,8 +85,8 @@ class Cache:
             self._kept[layer] = tuple(one.new_zeros(*one.shape[:-2], self.capacity, one.shape[-1]) for one in new)
         kept = self._kept[layer]
         for store, one in zip(kept, new, strict=True):
-            store[..., S - one.shape[-2] : S, :] = one
-        return tuple(store[..., :S, :] for store in kept)
+            store.narrow(-2, S - one.shape[-2], one.shape[-2]).copy_(one)
+        return tuple(store.narrow(-2, 0, S) for store in kept)
 
     def kept(self, layer: nn.Module, length: int) -> tuple[Tensor, ...]:
         """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""

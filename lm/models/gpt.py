@@ -234,7 +234,7 @@ class GPT(nn.Module):
             cache: Has what is needed of the tokens before these, and takes these; None where there are none.
 
         Returns:
-            Logits (B, T, V).
+            Logits (B, T, V); of the cache's last tokens alone where it says so.
 
         Raises:
             ValueError: The sequence is longer than block_size.
@@ -252,6 +252,8 @@ class GPT(nn.Module):
         x = self.drop(x)
         for block in self.h:
             x = block(x, *context)
+        if cache is not None and cache.last is not None:
+            x = x[:, -cache.last :]  # (B, T, C) -> (B, at most last, C)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)

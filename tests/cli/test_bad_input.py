@@ -67,6 +67,8 @@ TABLE = {
     "no evaluation interval": ((*FIT, "--trainer.val_check_interval", 0), "trainer.val_check_interval is 0"),
     "no accumulation": ((*FIT, "--trainer.accumulate_grad_batches", 0), "trainer.accumulate_grad_batches is 0"),
     "part of the batches": ((*FIT, "--trainer.limit_train_batches", 7), "trainer.limit_train_batches: training has no"),
+    "a draft for several": ((*SAMPLE, "--draft", "repetition", "--num_samples", 2), "--draft with --num_samples 2: it"),
+    "a draft that is missing": ((*SAMPLE, "--draft", "no.ckpt"), "checkpoint no.ckpt: there is no such file"),
     "sample prompt": ((*FIT, "--samples.prompt", "☃"), "--samples.prompt: the vocabulary of .* lacks"),
     "JSON without text": (
         (*FIT, "--data.init_args.corpus", "five.jsonl"),

@@ -179,6 +179,15 @@ def test_sample(lm, fitted: Path) -> None:
     assert other != again
 
 
+def test_a_draft_changes_no_greedy_text(lm, fitted: Path) -> None:
+    words = ("sample", *LAST, "--max_new_tokens", 60, "--temperature", 0, "--prompt", "1 times ", "--json")
+    plain = json.loads(lm(*words)[1])["text"]
+    for draft in ("repetition", "checkpoints/tiny/best.ckpt"):
+        assert json.loads(lm(*words, "--draft", draft)[1])["text"] == plain
+    code, out, _ = lm(*words[:-1], "--stop", plain[0][20:22], "--draft", "repetition")
+    assert code == 0 and plain[0].startswith(out.rstrip("\n")) and len(out) < 30
+
+
 def test_sample_stops_at_any_of_its_strings(lm, fitted: Path) -> None:
     words = ("sample", *LAST, "--max_new_tokens", 400, "--prompt", "2", "--json")
     free = json.loads(lm(*words)[1])["text"][0][1:]

@@ -147,6 +147,20 @@ def test_order_is_that_of_arrival_and_cancelling_frees_at_once() -> None:
     assert texts[1].finished == "length"
 
 
+def test_no_row_is_read_in_vain() -> None:
+    """A prompt of one token is read with the others' tokens, and texts move to the first slots when others end."""
+    net = made(dtype=torch.float64)
+    engine = Engine(net, TOKENIZER, slots=8)
+    reads: list[tuple[int, ...]] = []
+    net.register_forward_pre_hook(lambda net, inputs: reads.append(tuple(inputs[0].shape)))
+    requests = [Request(prompt=[i], seed=i, max_new_tokens=30 if i == 7 else 5) for i in range(8)]
+    texts = engine.run(requests)
+    few = -(-1 // engine.rows) * engine.rows
+    assert reads == [(8, 1)] * 5 + [(few, 1)] * 25
+    alone = Engine(net, TOKENIZER, slots=8).run([requests[7]])[0]
+    assert texts[7].tokens == alone.tokens
+
+
 def test_memory_is_taken_at_the_start_and_never_grows() -> None:
     engine = Engine(made(), TOKENIZER, slots=8)
     before = engine.memory

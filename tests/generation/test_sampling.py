@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lm.errors import UserError
-from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
+from lm.generation.sampling import Sampler, TextStream, choose, generate, start_tokens
 from lm.models import GPT, Bigram
 from lm.tokenizers import BytePairTokenizer, CharTokenizer
 from tests.support.samples import BYTES
@@ -29,6 +29,17 @@ def test_temperature() -> None:
     assert probabilities() == pytest.approx(softmax(2, 1, 0, -1, 3))
     assert probabilities(temperature=0.5) == pytest.approx(softmax(4, 2, 0, -2, 6))
     assert probabilities(temperature=0) == [0, 0, 0, 0, 1]
+
+
+def test_a_token_is_chosen_by_its_part_of_the_whole() -> None:
+    parts = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
+    below = 1 - 2**-53  # the largest number that is drawn
+    draws = torch.tensor([[0.0], [0.2499], [0.25], [0.7499], [0.75], [below]], dtype=torch.float64)
+    assert choose(parts.expand(6, -1), draws).squeeze(1).tolist() == [1, 1, 3, 3, 4, 4]
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.rand(200, 50257, generator=generator)
+    edge = torch.full((200, 1), below, dtype=torch.float64)
+    assert choose(rows, edge).unique().tolist() == [50256]
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:

@@ -37,8 +37,7 @@ def test_the_greedy_text_is_the_same(name: str, positions: str) -> None:
         prompt = torch.randint(V, (1, length))
         plain = generate(net, prompt, sampler=sampler, generator=torch.Generator())
         guessed = speculate(net, prompt, drafts(sampler)[name], sampler=sampler, generator=torch.Generator(), ahead=3)
-        tokens = list(guessed)
-        assert len(tokens) == BLOCK - length + 1
+        tokens = list(islice(guessed, BLOCK - length + 6))  # beyond the context, too
         assert tokens == [int(next(plain)) for _ in tokens]
 
 

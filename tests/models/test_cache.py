@@ -56,6 +56,14 @@ def test_pieces_are_the_whole(settings: dict[str, Any], pieces: tuple[int, list[
     torch.testing.assert_close(in_pieces(net, tokens, sizes), net(tokens), rtol=1e-10, atol=1e-10)
 
 
+@torch.inference_mode()
+def test_logits_of_the_last_tokens_alone() -> None:
+    net, tokens = made(), torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(1))
+    cache = Cache(T, last=2)
+    found = [net(tokens[:, :6], cache), net(tokens[:, 6:7], cache), net(tokens[:, 7:], cache)]
+    torch.testing.assert_close(torch.cat(found, dim=1), net(tokens)[:, 4:], rtol=1e-10, atol=1e-10)
+
+
 OTHERS: dict[str, Any] = {
     "gated": lambda: GatedWaveNet(V, T, n_embd=8, n_layer=3, n_stack=2),
     "dense": lambda: WaveNet(V, T, n_embd=6, n_hidden=10, fuse=2, depth=3, dense=True),
