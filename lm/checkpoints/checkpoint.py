@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed import checkpoint as dcp
 
 from lm import outputs, storage
 from lm.checkpoints import disk, owned, sharded
@@ -147,7 +146,7 @@ def of_lm(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (*FOREIGN, dcp.api.CheckpointException) as error:
+    except FOREIGN as error:
         raise UserError(
             f"checkpoint {path}: it is no checkpoint of lm's, or of another version ({described(error)})"
         ) from error

@@ -2,9 +2,7 @@
 
 import json
 import os
-import pickle
 import shutil
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,24 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lm import storage
 from lm.checkpoints import disk, owned
 from lm.errors import UserError, described
 
 META, SUMS = "lm.pt", "checksums.json"
-_METADATA = (
-    "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-    "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
-INDEX = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-}
-"""What torch pickles in the index of a checkpoint."""
 
 
 @contextmanager
@@ -50,7 +36,7 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         problem = next(filter(None, problems), None)
         try:
             yield
-        except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:  # the last: each rank's own
+        except (OSError, RuntimeError, UserError, _of_ranks()) as error:
             problem = problem or _told(path, error)
         distributed.all_gather_object(problems, problem, group)
 
@@ -72,8 +58,15 @@ def replacing(path: Path, group: distributed.ProcessGroup) -> Iterator[Path]:
         raise UserError(found)
 
 
+def _of_ranks() -> Any:
+    """Return torch's exception that has the errors of all ranks; importing it takes nearly half a second."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return CheckpointException
+
+
 def _told(path: Path, error: BaseException) -> str:
-    if isinstance(error, dcp.api.CheckpointException):  # it has the errors of all ranks
+    if isinstance(error, _of_ranks()):
         error = next((one for one, _ in error.failures.values()), error)
     return str(error if isinstance(error, UserError) else disk.refusal(path, error))
 
@@ -141,8 +134,10 @@ def damage(path: Path) -> str | None:
         return f"it is not whole or no checkpoint ({error})"
     if wrong or not {META, ".metadata"} <= sums.keys():
         return f"its file {wrong or META} does not match its checksum"
+    from lm.checkpoints import sharded_tensors
+
     try:
-        shapes(Reader(path))
+        sharded_tensors.shapes(sharded_tensors.Reader(path))
     except Exception as error:  # another program's can raise anything
         return f"its index cannot be read ({described(error)})"
     return None
@@ -154,50 +149,11 @@ def meta(path: Path) -> dict[str, Any]:
     return rest
 
 
-class Reader(dcp.FileSystemReader):
-    """torch's reader, but it unpickles the index with only the classes that an index is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index."""
-        with (Path(self.path) / ".metadata").open("rb") as stream:
-            index = _Index(stream).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError(f"the index of a checkpoint is no {type(index).__name__}")
-        index.storage_meta = getattr(index, "storage_meta", None) or dcp.metadata.StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
-
-
-class _Index(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name != "Size" and not isinstance(getattr(torch, name, None), torch.dtype):
-            raise pickle.UnpicklingError(f"the index of a checkpoint has no {module}.{name}")
-        if module != "torch" and (module, name) not in INDEX:
-            raise pickle.UnpicklingError(f"the index of a checkpoint has no {module}.{name}")
-        return super().find_class(module, name)
-
-
-def shapes(reader: dcp.FileSystemReader) -> dict[str, Tensor]:
-    """Return the network's state without values, as tensors on the meta device."""
-    found = {}
-    for key, stored in reader.read_metadata().state_dict_metadata.items():
-        if key.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata):
-            dtype = stored.properties.dtype
-            found[key.removeprefix("state_dict.")] = torch.empty(stored.size, dtype=dtype, device="meta")
-    return found
-
-
 def load_whole(path: Path) -> dict[str, Any]:
     """Return a sharded checkpoint as if it had been a single file: whole tensors, optimizer state by number."""
-    reader = Reader(path)
-    flat: dict[str, Any] = {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for key, stored in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")  # it is
-        dcp.load(flat, storage_reader=Reader(path), no_dist=True)
+    from lm.checkpoints import sharded_tensors
+
+    flat = sharded_tensors.load(path)
     checkpoint = meta(path)
     groups = checkpoint.pop("param_groups")
     names = [name for group in groups for name in group["params"]]

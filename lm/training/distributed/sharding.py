@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lm.checkpoints import checkpoint as files
-from lm.checkpoints import sharded
+from lm.checkpoints import sharded, sharded_tensors
 from lm.errors import UserError
 from lm.models.layers import BatchNorm
 from lm.training import lightning_internals
@@ -126,8 +126,8 @@ class Sharded(ModelParallelStrategy):
             files.verify(path)
         self.barrier("verified")
         saved = sharded.meta(path)
-        reader = sharded.Reader(path)
-        saved["state_dict"] = sharded.shapes(reader)
+        reader = sharded_tensors.Reader(path)
+        saved["state_dict"] = sharded_tensors.shapes(reader)
         module.check(saved)
         tensors: dict[str, Any] = {"state_dict": self.model.state_dict()}
         state = get_optimizer_state_dict(self.model, optimizer) if optimizer is not None else {}

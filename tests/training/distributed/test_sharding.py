@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from lm.checkpoints import checkpoint, runs, sharded
+from lm.checkpoints import checkpoint, runs, sharded, sharded_tensors
 from lm.errors import UserError
 from lm.training.distributed.sharding import Sharded
 from tests.support.ranks import finish, numbers, run, stop_at, write_recipe
@@ -92,7 +92,7 @@ def damaged(folder: Path) -> None:
     (folder / "lm.pt.away").rename(folder / "lm.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(pickle.UnpicklingError, match="no posix.system"):
-        sharded.Reader(folder).read_metadata()
+        sharded_tensors.Reader(folder).read_metadata()
 
 
 class Evil:
