@@ -10,15 +10,13 @@ from typing import Any
 
 import jsonargparse
 import pytest
-import torch
 import yaml
-from torch import distributed
 
 from lm import cli
 from lm.cli import main
 from lm.errors import STOPS
-from lm.training.callbacks import process
 from tests.support.processes import ROOT as ROOT
+from tests.support.processes import share_server
 from tests.support.processes import start as start
 
 REFERENCE = Path(os.environ.get("LM_DATA_HOME") or "~/.cache/lm").expanduser().resolve()
@@ -47,15 +45,28 @@ MISSING = [n for n in ("tinyshakespeare.txt", "names.txt", "gpt2.tiktoken") if n
 TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n" for i in range(300))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of processes where pytest is about to start workers, which import meanwhile."""
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        share_server()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
+    import torch  # not above: of pytest's processes, that which only starts the workers needs none of it
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _quick_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no fit in this process walk through all that pytest has imported: half of what a short one takes."""
-    monkeypatch.setattr(process, "gc", SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze))
+    """Let no collection in this process walk through all that pytest has imported: half of what a short fit takes."""
+    from lm.training.callbacks import process
+
+    if not gc.get_freeze_count():
+        gc.freeze()
+    nothing = SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
+    monkeypatch.setattr(process, "gc", nothing)
 
 
 @pytest.fixture
@@ -108,6 +119,8 @@ def lm(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tupl
         for signum, handler in handlers.items():  # a pool's forked workers would have lm's, and survive its end
             signal.signal(signum, handler)
         out, err = capfd.readouterr()
+        from torch import distributed
+
         if distributed.is_initialized():  # a process of its own would have ended
             distributed.destroy_process_group()
         for name in os.environ.keys() - before.keys():  # MASTER_PORT, say, which later processes would take over

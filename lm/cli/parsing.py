@@ -138,7 +138,8 @@ class Recipes(LightningCLI):
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values, defaults filled in, without settings of this command alone."""
-        text = self.parser.dump(self.config, skip_link_targets=True, skip_unset=False, format="yaml")
+        how = {"skip_link_targets": True, "skip_unset": False, "skip_validation": True}  # it was validated when read
+        text = self.parser.dump(self.config, format="yaml", **how)
         return {
             key: value
             for key, value in yaml.safe_load(text).items()

@@ -41,38 +41,47 @@ import lm.data.text  # noqa: F401
 from tests.support.processes import NEWS
 
 
-def serve(connection: socket.socket) -> dict[str, Any]:
-    """Make a process for each request, and return the request in that process. The end of the connection ends all."""
+def serve(listener: socket.socket) -> dict[str, Any]:
+    """Make a process for each request, and return the request in that process.
+
+    The end of a connection ends its processes, and that of the last one the server.
+    """
     wake, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the tests' terminal is meant for them
-    living: dict[int, int] = {}  # each process, and where its news go
-    while True:
-        ready = select.select([connection, wake], [], [])[0]
+    living: dict[int, tuple[int, socket.socket]] = {}  # each process: where its news go, and who asked for it
+    connections = [listener.accept()[0]]
+    while connections:
+        ready = select.select([listener, wake, *connections], [], [])[0]
         if wake in ready:
             os.read(wake, 4096)
             for pid, status in [(pid, os.waitpid(pid, os.WNOHANG)) for pid in living]:
                 if status[0]:
-                    news = living.pop(pid)
+                    news = living.pop(pid)[0]
                     with suppress(BrokenPipeError):  # nobody waits for it
                         os.write(news, NEWS.pack(*status))
                     os.close(news)
-        if connection in ready:
+        if listener in ready:
+            connections.append(listener.accept()[0])
+        for connection in [one for one in connections if one in ready]:
             request, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 4)
             if not request:
-                break
+                connections.remove(connection)
+                connection.close()
+                for pid in [pid for pid, (_, asked) in living.items() if asked is connection]:
+                    os.kill(pid, signal.SIGKILL)
+                continue
             pid = os.fork()
             if not pid:
-                for one in (connection.detach(), wake, tell, *living.values()):
-                    os.close(one)
+                ours = [listener.detach(), *(one.detach() for one in connections)]
+                for number in (*ours, wake, tell, *(news for news, _ in living.values())):
+                    os.close(number)
                 return take_over(json.loads(request), *descriptors)
-            living[pid] = descriptors.pop()
-            for one in descriptors:
-                os.close(one)
-    for pid in living:
-        os.kill(pid, signal.SIGKILL)
+            living[pid] = descriptors.pop(), connection
+            for number in descriptors:
+                os.close(number)
     os._exit(0)
 
 

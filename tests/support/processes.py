@@ -1,5 +1,6 @@
 """`lm` in a process of its own: a fork of one that has imported torch, or a fresh interpreter."""
 
+import atexit
 import functools
 import json
 import os
@@ -16,15 +17,39 @@ NEWS = struct.Struct("qq")
 """What is said of a process, when it begins and when it ends: its number, and how it has ended."""
 
 
+ADDRESS = "PROCESS_SERVER"
+"""The variable that tells pytest's workers the address of the server that they share."""
+
+
+def start_server() -> str:
+    """Start a server and return its address; it takes requests while it still imports, and ends after its users."""
+    address = f"lm-tests-{os.getpid()}"
+    first = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{address}")
+        listener.listen()
+        its = listener.fileno()
+        words = [sys.executable, "-m", "tests.support.fork_server", str(its)]
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | first, pass_fds=[its], stdin=subprocess.DEVNULL
+        )  # fmt: skip
+    atexit.register(process.wait)  # after the connection is closed: what is registered last runs first
+    return address
+
+
 @functools.cache
 def server() -> socket.socket:
-    """Start the server of this process, which ends with it; it takes requests while it still imports."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    first = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-m", "tests.support.fork_server", str(its.fileno())]
-    subprocess.Popen(words, cwd=ROOT, env=os.environ | first, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
-    its.close()
+    """Return this process's connection to the server: the one that pytest's workers share, or its own."""
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.connect(f"\0{os.environ.get(ADDRESS) or start_server()}")
+    atexit.register(ours.close)
     return ours
+
+
+def share_server() -> None:
+    """Start the server for the workers that this process will start."""
+    os.environ[ADDRESS] = start_server()
+    server()
 
 
 class Forked(subprocess.Popen[Any]):

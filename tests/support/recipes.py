@@ -1,5 +1,6 @@
 """The recipes in configs/."""
 
+import re
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -9,10 +10,22 @@ CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
 
 
 def distinct(config: Path) -> bool:
-    """Return whether a recipe is not another's with other sizes, as those of GPT-2 and GPT-3 are."""
+    """Return whether a recipe is not another's with other numbers, as those of GPT-2 and GPT-3 are."""
     if config.parent.stem == "gpt3":
         return config.stem == "125m"
-    return not config.stem.startswith("gpt2-") or config.stem == "gpt2-124m"
+    if config.stem.startswith("gpt2-"):
+        return config.stem == "gpt2-124m"
+    return config.stem not in ("one-head", "mlp-context8", "wavenet-large")
+
+
+def classes(config: Path) -> set[str]:
+    """Return the classes that a recipe names."""
+    return set(re.findall(r"class_path: ([\w.]+)", config.read_text()))
+
+
+def first_of_its_classes(config: Path) -> bool:
+    """Return whether no recipe before it is made of the same classes."""
+    return all(classes(other) != classes(config) for other in CONFIGS[: CONFIGS.index(config)])
 
 
 NET = "--model.init_args.net.init_args"
