@@ -6,8 +6,8 @@ Weights are random, all texts begin with one token and have as many tokens, samp
 one process, so a ratio is a figure even where the machine is shared. The engine continues four times as many requests
 of 16 to 256 tokens as it has slots; below it, `generate` makes texts of their mean length, as many at once.
 
-The last columns are of one pass over as many texts: the time of a token, and which share of the memory's bandwidth
-reading the weights takes in that time.
+The last columns are of a step, a token of each text: its time, and which share of the memory's bandwidth reading the
+weights takes in that time. Below the table: the time to the first token after a prompt of half a context.
 """
 
 import argparse
@@ -152,6 +152,18 @@ def bandwidth() -> float:
     return numbers.nbytes / min(times)
 
 
+def first_token(shape: str, dtype: str, rounds: int) -> float:
+    """Return the seconds until the first token after a prompt of half a context."""
+    net = packed(network(shape), dtype)  # type: ignore[arg-type]
+    prompt = torch.zeros(1, SHAPES[shape]["block_size"] // 2, dtype=torch.int64)
+    times = []
+    for _ in range(rounds + 1):
+        began = time.monotonic()
+        next(generate(net, prompt, sampler=Sampler(), generator=torch.Generator()))
+        times.append(time.monotonic() - began)
+    return statistics.median(times[1:])
+
+
 def main() -> None:
     """Run all in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     memory, weights = bandwidth(), sum(one.numel() for one in network(options.shape).parameters())
     print(f"memory is read at {memory / 1e9:.1f} GB/s\n")
-    print(f"| {options.shape}, tokens a second | here | / the first | ms a token | bandwidth |")
+    print("| tokens a second | here | / the first | ms a step | bandwidth |")
     print("| --- | --- | --- | --- | --- |")
     for texts in options.texts:
         runs = contestants(options.shape, texts, options.tokens)
@@ -180,7 +192,9 @@ def main() -> None:
             step = texts / statistics.median(found)  # seconds
             size = weights * next(size for dtype, size in BYTES.items() if dtype in name)
             share = f"{size / step / memory:.0%}"
-            print(f"| {name} | {texts / step:,.0f} | {ratio:.2f} | {1000 * step:.1f} | {share} |", flush=True)
+            print(f"| {options.shape}: {name} | {texts / step:,.0f} | {ratio:.2f} | {1000 * step:.1f} | {share} |", flush=True)
+    first = (f"{1000 * first_token(options.shape, dtype, options.rounds):.0f} ({dtype})" for dtype in BYTES)
+    print(f"\nms to the first token: {', '.join(first)}")
 
 
 if __name__ == "__main__":
