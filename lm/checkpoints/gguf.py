@@ -203,6 +203,8 @@ def _tokenizer(values: dict[str, Any]) -> Tokenizer | None:
     if (model := values.get("tokenizer.ggml.model")) != "gpt2":
         raise ValueError(f"its tokenizer cannot be held: its model is {model}, and lm holds byte-level BPE, gpt2")
     types = values.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"its tokenizer has {len(tokens):,} tokens, and types of {len(types):,}")
     merges, pre = values.get("tokenizer.ggml.merges", []), values.get("tokenizer.ggml.pre", "gpt-2")
     added = [
         {"content": name, "id": i}

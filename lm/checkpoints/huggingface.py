@@ -148,23 +148,19 @@ def read_huggingface(source: Path, with_tokenizer: bool = True) -> Foreign:
     return Foreign(*found, _tokenizer(source) if with_tokenizer else None)
 
 
-def _text(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is no text, or larger than any.
-    """
+def _sized(path: Path) -> Path:
+    """Return the path of a text; raises OSError where it cannot be read, and ValueError where it is too large."""
     if (size := storage.plain(path).stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size:,} bytes, which is too large for what it should be")
-    return path.read_text(encoding="utf-8")
+    return path
 
 
 def _json(path: Path) -> Json:
     """Return the object that a JSON file holds; raises OSError or ValueError where it is none."""
+    path = _sized(path)
     try:
-        found = json.loads(_text(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no JSON object")
@@ -233,8 +229,8 @@ def _tokenizer(source: Path) -> Tokenizer | None:
         return None
     try:
         tokenizer = tokenizer_files.from_files(whole, settings)
-        file = source / TEMPLATE
-        tokenizer.chat = tokenizer_files.chat_of(settings, _text(file) if file.exists() else None)
+        file = _sized(source / TEMPLATE).read_text(encoding="utf-8") if (source / TEMPLATE).exists() else None
+        tokenizer.chat = tokenizer_files.chat_of(settings, file)
         return tokenizer
     except ValueError as error:
         raise ValueError(f"its tokenizer cannot be held: {error}") from error

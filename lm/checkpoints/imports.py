@@ -106,7 +106,7 @@ def read(
             )
         saved = found.saved(source.absolute().stem)
     except OSError as error:
-        raise UserError(f"{setting(named)} {source}: {error}: {EXPECTED}") from error
+        raise UserError(f"{setting(named)} {source}: {str(error)[:300]}: {EXPECTED}") from error
     except checkpoint.FOREIGN as error:
         what = str(error) if type(error) is ValueError else f"it is damaged ({described(error)})"
         raise UserError(f"{setting(named)} {source}: {' '.join(what.split())}") from error

@@ -167,7 +167,7 @@ def from_files(whole: Json, settings: Json) -> Tokenizer:
         raise ValueError(f"its token {twice!r} has two ids")
     ranks = _ranks({name: i for name, i in vocab.items() if name not in added})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    if words == NO_WORDS and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
+    if words == NO_WORDS and not pairs and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
         return ByteTokenizer()
     pattern = next((pattern for pattern, known in WORDS.items() if known == words), None)
     if pattern is None:
@@ -262,6 +262,8 @@ def _end(settings: Json, added: Iterable[str]) -> str | None:
     """Return the name of the token that ends a text, None where there is none."""
     end = settings.get("eos_token")
     end = end["content"] if isinstance(end, dict) else end
+    if not isinstance(end, str | None):
+        raise ValueError(f"its eos_token is {str(end)[:80]}, which is no text")
     return end or (END_OF_TEXT if END_OF_TEXT in added else None)
 
 

@@ -185,6 +185,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: replaced(p, b"\x04\0\0\0\0\0\0\0gpt2\x0b", b"\x04\0\0\0\0\0\0\0gptj\x0b"),
         "its architecture is gptj, and lm knows gpt2, llama",
     ),
+    "a text for a number": (
+        lambda p: replaced(p, b"gpt2.block_count\x04\0\0\0\x02\0\0\0", b"gpt2.block_count\x07\0\0\0\x01\0\0\0"),
+        "it is damaged, or no GGUF file",
+    ),
     "a tensor's name": (
         lambda p: replaced(p, b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"),
         "it has no tensor blk.1.ffn_up.weight, which its header makes (128, 32)",
