@@ -82,8 +82,7 @@ class TextData(TokenData):
         for name, other in zip(list(self.weights)[1:], others, strict=True):
             if other.tokenizer.state() != first.tokenizer.state():
                 raise UserError(f"data.corpus: {name} has another tokenizer than {next(iter(self.weights))}")
-        if isinstance(self.tokenizer, str):
-            self.tokenizer = first.tokenizer
+        self.tokenizer = first.tokenizer
         for corpus, opened in zip(self.weights, self.corpora, strict=True):
             for split in ("train", "val", "test") if self.test_fraction else ("train", "val"):
                 self._check_length(corpus, split, len(opened.splits[split]), prepared="plan" in opened.manifest)
