@@ -1,4 +1,5 @@
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from lm.checkpoints.schema import Saved
 from lm.errors import UserError
 from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, to_state
 from lm.tokenizers.merges import to_text
-from lm.training import compatibility, recipes
+from lm.training import audit, compatibility, recipes
 from lm.training.finetune import common_ids, take_weights
 from lm.training.loggers.log_files import read_csv
 
@@ -154,6 +155,38 @@ def test_an_end_of_documents_that_has_another_id_is_the_same_setting(lm, workpla
     other = [f"{NET}.document_end", 6, "--data.init_args.corpus", "b", "--name", "tuned", "--init_from", LAST]
     code, out, err = lm(*words, *other)
     assert code == 0 and "(vocabulary: 5 tokens taken over, 2 new, 0 left out)" in out, err
+
+
+def test_a_recipe_without_a_network_has_the_checkpoints_and_one_with_is_compared(lm, workplace: Path) -> None:
+    assert lm(*RECIPE, f"{NET}.norm", "rms", f"{NET}.dropout", 0)[0] == 0
+    code, _, err = lm(*RECIPE, "--name", "tuned", "--init_from", LAST)
+    assert code == 2 and "norm is rms there and layer in this configuration" in err
+    recipe = yaml.safe_load(Path("tiny.yaml").read_text()) | {"init_from": LAST}
+    recipe["model"]["init_args"].pop("net")
+    Path("tune.yaml").write_text(yaml.safe_dump(recipe))
+    words = ("--config", "tune.yaml", f"{NET}.dropout", 0.1)
+    for kind in ("LanguageModel", "ManualLanguageModel"):
+        code, out, err = lm("fit", *words, "--name", kind, "--model", f"lm.training.{kind}", "--trainer.max_steps", 1)
+        assert code == 0 and f"from the weights of {LAST}, step 12\n" in out, err
+        net = Saved.of(checkpoint.load(Path(f"checkpoints/{kind}/last.ckpt"))).net["init_args"]
+        assert (net["norm"], net["n_embd"], net["dropout"]) == ("rms", 16, 0.1)
+    rows = json.loads(lm("gradients", *words, "--json")[1].splitlines()[-1])["rows"]
+    expected = [row["shape"] for row in rows if row["name"] == "wte.weight"]
+    assert expected == [list(checkpoint.load(Path(LAST))["state_dict"]["net.wte.weight"].shape)]
+    found = json.loads(lm("plan", *words, "--json")[1].splitlines()[-1])
+    assert found["parameters"] == sum(row["shape"][0] * (row["shape"] + [1])[1] for row in rows if row["shape"])
+    code, _, err = lm("fit", *words, "--init_from", "nowhere.ckpt")
+    assert code == 2 and err == "error: checkpoint nowhere.ckpt: there is no such file\n"
+
+
+def test_gradients_are_audited_at_the_checkpoints_weights(lm, workplace: Path, monkeypatch) -> None:
+    """They are those of the loss that it has, not of an untrained network."""
+    assert lm(*RECIPE, "--model.init_args.optimizer", "torch.optim.AdamW", f"{NET}.dropout", 0)[0] == 0
+    seen: list[torch.Tensor] = []
+    check = audit.check
+    monkeypatch.setattr(audit, "check", lambda net, *rest: (seen.append(net.wte.weight.detach()), check(net, *rest))[1])
+    assert lm("gradients", "--config", "tiny.yaml", "--init_from", LAST, f"{NET}.dropout", 0)[0] == 0
+    assert torch.equal(seen[0], checkpoint.load(Path(LAST))["state_dict"]["net.wte.weight"].double())
 
 
 @pytest.mark.parametrize(
