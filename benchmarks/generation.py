@@ -192,7 +192,10 @@ def main() -> None:
             step = texts / statistics.median(found)  # seconds
             size = weights * next(size for dtype, size in BYTES.items() if dtype in name)
             share = f"{size / step / memory:.0%}"
-            print(f"| {options.shape}: {name} | {texts / step:,.0f} | {ratio:.2f} | {1000 * step:.1f} | {share} |", flush=True)
+            print(
+                f"| {options.shape}: {name} | {texts / step:,.0f} | {ratio:.2f} | {1000 * step:.1f} | {share} |",
+                flush=True,
+            )
     first = (f"{1000 * first_token(options.shape, dtype, options.rounds):.0f} ({dtype})" for dtype in BYTES)
     print(f"\nms to the first token: {', '.join(first)}")
 

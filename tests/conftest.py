@@ -90,9 +90,19 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data_for(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[object]]:
-    """Returns the options by which a recipe finds data: none, or stand-ins where the reference data is missing."""
+    """Returns the options by which a recipe finds data: none, or stand-ins where the reference data is missing.
+
+    A recipe that fine-tunes gets an imported network, too.
+    """
 
     def options(recipe: dict[str, Any]) -> list[object]:
+        if recipe["data"]["init_args"].get("tokenizer") == "inherit":
+            from tests.support.exports import imported  # with torch, which the process that starts workers lacks
+
+            return [*data_of(recipe), "--init_from", imported(workplace / "imported.ckpt")]
+        return data_of(recipe)
+
+    def data_of(recipe: dict[str, Any]) -> list[object]:
         data = recipe["data"]["init_args"]
         if not MISSING:
             monkeypatch.setenv("LM_DATA_HOME", str(REFERENCE))
@@ -100,7 +110,8 @@ def data_for(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict
             (workplace / "words.txt").write_text("\n".join(chr(97 + i % 26) * (1 + i % 7) for i in range(200)))
             return ["--data.init_args.corpus", "words.txt"]
         elif data.get("corpus") == "shakespeare":
-            tokenizer = ["--data.init_args.tokenizer", "byte"] if "tokenizer" in data else []
+            named = data.get("tokenizer", "inherit") != "inherit"
+            tokenizer = ["--data.init_args.tokenizer", "byte"] if named else []
             return ["--data.init_args.corpus", "python-docs", *tokenizer]
         return []
 

@@ -16,6 +16,7 @@ def test_there_are_recipes() -> None:
     assert {"mlp", "mlp-by-hand", "mlp-context8", "record", "wavenet", "wavenet-large", "wavenet-per-position"} == names
     assert {
         "bigram",
+        "finetune",
         "addition",
         "reverse",
         "llama",
@@ -48,7 +49,7 @@ def test_recipe(lm, data_for, config: Path) -> None:
         8 if text else sizes["block_size"],
     ]
     words += ["--data.init_args.batch_size", 2 * recipe["trainer"].get("accumulate_grad_batches", 1)]
-    arguments = recipe["model"]["init_args"]["net"].get("init_args", {})
+    arguments = recipe["model"]["init_args"].get("net", {}).get("init_args", {})
     words += [word for name in SMALL.keys() & arguments.keys() for word in (f"{NET}.{name}", SMALL[name])]
     code, out, err = lm(*words)
     assert code == 0, err

@@ -57,7 +57,7 @@ def cases() -> list[Any]:
 def test_there_are_blocks() -> None:
     assert sum(len(python_blocks(page)) for page in PAGES) >= 25
     ran = {page.stem for page in PAGES if bash_blocks(page, titled=False)}
-    assert {"README", "usage", "data", "resume", "clusters", "gradients", "extending", "attention"} <= ran
+    assert {"README", "usage", "data", "resume", "clusters", "gradients", "extending", "attention", "weights"} <= ran
     shown_only = {"figures", "faults", "log", "container", "security", "lightning", "backprop", "generation"}
     assert {page.stem for page in PAGES} == ran | shown_only, "a page without a command says here that it has none"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lm.checkpoints.layouts import OURS, UNPLACED, Json, Layout, Settings
+from lm.errors import described
 from lm.models import GPT
 
 MOST_POSITIONS = 1 << 22  # a table of rotary positions has two rows for each
@@ -17,8 +18,11 @@ def shapes(settings: Settings, vocab_size: int, block_size: int) -> dict[str, to
     Raises:
         ValueError: The settings are none that a GPT can have.
     """
-    with torch.device("meta"):
-        net = GPT(vocab_size, block_size, **settings)
+    try:
+        with torch.device("meta"):
+            net = GPT(vocab_size, block_size, **settings)
+    except RuntimeError as error:  # torch's, of more bytes than 64 bits can count
+        raise ValueError(f"no tensor is as large as its sizes say ({described(error, 80)})") from error
     return {name: value.shape for name, value in net.state_dict().items()}
 
 
@@ -78,6 +82,8 @@ class Reader:
         if name not in self.left:
             raise ValueError(f"it has no tensor {name}, which {self.said} makes {tuple(shape)}")
         value = self.read(name)
+        if value.is_meta or value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(f"its tensor {name} is no plain one, with a number in each place")
         if value.shape != shape:
             raise ValueError(f"its tensor {name} is {tuple(value.shape)}, and {self.said} makes it {tuple(shape)}")
         if value.dtype not in KINDS:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lm import storage
 from lm.checkpoints.schema import NET, Saved
 from lm.errors import described
-from lm.tokenizers import BytePairTokenizer, Tokenizer
+from lm.tokenizers import BytePairTokenizer, Tokenizer, to_state
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Foreign:
             step=self.step,
             state={NET + key: value for key, value in self.weights.items()},
             config=recipe,
-            tokenizer=tokenizer.state(),
+            tokenizer=to_state(tokenizer),
             vocab_size=self.vocab_size,
             block_size=self.block_size,
         )
@@ -86,7 +86,9 @@ def padded(tokenizer: Tokenizer, rows: int) -> Tokenizer:
     if not rounded or not isinstance(tokenizer, BytePairTokenizer):
         return tokenizer
     special = tokenizer.special_ids | {f"<|unused {rows - 1}|>": rows - 1}
-    return BytePairTokenizer(tokenizer.ranks, tokenizer.pattern, special, tokenizer.end_of_text)
+    filled = BytePairTokenizer(tokenizer.ranks, tokenizer.pattern, special, tokenizer.end_of_text)
+    filled.chat = tokenizer.chat
+    return filled
 
 
 def load_weights_only(path: Path) -> Any:

@@ -69,6 +69,8 @@ PATTERNS = {
     "gpt-4o": O200K_PATTERN,
 }
 """llama.cpp's names of the patterns that cut words."""
+NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Tokens that a chat template may name, and GGUF's keys of them."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of tokens
 NO_MERGES = ["\u0100 \u0100"]  # of two zero bytes, which no text has: llama.cpp does not take an empty list
 LLAMA_CPP_END = 11  # what llama.cpp takes for the end of text where a file does not say
@@ -201,6 +203,8 @@ def _tokenizer(values: dict[str, Any]) -> Tokenizer | None:
     if (model := values.get("tokenizer.ggml.model")) != "gpt2":
         raise ValueError(f"its tokenizer cannot be held: its model is {model}, and lm holds byte-level BPE, gpt2")
     types = values.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"its tokenizer has {len(tokens):,} tokens, and types of {len(types):,}")
     merges, pre = values.get("tokenizer.ggml.merges", []), values.get("tokenizer.ggml.pre", "gpt-2")
     added = [
         {"content": name, "id": i}
@@ -213,7 +217,7 @@ def _tokenizer(values: dict[str, Any]) -> Tokenizer | None:
     try:
         merges = [] if merges == NO_MERGES else merges
         if not merges and len(vocab) < 256:
-            return tokenizer_files.of_symbols(vocab, added, settings)
+            return _with_chat(tokenizer_files.of_symbols(vocab, added, settings), values, tokens)
         if pre not in PATTERNS:
             raise ValueError(f"it cuts words as {pre}, and lm does as {', '.join(PATTERNS)}")
         bytes_alone = not merges and added == [{"content": END_OF_TEXT, "id": 256}]
@@ -223,9 +227,17 @@ def _tokenizer(values: dict[str, Any]) -> Tokenizer | None:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": words},
             "added_tokens": added,
         }
-        return tokenizer_files.from_files(whole, settings)
+        return _with_chat(tokenizer_files.from_files(whole, settings), values, tokens)
     except ValueError as error:
         raise ValueError(f"its tokenizer cannot be held: {error}") from error
+
+
+def _with_chat(tokenizer: Tokenizer, values: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """Return a tokenizer with the chat template of a GGUF file, if there is one, and the tokens that it may name."""
+    ids = {name: values.get(f"tokenizer.ggml.{key}_token_id", -1) for name, key in NAMED.items()}
+    named = {name: tokens[i] if 0 <= i < len(tokens) else None for name, i in ids.items()}
+    tokenizer.chat = tokenizer_files.chat_of({"chat_template": values.get("tokenizer.chat_template"), **named})
+    return tokenizer
 
 
 def export_gguf(ckpt_path: Path, output: Path, *, overwrite: bool = False, note: Callable[[str], None] = print) -> Path:
@@ -272,6 +284,8 @@ def export_gguf(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
                 add(f"{layout.name}.{key}", value)
             for key, value in vocabulary.items():
                 writer.add_key_value(f"tokenizer.ggml.{key}", *_typed(gguf, value))
+            if tokenizer.chat:
+                writer.add_chat_template(tokenizer.chat["chat_template"])
             for name, value in theirs.items():
                 value = _reordered(name, value, config, interleaved)
                 writer.add_tensor(name, value.float().numpy())
@@ -313,6 +327,10 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
     ]
     types = [NORMAL if token else CONTROL if i in names else UNUSED for i, token in enumerate(table)]
     ends = {} if tokenizer.eot is None else dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
+    chat = tokenizer.chat or {}
+    ends |= {
+        f"{key}_token_id": model["vocab"][chat[name]] for name, key in NAMED.items() if chat.get(name) in model["vocab"]
+    }
     return {
         "model": "gpt2",
         "pre": patterns.get(getattr(tokenizer, "pattern", ""), "gpt-2"),

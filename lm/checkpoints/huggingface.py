@@ -26,6 +26,7 @@ from lm.tokenizers import Tokenizer, from_state
 from lm.tokenizers import huggingface as tokenizer_files
 
 WEIGHTS, CONFIG, GENERATION, CARD = "model.safetensors", "config.json", "generation_config.json", "README.md"
+TEMPLATE = "chat_template.jinja"
 BIN, INDEX = "pytorch_model.bin", ".index.json"
 NAMES = r"model\.safetensors|(generation_|tokenizer_)?config\.json|tokenizer\.json|README\.md"
 LARGEST = 1 << 28  # bytes of a JSON file; those of published tokenizers have a tenth of that
@@ -147,17 +148,18 @@ def read_huggingface(source: Path, with_tokenizer: bool = True) -> Foreign:
     return Foreign(*found, _tokenizer(source) if with_tokenizer else None)
 
 
-def _json(path: Path) -> Json:
-    """Return the object that a JSON file holds.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is none, or larger than any.
-    """
+def _sized(path: Path) -> Path:
+    """Return the path of a text; raises OSError where it cannot be read, and ValueError where it is too large."""
     if (size := storage.plain(path).stat().st_size) > LARGEST:
         raise ValueError(f"{path.name} has {size:,} bytes, which is too large for what it should be")
+    return path
+
+
+def _json(path: Path) -> Json:
+    """Return the object that a JSON file holds; raises OSError or ValueError where it is none."""
+    path = _sized(path)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON ({error})") from error
     if not isinstance(found, dict):
@@ -214,8 +216,10 @@ def _tokenizer(source: Path) -> Tokenizer | None:
     Raises:
         ValueError: lm has no equal of it.
     """
-    said = source / "tokenizer_config.json"
-    settings = _json(said) if said.exists() else {}
+    settings: Json = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists() and "added_tokens_decoder" not in settings:  # which replaced the second file
+            settings |= _json(source / name)
     if (source / "tokenizer.json").exists():
         whole = _json(source / "tokenizer.json")
     elif (source / "vocab.json").exists() and (source / "merges.txt").exists():  # GPT-2's, of before tokenizer.json
@@ -224,7 +228,10 @@ def _tokenizer(source: Path) -> Tokenizer | None:
     else:
         return None
     try:
-        return tokenizer_files.from_files(whole, settings)
+        tokenizer = tokenizer_files.from_files(whole, settings)
+        file = _sized(source / TEMPLATE).read_text(encoding="utf-8") if (source / TEMPLATE).exists() else None
+        tokenizer.chat = tokenizer_files.chat_of(settings, file)
+        return tokenizer
     except ValueError as error:
         raise ValueError(f"its tokenizer cannot be held: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:

@@ -106,11 +106,11 @@ def read(
             )
         saved = found.saved(source.absolute().stem)
     except OSError as error:
-        raise UserError(f"{setting(named)} {source}: {error}: {EXPECTED}") from error
+        raise UserError(f"{setting(named)} {source}: {str(error)[:300]}: {EXPECTED}") from error
     except checkpoint.FOREIGN as error:
         what = str(error) if type(error) is ValueError else f"it is damaged ({described(error)})"
         raise UserError(f"{setting(named)} {source}: {' '.join(what.split())}") from error
-    if saved.tokenizer != found.tokenizer.state():
+    if saved.vocab_size != found.tokenizer.n_vocab:
         ids = f"{found.tokenizer.n_vocab:,}"
         note(f"{source}: its embedding has {saved.vocab_size:,} rows for {ids} ids: the last ones are no token's")
     return saved

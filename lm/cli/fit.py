@@ -14,11 +14,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
-from lm.checkpoints import checkpoint, disk, imports, runs, sharded
+from lm.checkpoints import checkpoint, disk, runs, sharded
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
-from lm.tokenizers import from_state
 from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
@@ -30,7 +29,7 @@ from lm.training.loggers import log_files
 from lm.training.manual import check_precision
 
 
-class Fit(parsing.Recipes):
+class Fit(parsing.FromWeights):
     """Parses a recipe and makes its parts, with the run's checkpoints, logs and signals attached."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -41,12 +40,6 @@ class Fit(parsing.Recipes):
             type=str | None,
             default=None,
             help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=Path | None,
-            default=None,
-            help="A checkpoint, or a folder of Hugging Face's transformers, whose weights a new run begins with.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -79,8 +72,6 @@ class Fit(parsing.Recipes):
         )
         origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
         self.first_step = origin.step if origin else 0
-        if config.init_from is not None:
-            imports.peek(config.init_from, "init_from")  # what is wrong with it is found before anything costs time
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes out of the run."""
@@ -175,7 +166,7 @@ class Fit(parsing.Recipes):
         module.config, module.resumes = self.resolved(), self.ckpt_path is not None
         if self.config.init_from is not None and self.ckpt_path is None:
             module.init_from = self.config.init_from
-        self._inherit_tokenizer()
+        self.inherit_tokenizer(checkpoint.peek(self.ckpt_path) if self.ckpt_path else self.origin)
         if isinstance(self.datamodule, TokenData):  # checked before other processes start: one message
             self.datamodule.divided(self.trainer.world_size, self.trainer.accumulate_grad_batches)
         lock: AbstractContextManager[None] = nullcontext()
@@ -223,16 +214,6 @@ class Fit(parsing.Recipes):
         places = [self.logs] if ours else [logger.log_dir or logger.save_dir for logger in self.trainer.loggers]
         named = ", ".join(dict.fromkeys(str(place) for place in places if place))
         return f"; metrics in {named}" if named else ""
-
-    def _inherit_tokenizer(self) -> None:
-        """Give the data the tokenizer of the checkpoint where the recipe says `inherit`."""
-        data: Any = self.datamodule
-        if getattr(data, "tokenizer", None) != "inherit":
-            return
-        origin = self.ckpt_path or self.config.init_from
-        if origin is None:
-            raise UserError("data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from")
-        data.tokenizer = from_state(imports.peek(origin, "init_from").tokenizer)
 
     def open_logs(self, recipe: dict[str, Any]) -> None:
         """Drop log entries after the first step; write this start's recipe: config.yaml, then config-2.yaml, ..."""

@@ -16,6 +16,7 @@ from lm.errors import CheckError, CommandError, UserError
 from lm.training import audit
 from lm.training.by_hand import compile_pass
 from lm.training.compute import compiler_missing
+from lm.training.finetune import take_weights
 from lm.training.parts import make_net
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +60,10 @@ class Compare(parsing.Untrained):
         parser.add_argument("--mode", type=Literal["train", "eval"], default="train", help="Of the network.")
 
     def batches(self, dtype: torch.dtype) -> tuple[nn.Module, list[audit.Batch]]:
-        """Return the recipe's network, perturbed so that no term is zero, and its first batches, cut to some tokens."""
+        """Return the recipe's network and its first batches, cut to some tokens.
+
+        Without a checkpoint's weights, it is perturbed so that no term is zero.
+        """
         config, data = self.config, self.datamodule
         if config.seed is not None:
             data.seed = config.seed
@@ -71,7 +75,10 @@ class Compare(parsing.Untrained):
             check(net)
         except (ValueError, NoRuleError) as error:
             raise UserError(f"model.net: {error}") from error
-        compare.stir(net)
+        if config.init_from is None:
+            compare.stir(net)
+        else:
+            take_weights(net, module.make_net, data.text_tokenizer, config.init_from, self.resolved())
         dataset = data.train_dataset(1)
         number = BATCHES[config.against]
         count = TOKENS[config.against] // number

@@ -39,7 +39,8 @@ Train a network; writes checkpoints/RUN and logs/RUN.
 the run
   --name RUN                          its name [the config's file name]
   --ckpt_path last|auto|PATH          last continues, auto continues or starts, a path starts from that checkpoint
-  --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's: new optimizer, step 0
+  --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's: new optimizer, step 0, rows
+                                      of symbols that it lacks; without a net in the recipe, its network
   --seed_everything N                 [1337]
 the training
   --trainer.max_steps N               how many optimizer steps
@@ -84,6 +85,7 @@ what is compared
   --level KIND                        [fused]: each parameter; atomic: every tensor of the MLP, as in the lecture
   --against KIND                      [autograd], or differences: slopes of the loss along random directions
   --mode KIND                         [train] or eval, of the network
+  --init_from CHECKPOINT              of these weights, and this network where the recipe names none
   --seed N                            of weights and batch
 {NET}
 {DATA}
@@ -101,6 +103,7 @@ the cluster
   --gpu NAME                          their kind [H100]
   --mfu X                             share of the GPU's FLOP/s that is used [0.4]
 what changes the answer most
+  --init_from CHECKPOINT              its network, where the recipe names none
   --trainer.max_steps N               how many optimizer steps
   --trainer.precision KIND            32-true, bf16-mixed
   --trainer.accumulate_grad_batches N micro-batches a step [1]

@@ -134,7 +134,10 @@ def _explain(text: str, words: Sequence[str], names: Sequence[str], classes: dic
         if slip := re.search(pattern, text):
             return unknown(_joined([*keys, *slip.groups()]), there, names, command)
     if re.search(r"init_args=Namespace\(net=None|required: (?:data, )?(?:model|net)\b", text):
-        return "no network is said: give a recipe, --config configs/quickstart.yaml, or --model.init_args.net CLASS"
+        return (
+            "no network is said: give a recipe, --config configs/quickstart.yaml, or --model.init_args.net CLASS, or "
+            "--init_from CHECKPOINT to go on with its own"
+        )
     if lacks := re.search(r"class_path '([\w.]+)': the following arguments are required: (\w+)", text):
         what, example = lacks[1].split(".")[-1], f"--{_joined(keys)}.init_args.{lacks[2]}"
         return f"{_where(_joined(keys), there)} {what}: it needs {lacks[2]}: say {example} VALUE"

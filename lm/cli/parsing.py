@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from enum import Enum
 from io import StringIO
 from pathlib import Path
@@ -18,9 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lm.checkpoints import imports
 from lm.checkpoints.restore import deny_what_runs_code
+from lm.checkpoints.schema import Saved
 from lm.cli import common, environment, help, messages, plain_help, values
 from lm.errors import UserError, causes
+from lm.tokenizers import from_state
 from lm.training import LanguageModel
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.figures import Figures
@@ -147,21 +151,58 @@ class Recipes(LightningCLI):
         }
 
 
-class Untrained(Recipes):
-    """Parses a recipe that is inspected, not trained: without a Trainer, and without a checkpoint."""
+class FromWeights(Recipes):
+    """Parses a recipe that may begin with a checkpoint's weights, and leave its network and tokenizer to that."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--init_from",
+            type=Path | None,
+            default=None,
+            help="A checkpoint, or a folder of Hugging Face's transformers, whose weights a new run begins with; what "
+            "it has of each symbol goes over, a symbol that it lacks begins untrained.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a recipe that names no network has the checkpoint's."""
+        said = {one.key: one.value for one in messages.said(args)}
+        path, net = said.get("init_from"), "model.init_args.net"
+        self.origin = None
+        if path not in (None, "null"):  # what is wrong with it is found before anything costs time
+            self.origin = replace(imports.peek(Path(path), "init_from"), state={})
+        if self.origin and self.origin.config and said.get(net) is None and f"{net}.class_path" not in said:
+            settings = {"class_path": "lm.training.LanguageModel", "init_args": {"net": self.origin.net}}
+            parser.set_defaults({"model": settings})
+        super().parse_arguments(parser, args)
+
+    def inherit_tokenizer(self, saved: Saved | None) -> None:
+        """Give the data the tokenizer of a checkpoint where the recipe says `inherit`.
+
+        Raises:
+            UserError: It says so, and there is none.
+        """
+        data: Any = self.datamodule
+        if getattr(data, "tokenizer", None) != "inherit":
+            return
+        if saved is None:
+            raise UserError(
+                "data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from, or a tokenizer"
+            )
+        data.tokenizer = from_state(saved.tokenizer)
+
+
+class Untrained(FromWeights):
+    """Parses a recipe that is inspected, not trained: without a Trainer."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make no trainer."""
         return None  # type: ignore[return-value]
 
     def set_up_data(self) -> None:
-        """Read and tokenize the data.
-
-        Raises:
-            UserError: It would inherit a checkpoint's tokenizer.
-        """
-        if getattr(self.datamodule, "tokenizer", None) == "inherit":
-            raise UserError("data.tokenizer inherit: say a tokenizer, there is no checkpoint here")
+        """Read and tokenize the data."""
+        self.inherit_tokenizer(self.origin)
         self.datamodule.setup("fit")
 
 

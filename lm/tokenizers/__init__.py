@@ -6,10 +6,11 @@ To add one, write a subclass of `Tokenizer` in a file of its own, and add it to 
 from lm.tokenizers.byte import ByteTokenizer
 from lm.tokenizers.byte_pair import BytePairTokenizer
 from lm.tokenizers.char import CharTokenizer
-from lm.tokenizers.kinds import KINDS, from_state, identity, load_tokenizer, make
+from lm.tokenizers.kinds import CHAT, KINDS, from_state, identity, load_tokenizer, make, to_state
 from lm.tokenizers.tokenizer import Decoder, Tokenizer
 
 __all__ = [
+    "CHAT",
     "KINDS",
     "BytePairTokenizer",
     "ByteTokenizer",
@@ -20,4 +21,5 @@ __all__ = [
     "identity",
     "load_tokenizer",
     "make",
+    "to_state",
 ]

@@ -14,6 +14,7 @@ from lm.tokenizers.published import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN, O
 
 Json = dict[str, Any]
 LONGEST = 8192  # bytes of a token; the time to check one grows with their square
+LONGEST_TEMPLATE = 1 << 18  # bytes of a chat template and its tokens; the longest published ones have a tenth of that
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -96,7 +97,7 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        **ends,
+        **(tokenizer.chat or ends),
     }
     return {"tokenizer.json": whole, "tokenizer_config.json": settings}
 
@@ -166,13 +167,42 @@ def from_files(whole: Json, settings: Json) -> Tokenizer:
         raise ValueError(f"its token {twice!r} has two ids")
     ranks = _ranks({name: i for name, i in vocab.items() if name not in added})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    if words == NO_WORDS and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
+    if words == NO_WORDS and not pairs and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
         return ByteTokenizer()
     pattern = next((pattern for pattern, known in WORDS.items() if known == words), None)
     if pattern is None:
         raise ValueError(f"its pre_tokenizer, {_kinds(whole.get('pre_tokenizer'))}, cuts words as none of lm's does")
     _check_merges(ranks, pairs)
     return of_ranks(ranks, added, end, pattern)
+
+
+def chat_of(settings: Json, file: str | None = None) -> dict[str, str] | None:
+    """Return a tokenizer's `chat`, None where it has no chat template.
+
+    Args:
+        settings: The tokenizer_config.json: its template is a text, or the one named default of several.
+        file: The chat_template.jinja, which comes before that.
+
+    Raises:
+        ValueError: The template is no text, or too long to be one.
+    """
+    said = settings.get("chat_template") if file is None else file
+    if isinstance(said, list):
+        said = {one["name"]: one["template"] for one in said}
+    template = said.get("default") if isinstance(said, dict) else said
+    if template is None:
+        return None
+    usual = ("bos_token", "eos_token", "unk_token") if settings.get("tokenizer_class", "GPT2")[:4] == "GPT2" else ()
+    tokens = {**dict.fromkeys(usual, END_OF_TEXT), **{k: v for k, v in settings.items() if k.endswith("_token")}}
+    named = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
+    chat = {"chat_template": template} | {name: one for name, one in named.items() if isinstance(one, str)}
+    try:
+        size = sum(len(one.encode()) for one in chat.values())
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise ValueError(f"its chat_template is no text ({type(error).__name__})") from error
+    if size > LONGEST_TEMPLATE:
+        raise ValueError(f"its chat_template and its tokens have {size:,} bytes, and lm keeps {LONGEST_TEMPLATE:,}")
+    return chat
 
 
 def of_symbols(vocab: dict[str, int], added: list[Json], settings: Json) -> Tokenizer:
@@ -232,6 +262,8 @@ def _end(settings: Json, added: Iterable[str]) -> str | None:
     """Return the name of the token that ends a text, None where there is none."""
     end = settings.get("eos_token")
     end = end["content"] if isinstance(end, dict) else end
+    if not isinstance(end, str | None):
+        raise ValueError(f"its eos_token is {str(end)[:80]}, which is no text")
     return end or (END_OF_TEXT if END_OF_TEXT in added else None)
 
 

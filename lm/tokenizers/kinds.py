@@ -20,16 +20,27 @@ KINDS: dict[str, Callable[..., Tokenizer]] = {
     "bytepair": BytePairTokenizer,
 }
 
+CHAT = "chat"
+"""The key of a checkpoint's tokenizer that has its `Tokenizer.chat`; an older checkpoint has none."""
+
+
+def to_state(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a checkpoint holds of a tokenizer."""
+    return tokenizer.state() | ({CHAT: tokenizer.chat} if tokenizer.chat else {})
+
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer that a checkpoint or a prepared corpus holds."""
-    arguments = {key: value for key, value in state.items() if key != "kind"}
-    return KINDS[state["kind"]](**arguments)
+    arguments = {key: value for key, value in state.items() if key not in ("kind", CHAT)}
+    tokenizer = KINDS[state["kind"]](**arguments)
+    tokenizer.chat = state.get(CHAT)
+    return tokenizer
 
 
 def identity(state: dict[str, Any]) -> str:
-    """Return a hash that is the same for equal tokenizers."""
-    return hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
+    """Return a hash that is the same for tokenizers that give the same ids."""
+    ids = {key: value for key, value in state.items() if key != CHAT}
+    return hashlib.sha256(repr(sorted(ids.items())).encode()).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

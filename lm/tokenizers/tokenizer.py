@@ -18,6 +18,9 @@ class Tokenizer(ABC):
     """Id of the end-of-text token, where there is one."""
     begins_with_eot: bool = False
     """Whether that token precedes every text in training, so that a prompt needs it too."""
+    chat: dict[str, str] | None = None
+    """How a conversation is written, where that is known: the chat_template of a tokenizer_config.json, and the tokens
+    that it may name, bos_token and the like. It is kept for other programs, and never run."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -33,7 +36,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return all that `from_state` needs to make an equal tokenizer: strings and lists of strings."""
+        """Return all that `from_state` needs to make the same ids: strings and lists of strings."""
 
     @cached_property
     def _table(self) -> list[bytes]:

@@ -21,7 +21,7 @@ from lm.checkpoints.restore import without_initialisation
 from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
 from lm.models.layers import BatchNorm, calibrate
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import CHAT, Tokenizer, to_state
 from lm.training import compatibility, compute, lightning_internals, recipes
 from lm.training.callbacks import lightning
 from lm.training.compute import compiler_missing, leave_constants, recompute_blocks
@@ -138,7 +138,7 @@ class LanguageModel(Evaluated):
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
-            self.origin = take_weights(self.net, data.text_tokenizer, self.init_from, self.config)
+            self.origin = take_weights(self.net, self.make_net, data.text_tokenizer, self.init_from, self.config)
         if self.activation_checkpointing:
             recompute_blocks(self.net)
         self._compile()
@@ -263,7 +263,7 @@ class LanguageModel(Evaluated):
         checkpoint[schema.OURS] = schema.Saved(
             step=step,
             config=self.config,
-            tokenizer=self.tokenizer.state(),
+            tokenizer=to_state(self.tokenizer),
             vocab_size=net.vocab_size,
             block_size=net.block_size,
             versions=compatibility.versions(),
@@ -287,6 +287,8 @@ class LanguageModel(Evaluated):
             UserError: It is of another network or vocabulary.
         """
         saved = self.check(checkpoint)
+        assert self.tokenizer is not None
+        self.tokenizer.chat = saved.tokenizer.get(CHAT)
         self.step.metrics, self.validation = saved.train, saved.validation
         if self.trainer.state.fn == "fit":
             self.step.guard.load_state_dict(saved.guard)

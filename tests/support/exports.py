@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from lm.checkpoints import checkpoint
+from lm.checkpoints.huggingface import export_huggingface
+from lm.checkpoints.imports import import_any
 from lm.checkpoints.restore import Fitted
 from lm.checkpoints.schema import NET, Saved
 from lm.models import GPT
-from lm.tokenizers import CharTokenizer, Tokenizer
+from lm.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 T = 24
 SYMBOLS = "abcdefghij\n"
@@ -45,6 +47,14 @@ def written(path: Path, settings: dict[str, Any], tokenizer: Tokenizer | None = 
     )
     checkpoint.write(saved.imported(), path)
     return Fitted(net, tokenizer, 3, {})
+
+
+def imported(path: Path) -> Path:
+    """Write the checkpoint of a small LLaMA as it comes from another program; return its path."""
+    folder = path.with_suffix(".hf")
+    written(path.with_suffix(".made"), {**SMALL, **TODAY, "bias": False}, ByteTokenizer(), torch.float32)
+    export_huggingface(path.with_suffix(".made"), folder)
+    return import_any(folder, path)
 
 
 def exact(path: Path) -> torch.nn.Module:

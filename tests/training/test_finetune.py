@@ -1,4 +1,7 @@
 import inspect
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,12 @@ import yaml
 
 from lm import models
 from lm.checkpoints import checkpoint
+from lm.checkpoints.schema import Saved
 from lm.errors import UserError
-from lm.training import compatibility, recipes
+from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, to_state
+from lm.tokenizers.merges import to_text
+from lm.training import audit, compatibility, recipes
+from lm.training.finetune import common_ids, take_weights
 from lm.training.loggers.log_files import read_csv
 
 RECIPE = ["fit", "--config", "tiny.yaml"]
@@ -43,17 +50,143 @@ def test_it_resumes_as_any_run(lm, pretrained: Path) -> None:
     assert checkpoint.peek(Path("checkpoints/tuned/last.ckpt")).step == 6
 
 
-def test_another_vocabulary_is_refused_by_name_or_inherited(lm, pretrained: Path) -> None:
-    words = [*RECIPE, "--name", "tuned", "--init_from", LAST, "--data.init_args.corpus", "shorter.txt"]
-    code, _, err = lm(*words)
-    assert code == 2
-    assert "--init_from checkpoints/tiny/last.ckpt has another vocabulary: char of " in err and err.count("\n") == 1
+def test_another_vocabulary_goes_over_by_symbol_or_is_inherited(lm, pretrained: Path) -> None:
+    """By gradients by hand, too: without a learning rate, a row is the checkpoint's or as the network begins."""
+    Path("other.txt").write_text(Path("shorter.txt").read_text() + "ẞ" * 40 + "ß")
+    still = ["--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.init_args.lr", 0]
+    words = [*RECIPE, *still, "--trainer.max_steps", 1, "--data.init_args.corpus", "other.txt"]
+    assert lm(*words, "--name", "new")[0] == 0
+    there, new = (Saved.of(checkpoint.load(Path(f"checkpoints/{run}/last.ckpt"))) for run in ("tiny", "new"))
+    old, symbols = there.tokenizer["symbols"], new.tokenizer["symbols"]
+    assert {*symbols} - {*old} == {"ẞ", "ß"} and {*old} - {*symbols} == {"x"}
+    for kind in ("LanguageModel", "ManualLanguageModel"):
+        model = ("--model", f"lm.training.{kind}")
+        code, out, err = lm(*words, "--name", kind, "--init_from", LAST, *model)
+        assert code == 0, err
+        assert f"{LAST}, step 12 (vocabulary: {len(old) - 1} tokens taken over, 2 new, 1 left out)\n" in out
+        weights = Saved.of(checkpoint.load(Path(f"checkpoints/{kind}/last.ckpt"))).weights
+        for i, symbol in enumerate(symbols):
+            row = new.weights["wte.weight"][i] if symbol in "ẞß" else there.weights["wte.weight"][old.index(symbol)]
+            assert torch.equal(weights["wte.weight"][i], row)
+        assert all(torch.equal(value, there.weights[key]) for key, value in weights.items() if value.shape[0] != i + 1)
+    words += ["--name", "tuned", "--init_from", LAST, "--data.init_args.corpus", "shorter.txt"]
     assert lm(*words, "--data.init_args.tokenizer", "inherit")[0] == 0
-    tokenizers = [checkpoint.peek(Path(f"checkpoints/{run}/last.ckpt")).tokenizer for run in ("tiny", "tuned")]
-    assert tokenizers[0] == tokenizers[1]
+    assert checkpoint.peek(Path("checkpoints/tuned/last.ckpt")).tokenizer == there.tokenizer
     words += ["--data.init_args.tokenizer", "inherit", "--ckpt_path", "last", "--trainer.max_steps", 14]
     assert lm(*words)[0] == 0
     assert lm("validate", "--ckpt_path", "checkpoints/tuned/last.ckpt")[0] == 0
+
+
+def pairs(*tokens: bytes, special: dict[str, int] | None = None, end: str = "<|endoftext|>") -> BytePairTokenizer:
+    ranks = {token: i for i, token in enumerate([*(bytes([i]) for i in range(256)), *tokens])}
+    return BytePairTokenizer(to_text(ranks), special=special, end_of_text=end)
+
+
+VOCABULARIES: dict[str, tuple[Tokenizer, Tokenizer]] = {
+    "char": (CharTokenizer("abcd>"), CharTokenizer("bcxdf>")),
+    "as many": (CharTokenizer("abcd>"), CharTokenizer("abce>")),
+    "an end of text": (CharTokenizer("abcd>", end_of_text=True), CharTokenizer("abc>", end_of_text=True)),
+    "char to byte": (CharTokenizer("abcd>", end_of_text=True), ByteTokenizer()),
+    "byte to char": (ByteTokenizer(), CharTokenizer("abcd>é", end_of_text=True)),
+    "pairs": (pairs(b"ab", b"cd"), pairs(b"bc", b"cd", special={"<s>": 260, "</s>": 258}, end="</s>")),
+}
+NETS: dict[str, Callable[..., torch.nn.Module]] = {
+    "Bigram": models.Bigram,
+    "MLP": partial(models.MLP, n_embd=4, n_hidden=8),
+    "WaveNet": partial(models.WaveNet, n_embd=4, n_hidden=8),
+    "tied": partial(models.GPT, n_layer=1, n_head=2, n_embd=16),
+    "untied": partial(models.GPT, n_layer=1, n_head=1, n_embd=6, tie_weights=False, head_bias=True, init_std=None),
+    "Seq2Seq": partial(models.Seq2Seq, n_layer=1, n_head=2, n_embd=16),
+}
+
+
+@pytest.mark.parametrize("vocabularies", VOCABULARIES)
+@pytest.mark.parametrize("name", NETS)
+def test_logits_of_known_tokens_stay(workplace: Path, name: str, vocabularies: str) -> None:
+    """Every tensor with the vocabulary in it goes over, whatever the network; widths may equal its size."""
+    there, here = VOCABULARIES[vocabularies]
+    starts = [{"start_token": int(one.encode(">")[0])} if name == "Seq2Seq" else {} for one in (there, here)]
+    old, new = (NETS[name](one.n_vocab, 8, **start) for one, start in zip((there, here), starts, strict=True))
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter += torch.randn_like(parameter)
+    recipes = [{"net": {"class_path": "lm.models.Any", "init_args": start}} for start in starts]
+    sizes = {"vocab_size": there.n_vocab, "block_size": 8}
+    config = {"model": {"init_args": recipes[0]}, "trainer": {"precision": "32-true"}}
+    state = {f"net.{key}": value for key, value in old.state_dict().items()}
+    checkpoint.write(
+        Saved(step=1, state=state, config=config, tokenizer=to_state(there), **sizes).imported(), Path("a")
+    )
+    said = take_weights(new, partial(NETS[name], **starts[1]), here, Path("a"))
+    ids = common_ids(there, here, "a")
+    assert f" {len(ids)} tokens taken over, {here.n_vocab - len(ids)} new, {there.n_vocab - len(ids)} left out)" in said
+    assert {bytes(here.token_bytes()[new]) for new in ids.values()} >= {b"b", b"c", b">"}
+    assert (there.eot in ids) == (there.eot is not None) and ids.get(there.eot or 0) in (here.eot, 0)
+    text = there.encode("bcbc>bcc")[None]
+    tokens = torch.tensor([[ids[int(i)] for i in text[0]]])
+    with torch.no_grad():
+        before, after = old.eval()(torch.from_numpy(text)), new.eval()(tokens)
+    torch.testing.assert_close(after[..., list(ids.values())], before[..., list(ids)])
+
+
+def test_a_vocabulary_with_too_little_in_common_is_refused(lm, pretrained: Path, monkeypatch) -> None:
+    words = [*RECIPE, "--name", "tuned", "--init_from", LAST]
+    Path("p.tiktoken").write_text(pairs(b"th").ranks)
+    Path("greek.txt").write_text("αβγδεζηθικλμνξοπρστυφχψω \n" * 90)
+    for extra, expected in (
+        (
+            ["--data.init_args.tokenizer", "p.tiktoken"],
+            "bytepair of 258 symbols here: use a data.tokenizer of the same",
+        ),
+        (["--data.init_args.corpus", "greek.txt"], "char of 26 symbols here, 2 in common, which is too few: use a "),
+    ):
+        code, _, err = lm(*words, *extra)
+        assert code == 2 and expected in err and len(err.splitlines()) == 1, err
+        assert f"error: --init_from {LAST} has another vocabulary: char of " in err
+
+
+def test_an_end_of_documents_that_has_another_id_is_the_same_setting(lm, workplace: Path) -> None:
+    for name, words in (("a", ["abc", "cab", "bad"] * 30), ("b", ["be", "cab", "fed"] * 30)):
+        Path(f"{name}.jsonl").write_text("".join(f'{{"text": "{word}"}}\n' for word in words))
+        words = ["prepare", "--source", f"{name}.jsonl", "--output", name, "--tokenizer", "char"]
+        assert lm(*words, "--val_fraction", 0.3)[0] == 0
+    words = [*RECIPE, "--trainer.max_steps", 1, "--data.init_args.block_size", 8]
+    assert lm(*words, f"{NET}.document_end", 4, "--data.init_args.corpus", "a")[0] == 0
+    other = [f"{NET}.document_end", 6, "--data.init_args.corpus", "b", "--name", "tuned", "--init_from", LAST]
+    code, out, err = lm(*words, *other)
+    assert code == 0 and "(vocabulary: 5 tokens taken over, 2 new, 0 left out)" in out, err
+
+
+def test_a_recipe_without_a_network_has_the_checkpoints_and_one_with_is_compared(lm, workplace: Path) -> None:
+    assert lm(*RECIPE, f"{NET}.norm", "rms", f"{NET}.dropout", 0)[0] == 0
+    code, _, err = lm(*RECIPE, "--name", "tuned", "--init_from", LAST)
+    assert code == 2 and "norm is rms there and layer in this configuration" in err
+    recipe = yaml.safe_load(Path("tiny.yaml").read_text()) | {"init_from": LAST}
+    recipe["model"]["init_args"].pop("net")
+    Path("tune.yaml").write_text(yaml.safe_dump(recipe))
+    words = ("--config", "tune.yaml", f"{NET}.dropout", 0.1)
+    for kind in ("LanguageModel", "ManualLanguageModel"):
+        code, out, err = lm("fit", *words, "--name", kind, "--model", f"lm.training.{kind}", "--trainer.max_steps", 1)
+        assert code == 0 and f"from the weights of {LAST}, step 12\n" in out, err
+        net = Saved.of(checkpoint.load(Path(f"checkpoints/{kind}/last.ckpt"))).net["init_args"]
+        assert (net["norm"], net["n_embd"], net["dropout"]) == ("rms", 16, 0.1)
+    rows = json.loads(lm("gradients", *words, "--json")[1].splitlines()[-1])["rows"]
+    expected = [row["shape"] for row in rows if row["name"] == "wte.weight"]
+    assert expected == [list(checkpoint.load(Path(LAST))["state_dict"]["net.wte.weight"].shape)]
+    found = json.loads(lm("plan", *words, "--json")[1].splitlines()[-1])
+    assert found["parameters"] == sum(row["shape"][0] * (row["shape"] + [1])[1] for row in rows if row["shape"])
+    code, _, err = lm("fit", *words, "--init_from", "nowhere.ckpt")
+    assert code == 2 and err == "error: checkpoint nowhere.ckpt: there is no such file\n"
+
+
+def test_gradients_are_audited_at_the_checkpoints_weights(lm, workplace: Path, monkeypatch) -> None:
+    """They are those of the loss that it has, not of an untrained network."""
+    assert lm(*RECIPE, "--model.init_args.optimizer", "torch.optim.AdamW", f"{NET}.dropout", 0)[0] == 0
+    seen: list[torch.Tensor] = []
+    check = audit.check
+    monkeypatch.setattr(audit, "check", lambda net, *rest: (seen.append(net.wte.weight.detach()), check(net, *rest))[1])
+    assert lm("gradients", "--config", "tiny.yaml", "--init_from", LAST, f"{NET}.dropout", 0)[0] == 0
+    assert torch.equal(seen[0], checkpoint.load(Path(LAST))["state_dict"]["net.wte.weight"].double())
 
 
 @pytest.mark.parametrize(
