@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from lm.generation.narrow import Dtype, narrowed
 from reproduce import CONFIGS, run
 from torch.nn.functional import cross_entropy
 
 from lm.checkpoints.restore import Fitted, load_network
 from lm.data import TextData
-from lm.generation.narrow import Dtype, narrowed
 
 
 @torch.inference_mode()
