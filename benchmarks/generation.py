@@ -4,7 +4,7 @@
 
 Weights are random, all texts begin with one token and have as many tokens, sampled at temperature 1. All take turns in
 one process, so a ratio is a figure even where the machine is shared. The engine continues four times as many requests
-of 16 to 256 tokens as it has slots; below it, `generate` makes texts of their mean length, as many at once.
+of 16 to 256 tokens as it has slots; beside it, `generate` makes as many texts at once, of their mean length.
 
 The last columns are of a step, a token of each text: its time, and which share of the memory's bandwidth reading the
 weights takes in that time. Below the table: the time to the first token after a prompt of half a context.
@@ -121,6 +121,34 @@ def engine(net: nn.Module, slots: int, wanted: list[Request]) -> Callable[[], in
     return lambda: sum(len(text.tokens) for text in made.run(wanted))
 
 
+def while_some_wait(net: nn.Module, slots: int, wanted: list[Request]) -> Callable[[], int]:
+    """Return the same until the last of them begins: all slots are taken."""
+    made = Engine(net, ByteTokenizer(), slots=slots)
+
+    def run() -> int:
+        texts = [made.submit(request) for request in wanted]
+        while made.waiting:
+            made.step()
+        for text in texts:
+            made.cancel(text)
+        return sum(len(text.tokens) for text in texts)
+
+    return run
+
+
+def in_batches(net: nn.Module, size: int, wanted: list[Request]) -> Callable[[], int]:
+    """Return what makes the requests' texts in batches, each until its longest ends, and says how many are asked for."""
+    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    runs = [ours(net, size, max(request.max_new_tokens for request in batch)) for batch in batches]
+
+    def run() -> int:
+        for one in runs:
+            one()
+        return sum(request.max_new_tokens for request in wanted)
+
+    return run
+
+
 def contestants(shape: str, texts: int, tokens: int) -> dict[str, Callable[[], int]]:
     """Return who takes part, in the order of their turns; ratios are to the first."""
     many = f"{texts} text" + "s" * (texts > 1)
@@ -136,8 +164,12 @@ def contestants(shape: str, texts: int, tokens: int) -> dict[str, Callable[[], i
     wanted = requests(4 * texts, min(256, 2 * tokens))
     mean = sum(request.max_new_tokens for request in wanted) // len(wanted)
     net = packed(network(shape))
-    found[f"engine, float32, {len(wanted)} requests, {many} at once"] = engine(net, texts, wanted)
     found[f"generate, float32, {many} of {mean} tokens"] = ours(net, texts, mean)
+    if texts > 1:
+        them = f"float32, {len(wanted)} requests, {texts} at once"
+        found[f"engine, {them}"] = engine(net, texts, wanted)
+        found[f"engine, {them}, while some wait"] = while_some_wait(net, texts, wanted)
+        found[f"generate, {them}, each batch until its longest ends"] = in_batches(net, texts, wanted)
     return found
 
 
