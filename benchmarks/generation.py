@@ -137,7 +137,7 @@ def while_some_wait(net: nn.Module, slots: int, wanted: list[Request]) -> Callab
 
 
 def in_batches(net: nn.Module, size: int, wanted: list[Request]) -> Callable[[], int]:
-    """Return what makes the requests' texts in batches, each until its longest ends, and says how many are asked for."""
+    """Return what makes the requests' texts in batches, each until its longest ends, and says how many tokens count."""
     batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
     runs = [ours(net, size, max(request.max_new_tokens for request in batch)) for batch in batches]
 
