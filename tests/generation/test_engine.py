@@ -89,6 +89,19 @@ def test_widths_that_fill_no_vectors(feed_forward: Any) -> None:
     assert [text.logprobs for text in together] == [text.logprobs for text in alone]
 
 
+def test_two_threads() -> None:
+    """The thread that computes a text changes no bit."""
+    threads, net = torch.get_num_threads(), packed(made())
+    torch.set_num_threads(2)
+    try:
+        requests = [Request(prompt=[i] * 60, seed=i, max_new_tokens=12, logprobs=0) for i in range(6)]
+        together = Engine(net, TOKENIZER, slots=8).run(requests)
+        alone = [Engine(net, TOKENIZER, slots=8).run([request])[0] for request in requests]
+    finally:
+        torch.set_num_threads(threads)
+    assert [text.logprobs for text in together] == [text.logprobs for text in alone]
+
+
 NETS: dict[str, Any] = {
     **{kind: lambda kind=kind: made(kind, torch.float64) for kind in KINDS},
     "bigram": lambda: Bigram(V, BLOCK),
