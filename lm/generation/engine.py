@@ -58,6 +58,10 @@ class Request:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
         if "" in self.stop:
             raise UserError("stop has an empty string, which would stop every text at once: leave it out")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UserError(f"logprobs is {self.logprobs}: it must be at least 0, or None for none")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}: it must fit into 64 bits")
 
 
 class Text:
@@ -136,7 +140,15 @@ class Engine:
     # -- requests
 
     def submit(self, request: Request) -> Text:
-        """Take a request; it waits for a free slot."""
+        """Take a request; it waits for a free slot.
+
+        Raises:
+            UserError: Its prompt has an id that the network does not know.
+        """
+        vocab_size = int(self.net.vocab_size)  # type: ignore[arg-type]
+        unknown = [token for token in request.prompt if not 0 <= token < vocab_size]
+        if unknown:
+            raise UserError(f"the prompt has the id {unknown[0]}: ids are at least 0 and below {vocab_size}")
         text = Text(request, self.tokenizer)
         self.waiting.append(text)
         return text

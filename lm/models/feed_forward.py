@@ -3,6 +3,7 @@
 Shapes: B batch, T time, C channels (n_embd), M hidden channels (hidden_size).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeedForward = Literal["gelu", "gelu_erf", "relu", "relu_squared", "swiglu", "single", "none"]
+ONE_THREAD, VECTORS = 16384, 64
+"""Most elements that torch gives to a single thread; whole vectors of processors, in elements."""
+
+
+def activated(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return f(x), x (B, T, M); where T is 1, as in generation, no text's bits depend on how many there are.
+
+    Each thread gets a part of all elements, and computes the last ones of it, which fill no vector, by other
+    instructions: they are rounded otherwise. So a call gets no more rows than one thread takes, all whole vectors.
+    """
+    if x.shape[1] > 1 or torch.is_grad_enabled():
+        return f(x)
+    rows = ONE_THREAD // x.shape[2] if x.shape[2] % VECTORS == 0 else 1
+    return f(x) if len(x) <= rows else torch.cat([f(part) for part in x.split(max(rows, 1))])
 
 
 class ReLUSquared(nn.Module):
@@ -32,7 +47,8 @@ class BlockMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C) -> (B, T, M) -> (B, T, C)
+        hidden = activated(self.activation, self.c_fc(x))  # (B, T, C) -> (B, T, M)
+        return self.dropout(self.c_proj(hidden))  # (B, T, M) -> (B, T, C)
 
 
 class SwiGLU(nn.Module):
@@ -47,7 +63,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        hidden = F.silu(self.w_gate(x)) * self.w_up(x)  # (B, T, C) -> (B, T, M)
+        hidden = activated(F.silu, self.w_gate(x)) * self.w_up(x)  # (B, T, C) -> (B, T, M)
         return self.dropout(self.c_proj(hidden))  # (B, T, M) -> (B, T, C)
 
 

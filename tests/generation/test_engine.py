@@ -11,6 +11,7 @@ from torch import nn
 from lm.errors import CheckError, UserError
 from lm.generation import Sampler, generate
 from lm.generation.engine import Engine, Request, Text, steady_rows
+from lm.generation.packed import packed
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.tokenizers import CharTokenizer
 
@@ -75,6 +76,30 @@ def test_a_request_is_as_if_alone(kind: str) -> None:
         assert [text.logprobs for text in together] == [text.logprobs for text in alone], mix  # to the last bit
         assert [text.text for text in together] == [text.text for text in alone]
         assert [text.finished for text in together] == [text.finished for text in alone]
+
+
+@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
+def test_widths_that_fill_no_vectors(feed_forward: Any) -> None:
+    """torch rounds an activation's last elements otherwise, which must not be those of a row."""
+    torch.manual_seed(1)
+    net = packed(GPT(V, 32, n_layer=2, n_head=1, n_embd=32, hidden_size=101, feed_forward=feed_forward, init_std=0.3))
+    requests = [Request(prompt=[i], seed=i, max_new_tokens=20, logprobs=0) for i in range(7)]
+    together = Engine(net.eval(), TOKENIZER, slots=7).run(requests)
+    alone = [Engine(net, TOKENIZER, slots=7).run([request])[0] for request in requests]
+    assert [text.logprobs for text in together] == [text.logprobs for text in alone]
+
+
+def test_two_threads() -> None:
+    """The thread that computes a text changes no bit."""
+    threads, net = torch.get_num_threads(), packed(made())
+    torch.set_num_threads(2)
+    try:
+        requests = [Request(prompt=[i] * 60, seed=i, max_new_tokens=12, logprobs=0) for i in range(6)]
+        together = Engine(net, TOKENIZER, slots=8).run(requests)
+        alone = [Engine(net, TOKENIZER, slots=8).run([request])[0] for request in requests]
+    finally:
+        torch.set_num_threads(threads)
+    assert [text.logprobs for text in together] == [text.logprobs for text in alone]
 
 
 NETS: dict[str, Any] = {
@@ -197,11 +222,23 @@ def test_rows_are_tried() -> None:
         ({"prompt": []}, "the prompt has no tokens"),
         ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": [1], "stop": ("",)}, "stop has an empty string"),
+        ({"prompt": [1], "logprobs": -1}, "logprobs is -1"),
+        ({"prompt": [1], "seed": 2**64}, "seed is 18446744073709551616: it must fit"),
     ],
 )
 def test_bad_requests(request_: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Request(**request_)
+
+
+@pytest.mark.parametrize("prompt", [[V], [1, -1], [1] * BLOCK + [V + 1]])
+def test_unknown_ids_are_refused_before_they_harm_others(prompt: list[int]) -> None:
+    engine = Engine(made(), TOKENIZER)
+    good = engine.submit(Request(prompt=[1], max_new_tokens=3))
+    with pytest.raises(UserError, match=rf"id {max(prompt) if max(prompt) >= V else -1}: ids are at least 0"):
+        engine.submit(Request(prompt=prompt))
+    engine.run([])
+    assert good.finished == "length"
 
 
 def test_a_network_that_diverged() -> None:
