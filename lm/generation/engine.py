@@ -24,8 +24,9 @@ from lm.tokenizers import Tokenizer
 
 PIECE = 64
 """Tokens of a prompt that are read at a time: longer ones wait for others' tokens in between."""
-ROWS = (1, 4, 8, 16, 32)
-"""Numbers of rows that are tried for products whose rows do not depend on how many there are."""
+ROWS = (4, 8, 16, 32)
+"""Numbers of rows that are tried for products whose rows do not depend on how many there are. Not one: a product with a
+single row is computed by other instructions, which shows in few of the numbers."""
 
 Reason = Literal["stop", "length", "cancelled"]
 
@@ -56,6 +57,8 @@ class Request:
             raise UserError("the prompt has no tokens: give it one to start from")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if isinstance(self.stop, str):
+            raise UserError(f"stop is {self.stop!r}: give a tuple of strings")
         if "" in self.stop:
             raise UserError("stop has an empty string, which would stop every text at once: leave it out")
         if self.logprobs is not None and self.logprobs < 0:
@@ -246,13 +249,13 @@ class Engine:
     def _decode(self, texts: list[Text]) -> list[Text]:
         """Make a token of each."""
         assert self.cache is not None
-        stop = -(-(max(text.slot for text in texts if text.slot is not None) + 1) // self.rows) * self.rows
+        slots = [text.slot for text in texts if text.slot is not None]  # all have one
+        stop = -(-(max(slots) + 1) // self.rows) * self.rows
         last = torch.zeros(stop, 1, dtype=torch.int64)
         for text in texts:
             last[text.slot] = text.tokens[-1] if text.tokens else text.request.prompt[-1]
-        self.cache.select(slice(0, stop))
+        self.cache.select(slice(0, stop), slots)
         logits = self._forward(last.to(self.device))[:, -1]  # (B, 1) -> (B, V)
-        slots = [text.slot for text in texts]
         self.cache.lengths[slots] += 1
         self._choose(texts, logits[slots])
         return texts

@@ -35,12 +35,12 @@ class Slots(Cache):
         """Tokens of each text that were read, (N,); set by the engine."""
         self.texts = torch.zeros(number, self._room, dtype=torch.int64, device=device)
         self._slots = torch.arange(number, device=device)[:, None]  # (N, 1)
-        self._rows = slice(0, number)
+        self.select(slice(0, number))
         self._positions, self._keys = self.texts, self._room
 
-    def select(self, rows: slice) -> None:
-        """Say of which slots the next tokens are."""
-        self._rows = rows
+    def select(self, rows: slice, used: list[int] | None = None) -> None:
+        """Say of which slots the next tokens are, and which of these rows mean something; all by default."""
+        self._rows, self._used = rows, used
 
     def place(self, tokens: Tensor, document_end: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the next tokens (B, T) of the selected slots; see `Cache`, but positions are (B, T) and there is a mask.
@@ -51,14 +51,16 @@ class Slots(Cache):
         positions = self.lengths[self._rows, None] + torch.arange(T, device=tokens.device)  # (B, 1) + (T,) -> (B, T)
         positions.clamp_(max=self.capacity - 1)
         texts.scatter_(1, positions, tokens)
-        self._positions, self._keys = positions, _aligned(int(positions.max()) + 1)
+        longest = positions if self._used is None else self.lengths[self._used]
+        self._positions, self._keys = positions, _aligned(int(longest.max()) + 1)
         allowed = (
             torch.arange(self._keys, device=tokens.device) <= positions[:, :, None]
         )  # (S,), (B, T, 1) -> (B, T, S)
         if document_end is not None:
             ends = texts[:, : self._keys] == document_end  # (B, S)
             document = ends.cumsum(1) - ends.long()  # how many documents ended before
-            allowed &= document[:, None, :] == document.gather(1, positions)[:, :, None]  # (B, 1, S), (B, T, 1)
+            here = document.gather(1, positions.clamp(max=self._keys - 1))  # (B, T)
+            allowed &= document[:, None, :] == here[:, :, None]  # (B, 1, S), (B, T, 1)
         return positions, allowed[:, None]
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:

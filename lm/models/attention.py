@@ -111,13 +111,14 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
         p = self.dropout if self.training else 0.0
         T, S = q.shape[2], k.shape[2]  # noqa: N806
-        if allowed is None and T < S:
+        if allowed is None and 1 < T < S:  # a single query may see all keys
             allowed = past(T, S, x.device)
-        if cache is not None and T == 1 and x.device.type == "cpu":
-            # the fused kernel's result depends on which thread computes a text: each one's buffer is aligned otherwise
+        if cache is not None and allowed is not None and T == 1 and x.device.type == "cpu":
+            # the fused kernel's bits depend on which thread computes a text: each one's buffer is aligned otherwise
             y = causal_weights(q, k, allowed) @ v  # (B, H, 1, S) @ (B, H, S, D) -> (B, H, 1, D)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=allowed is None)
+            causal = allowed is None and T == S
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         if cache is not None:
             y = y.type_as(x)

@@ -19,12 +19,15 @@ def activated(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return f(x), x (B, T, M); where T is 1, as in generation, no text's bits depend on how many there are.
 
     Each thread gets a part of all elements, and computes the last ones of it, which fill no vector, by other
-    instructions: they are rounded otherwise. So a call gets no more rows than one thread takes, all whole vectors.
+    instructions: they are rounded otherwise. Where parts may end so, a call gets no more rows than one thread takes.
     """
     if x.shape[1] > 1 or torch.is_grad_enabled():
         return f(x)
-    rows = ONE_THREAD // x.shape[2] if x.shape[2] % VECTORS == 0 else 1
-    return f(x) if len(x) <= rows else torch.cat([f(part) for part in x.split(max(rows, 1))])
+    threads = min(torch.get_num_threads(), -(-x.numel() // ONE_THREAD))
+    if x.shape[2] % VECTORS == 0 and all(x.numel() % (VECTORS * n) == 0 for n in range(1, threads + 1)):
+        return f(x)
+    rows = max(1, ONE_THREAD // x.shape[2]) if x.shape[2] % VECTORS == 0 else 1
+    return torch.cat([f(part) for part in x.split(rows)])
 
 
 class ReLUSquared(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lm.bounds import checked
 from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention
 from lm.models.cache import Cache
-from lm.models.feed_forward import FeedForward, make_feed_forward
+from lm.models.feed_forward import FeedForward, activated, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
 from lm.models.masks import same_document
 from lm.models.norms import Norm, make_norm
@@ -256,7 +256,7 @@ class GPT(nn.Module):
             x = x[:, -cache.last :]  # (B, T, C) -> (B, at most last, C)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if self.logit_soft_cap is not None:
-            logits = self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
+            logits = self.logit_soft_cap * activated(torch.tanh, logits / self.logit_soft_cap)
         return logits
 
     @torch.no_grad()

@@ -186,6 +186,20 @@ def test_no_row_is_read_in_vain() -> None:
     assert texts[7].tokens == alone.tokens
 
 
+def test_a_text_that_has_ended_is_not_looked_at() -> None:
+    engine = Engine(made("documents"), TOKENIZER, slots=4)
+    keys: list[int] = []
+    assert engine.cache is not None
+    long = engine.submit(Request(prompt=[1], max_new_tokens=80))
+    short = engine.submit(Request(prompt=[2], max_new_tokens=90))
+    while not long.finished:
+        engine.step()
+    engine.cancel(short)
+    engine.net.register_forward_hook(lambda net, inputs, out: keys.append(engine.cache._keys))  # type: ignore[union-attr]
+    engine.run([Request(prompt=[3], max_new_tokens=4, seed=i) for i in range(4)])
+    assert set(keys) == {64}
+
+
 def test_memory_is_taken_at_the_start_and_never_grows() -> None:
     engine = Engine(made(), TOKENIZER, slots=8)
     before = engine.memory
@@ -222,6 +236,7 @@ def test_rows_are_tried() -> None:
         ({"prompt": []}, "the prompt has no tokens"),
         ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": [1], "stop": ("",)}, "stop has an empty string"),
+        ({"prompt": [1], "stop": "ab"}, "stop is 'ab': give a tuple of strings"),
         ({"prompt": [1], "logprobs": -1}, "logprobs is -1"),
         ({"prompt": [1], "seed": 2**64}, "seed is 18446744073709551616: it must fit"),
     ],
