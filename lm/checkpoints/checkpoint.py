@@ -159,6 +159,8 @@ def verify(path: Path) -> Path:
         UserError: It is missing, damaged or not one of ours; the newest whole one beside it is named.
     """
     if problem := damage(path):
+        if path.is_dir() and (newest := next(iter(newest_first(path)), None)):
+            raise UserError(f"checkpoint {path}: it is a run's folder: name one in it, such as {newest}")
         others = (other for other in newest_first(path.parent) if other != path and not damage(other))
         hint = next((f"; {other} is whole" for other in others), "")
         raise UserError(f"checkpoint {path}: {problem}{hint}")

@@ -39,8 +39,8 @@ Train a network; writes checkpoints/RUN and logs/RUN.
 the run
   --name RUN                          its name [the config's file name]
   --ckpt_path last|auto|PATH          last continues, auto continues or starts, a path starts from that checkpoint
-  --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's: new optimizer, step 0, rows
-                                      of symbols that it lacks; without a net in the recipe, its network
+  --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's, at step 0; symbols that it
+                                      lacks begin untrained, and a recipe without a net has its network
   --seed_everything N                 [1337]
 the training
   --trainer.max_steps N               how many optimizer steps

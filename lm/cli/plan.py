@@ -142,7 +142,7 @@ def plan(arguments: list[str]) -> None:
     sent = {name: spelled(size, BYTES) for name, size in result["communication_gb_per_step"].items()}
     say(f"sent by each device in a step: {sent['ddp']} by ddp, {sent['fsdp2']} by fsdp2")
     hours = spelled(result["hours"], TIMES) if result["hours"] else "next to nothing"  # a table multiplies nothing
-    say(f"{config.trainer.max_steps:,} steps: {hours} of computation at {config.mfu:.0%} of the GPU's speed")
+    say(f"{config.trainer.max_steps:,} steps: {hours} of computation at {config.mfu:.0%} of the GPU's speed in 16 bits")
     say(
         f"none fits: {result['remedy']}"
         if result["strategy"] == "none fits"

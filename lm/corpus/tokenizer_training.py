@@ -43,8 +43,6 @@ def train(
     outputs.check_free(output, made=".tiktoken file", ours=_is_table, overwrite=overwrite)
     if output.suffix != ".tiktoken":
         raise UserError(f"{setting('output')} {output}: say a name that ends in .tiktoken")
-    if not output.parent.is_dir():
-        raise UserError(f"{setting('output')} {output}: there is no folder {output.parent}: make it")
     paths = source_files.find(source, settings.unread)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # cuts words by GPT-2's pattern
@@ -61,6 +59,7 @@ def train(
     text = to_text(ranks)
     bytes_per_token = measure(BytePairTokenizer(text), texts(paths, settings))
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         storage.write_whole(output, text.encode())
     except OSError as error:
         raise UserError(f"{setting('output')} {output}: could not be written ({error.strerror})") from error

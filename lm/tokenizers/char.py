@@ -44,7 +44,10 @@ class CharTokenizer(Tokenizer):
             listed = ", ".join(map(repr, unknown[:10])) + (
                 f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             )
-            raise UserError(f"the vocabulary of {len(self.symbols)} characters lacks {listed}")
+            raise UserError(
+                f"the vocabulary of {len(self.symbols)} characters lacks {listed}: "
+                "take a text without, or a tokenizer that has them"
+            )
         return self._order[places]
 
     def token_bytes(self) -> list[bytes]:

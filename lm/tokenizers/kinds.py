@@ -75,6 +75,8 @@ def make(name: str, symbols: Callable[[], Iterable[str]], *, documents: bool = F
         encoding = PUBLISHED[name]
         return BytePairTokenizer(encoding.ranks(), encoding.pattern, encoding.special)
     path = Path(name).expanduser()
+    if path.suffix == ".tiktoken" and not path.exists():
+        raise UserError(f"tokenizer {name}: there is no such file; lm tokenizer makes one")
     if path.suffix == ".tiktoken" and path.is_file():
         try:
             return BytePairTokenizer(path.read_text(encoding="utf-8-sig"))

@@ -68,6 +68,11 @@ TABLE = {
     "no accumulation": ((*FIT, "--trainer.accumulate_grad_batches", 0), "trainer.accumulate_grad_batches is 0"),
     "part of the batches": ((*FIT, "--trainer.limit_train_batches", 7), "trainer.limit_train_batches: training has no"),
     "a draft for several": ((*SAMPLE, "--draft", "repetition", "--num_samples", 2), "--draft with --num_samples 2: it"),
+    "a run's folder": (("sample", "--ckpt_path", "checkpoints/tiny"), "it is a run's folder: name one in it, such as"),
+    "a tokenizer's file that is missing": (
+        (*FIT, "--data.tokenizer", "no.tiktoken"),
+        "no.tiktoken: there is no such file",
+    ),
     "a draft that is missing": ((*SAMPLE, "--draft", "no.ckpt"), "checkpoint no.ckpt: there is no such file"),
     "sample prompt": ((*FIT, "--samples.prompt", "☃"), "--samples.prompt: the vocabulary of .* lacks"),
     "JSON without text": (

@@ -80,13 +80,19 @@ def test_a_network_trains_on_it(trained: tuple[Path, dict], lm: Run) -> None:
         data.prepare_data()
 
 
+def test_its_folder_is_made(lm: Run, workplace: Path) -> None:
+    words = ("--source", "text.txt", "--vocab_size", 300)
+    assert lm("tokenizer", *words, "--output", "new/folder/a.tiktoken")[0] == 0
+    assert (workplace / "new/folder/a.tiktoken").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--vocab_size", 100), "--vocab_size is 100: it must be at least 256"),
         (("--vocab_size", 10**6), "--vocab_size 1000000: the source has pairs for"),
         (("--output", "a.json"), "--output a.json: say a name that ends in .tiktoken"),
-        (("--output", "no/a.tiktoken"), "there is no folder no"),
+        (("--output", "text.txt/a.tiktoken"), "--output text.txt/a.tiktoken: "),
         (("--source", "no.txt"), "source no.txt: No such file"),
     ],
 )
