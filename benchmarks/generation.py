@@ -13,9 +13,12 @@ weights takes in that time. Below the table: the time to the first token after a
 import argparse
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +37,18 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+Speed = Callable[[], float]
+"""A turn of a contestant; returns the tokens a second that it made."""
+
+
+def timed(run: Callable[[], int]) -> Speed:
+    """Return a turn of what returns how many tokens it has made."""
+
+    def speed() -> float:
+        began = time.monotonic()
+        return run() / (time.monotonic() - began)
+
+    return speed
 
 
 def network(shape: str) -> nn.Module:
@@ -83,30 +98,39 @@ def theirs(shape: str, texts: int, tokens: int) -> Callable[[], int]:
     return run
 
 
-def translated(shape: str, dtype: str, texts: int, tokens: int) -> Callable[[], int]:
-    """Return the same by ctranslate2, from a network that transformers has made and its own converter has read."""
-    import ctranslate2
+def translated(shape: str, dtype: str, texts: int, tokens: int, folder: str) -> Speed:
+    """Return the same by ctranslate2, from a network that transformers has made and its own converter has read.
+
+    Each turn is a process of its own, as the library's threads would go on waiting for work on the cores of others.
+    """
     from ctranslate2.converters import TransformersConverter
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    with tempfile.TemporaryDirectory() as folder:
-        words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPES[shape]["vocab_size"])}, unk_token="t0"))
-        ends = {"bos_token": "t0", "eos_token": "t1", "unk_token": "t0"}
-        PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(folder)
-        gpt2(shape).save_pretrained(folder)
-        TransformersConverter(folder).convert(f"{folder}/converted", quantization=dtype)
-        made: Any = ctranslate2.Generator(
-            f"{folder}/converted", compute_type=dtype, inter_threads=1, intra_threads=torch.get_num_threads()
-        )
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SHAPES[shape]["vocab_size"])}, unk_token="t0"))
+    ends = {"bos_token": "t0", "eos_token": "t1", "unk_token": "t0"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(folder)
+    gpt2(shape).save_pretrained(folder)
+    converted = f"{folder}/{dtype}"
+    TransformersConverter(folder).convert(converted, quantization=dtype)
+    sizes = ("--texts", str(texts), "--tokens", str(tokens), "--threads", str(torch.get_num_threads()))
+    command = [sys.executable, __file__, "--turn", converted, *sizes]
 
-    def run() -> int:
+    return lambda: float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def turn(converted: str, texts: int, tokens: int, threads: int) -> None:
+    """Print how many tokens a second ctranslate2 makes."""
+    import ctranslate2
+
+    dtype = Path(converted).name
+    made = ctranslate2.Generator(converted, compute_type=dtype, inter_threads=1, intra_threads=threads)
+    for _ in range(2):  # the first warms up
         wanted = {"max_length": tokens, "min_length": tokens, "sampling_topk": 0, "max_batch_size": texts}
+        began = time.monotonic()
         found = made.generate_batch([["t0"]] * texts, include_prompt_in_result=False, **wanted)
-        assert all(len(one.sequences_ids[0]) == tokens for one in found)
-        return texts * tokens
-
-    return run
+    assert all(len(one.sequences_ids[0]) == tokens for one in found)
+    print(texts * tokens / (time.monotonic() - began))
 
 
 def requests(count: int, longest: int) -> list[Request]:
@@ -149,27 +173,27 @@ def in_batches(net: nn.Module, size: int, wanted: list[Request]) -> Callable[[],
     return run
 
 
-def contestants(shape: str, texts: int, tokens: int) -> dict[str, Callable[[], int]]:
+def contestants(shape: str, texts: int, tokens: int, folder: str) -> dict[str, Speed]:
     """Return who takes part, in the order of their turns; ratios are to the first."""
     many = f"{texts} text" + "s" * (texts > 1)
-    found = {}
+    found: dict[str, Speed] = {}
     try:
-        found[f"transformers, float32, {many}"] = theirs(shape, texts, tokens)
+        found[f"transformers, float32, {many}"] = timed(theirs(shape, texts, tokens))
         for dtype in ("float32", "int8"):
-            found[f"ctranslate2, {dtype}, {many}"] = translated(shape, dtype, texts, tokens)
+            found[f"ctranslate2, {dtype}, {many}"] = translated(shape, dtype, texts, tokens, folder)
     except ImportError as error:
         print(f"{error.name} is not installed: pip install 'lm[hf]' ctranslate2 to see them beside ours")
     for dtype in ("float32", "bfloat16", "int8"):
-        found[f"generate, {dtype}, {many}"] = ours(packed(network(shape), dtype), texts, tokens)  # type: ignore[arg-type]
+        found[f"generate, {dtype}, {many}"] = timed(ours(packed(network(shape), dtype), texts, tokens))  # type: ignore[arg-type]
     wanted = requests(4 * texts, min(256, 2 * tokens))
     mean = sum(request.max_new_tokens for request in wanted) // len(wanted)
     net = packed(network(shape))
-    found[f"generate, float32, {many} of {mean} tokens"] = ours(net, texts, mean)
+    found[f"generate, float32, {many} of {mean} tokens"] = timed(ours(net, texts, mean))
     if texts > 1:
         them = f"float32, {len(wanted)} requests, {texts} at once"
-        found[f"engine, {them}"] = engine(net, texts, wanted)
-        found[f"engine, {them}, while some wait"] = while_some_wait(net, texts, wanted)
-        found[f"generate, {them}, each batch until its longest ends"] = in_batches(net, texts, wanted)
+        found[f"engine, {them}"] = timed(engine(net, texts, wanted))
+        found[f"engine, {them}, while some wait"] = timed(while_some_wait(net, texts, wanted))
+        found[f"generate, {them}, each batch until its longest ends"] = timed(in_batches(net, texts, wanted))
     return found
 
 
@@ -204,20 +228,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=240)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turn", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.turn:
+        turn(options.turn, options.texts[0], options.tokens, options.threads)
+        return
     torch.set_num_threads(options.threads)
     memory, weights = bandwidth(), sum(one.numel() for one in network(options.shape).parameters())
     print(f"memory is read at {memory / 1e9:.1f} GB/s\n")
     print("| tokens a second | here | / the first | ms a step | bandwidth |")
     print("| --- | --- | --- | --- | --- |")
     for texts in options.texts:
-        runs = contestants(options.shape, texts, options.tokens)
+        runs = contestants(options.shape, texts, options.tokens, tempfile.mkdtemp())
         speeds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
             for name, run in runs.items():
-                began = time.monotonic()
-                made = run()
-                speeds[name].append(made / (time.monotonic() - began))
+                speeds[name].append(run())
         base = next(iter(speeds.values()))
         for name, found in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
