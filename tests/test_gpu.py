@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import all as everything
+from benchmarks.gpu import speed
 from tests.conftest import ROOT
 
 ROWS = {  # what each row of a part has, and how many there are
@@ -49,7 +50,15 @@ def test_each_part_measures_here_what_it_will_on_a_gpu(tmp_path: Path, name: str
     assert all(keys <= row.keys() for row in part["rows"])
     if name == "resume":
         assert all(row["resumed_equals_whole"] and row["again_equals_whole"] for row in part["rows"])
-        assert all(row["killed_after_step"] < 60 for row in part["rows"])
+        assert all(row["was_killed"] for row in part["rows"])
+
+
+def test_a_cards_peak_is_its_data_sheets_or_unknown() -> None:
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        assert speed.peak_of(name) == 989e12
+    assert speed.peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and speed.peak_of("NVIDIA L40S") == 362e12
+    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce GTX 1080", "CPU"):
+        assert speed.peak_of(name) is None
 
 
 @pytest.mark.slow

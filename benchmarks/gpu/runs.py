@@ -22,7 +22,7 @@ SMALL = [
     *("--model.init_args.net.init_args.n_embd", 32, "--data.init_args.block_size", 32),
     *("--data.init_args.corpus", "python-docs", "--data.init_args.batch_size", 4),
 ]
-KILLED_AT, STEPS = 30, 60
+STEPS = {"full": 300, "small": 60}
 RECIPES = ("shakespeare", "records/shakespeare-gpu")  # the second where there is one
 
 
@@ -83,19 +83,21 @@ def resume(size: str, seconds: float, say: Say) -> None:
 def killed(folder: Path, size: str, precision: str, deterministic: str) -> dict[str, Any]:
     """Train twice, and a third time with a SIGKILL; return whether all is equal."""
     folder.mkdir()
+    steps = STEPS[size]
     words = ["--config", ROOT / "configs/shakespeare.yaml", "--trainer.precision", precision]
-    words += ["--trainer.deterministic", deterministic, "--trainer.max_steps", STEPS, "--trainer.log_every_n_steps", 2]
-    words += ["--checkpoint.every_n_steps", 10, "--trainer.val_check_interval", STEPS]
+    words += ["--trainer.deterministic", deterministic, "--trainer.max_steps", steps, "--trainer.log_every_n_steps", 2]
+    words += ["--checkpoint.every_n_steps", steps // 6, "--trainer.val_check_interval", steps]
     words += SMALL if size == "small" else []
     wholes = [start(folder, *words, "--name", name) for name in ("whole", "again")]
     process, last = start(folder, *words, "--name", "killed"), 0
-    while process.poll() is None and last < KILLED_AT:
+    while process.poll() is None and last < steps // 2:
         time.sleep(0.02)
         last = max((int(row["step"] or 0) for row in rows(folder, "killed")), default=0)
     process.kill()
-    process.wait()
+    was_killed = process.wait() == -signal.SIGKILL  # or it was too fast
     codes = [start(folder, *words, "--name", "killed", "--ckpt_path", "auto").wait(), *(one.wait() for one in wholes)]
-    case = {"precision": precision, "deterministic": deterministic == "true", "killed_after_step": last}
+    case = {"precision": precision, "deterministic": deterministic == "true", "was_killed": was_killed,
+            "killed_after_step": last}  # fmt: skip
     if any(codes):
         return case | {"error": f"exit codes {codes}"}
     whole, again, resumed = (load(folder / f"checkpoints/{name}/last.ckpt") for name in ("whole", "again", "killed"))

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,11 +160,23 @@ def through_the_trainer(size: Size, case: Case, module: str) -> dict[str, Any]:
     clock = Clock(size.warm, size.warm + size.timed)
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:] = [clock, *(one for one in callbacks if not isinstance(one, Checkpoints))]
-    cli.run()
-    plan = Plan(words, "").run()
+    with nullcontext() if case.kernel is None else sdpa_kernel(getattr(SDPBackend, case.kernel)):
+        cli.run()
+    plan = planned(size, case)
     return figures(size, case, clock.seconds / size.timed, clock.peak, plan["flops_per_token"]) | {
         "plan_peak_gb": plan["memory_gb"]["ddp"]["peak"]
     }
+
+
+def planned(size: Size, case: Case) -> dict[str, Any]:
+    """Return what `lm plan` says of a case: of autograd, uncompiled, whatever the case."""
+    return _planned(tuple(words_of(size, Case(case.batch, case.precision), "LanguageModel")))
+
+
+@cache
+def _planned(words: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = Plan(list(words), "").run()
+    return found
 
 
 def figures(size: Size, case: Case, seconds: float, peak: float | None, flops: float) -> dict[str, Any]:
@@ -191,8 +204,7 @@ def each(size: Size, cases: list[Case], find: Callable[[Size, Case], dict[str, A
     quiet()
     home = Path.cwd()
     for case in cases:
-        settings = None if case.kernel is None else sdpa_kernel(getattr(SDPBackend, case.kernel))
-        with tempfile.TemporaryDirectory() as folder, settings or nullcontext():
+        with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             try:
                 found = find(size, case)
@@ -209,13 +221,11 @@ def each(size: Size, cases: list[Case], find: Callable[[Size, Case], dict[str, A
 def steps(size: str, seconds: float, say: Say) -> None:
     """Time steps by autograd: the most telling first, as the time may not be enough for all."""
     one = SIZES[size]
-    cases = [Case(batch) for batch in one.batches]
-    cases += [Case(batch, compiled=True) for batch in reversed(one.batches)]
-    first, middle = one.batches[0], one.batches[len(one.batches) // 2]
-    kernels = (
-        ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH") if CUDA else ("FLASH_ATTENTION", "MATH")
-    )
-    cases += [Case(first, "32-true"), *(Case(middle, kernel=kernel) for kernel in kernels)]
+    first, middle, last = one.batches[0], one.batches[len(one.batches) // 2], one.batches[-1]
+    kernels = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    cases = [*(Case(batch) for batch in one.batches), Case(last, compiled=True), Case(first, "32-true")]
+    cases += [Case(middle, kernel=kernel) for kernel in (kernels if CUDA else ("FLASH_ATTENTION", "MATH"))]
+    cases += [Case(batch, compiled=True) for batch in reversed(one.batches[:-1])]  # each takes most of a minute
     each(one, cases, lambda size, case: through_the_trainer(size, case, "LanguageModel"), say)
 
 
@@ -255,8 +265,8 @@ def in_a_loop(size: Size, case: Case) -> dict[str, Any]:
     began = time.perf_counter()
     run(size.timed)
     seconds = (time.perf_counter() - began) / size.timed
-    plan = Plan(words_of(size, case, "LanguageModel"), "").run()
-    return figures(size, case, seconds, peak_gb(), plan["flops_per_token"])
+    flops = planned(size, Case(size.batches[0]))["flops_per_token"]  # the same for all batches
+    return figures(size, case, seconds, peak_gb(), flops)
 
 
 def sampling(size: str, seconds: float, say: Say) -> None:

@@ -141,6 +141,7 @@ def test_a_step_heard_of_later_stops_the_run_where_it_was(workplace: Path, modul
         assert waits["global_step"] == runs_on["global_step"] == bad - 1
         for key in ("state_dict", "optimizer_states"):
             assert_equal(waits[key], runs_on[key])
+        assert not any(row.get("val/loss") for row in table("runs_on"))
         stop = stop_with("StopAt", bad)  # a signal at that step changes nothing: it was not taken
         assert fit(*words, *stop, "--name", "signal", "--trainer.log_every_n_steps", 12) == 1
         assert checkpoint.peek(Path("checkpoints/signal/last.ckpt")).step == bad - 1
