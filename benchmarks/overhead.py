@@ -56,6 +56,19 @@ def batches(data: Any, steps: int) -> Any:
         yield from zip(*item, strict=True) if steps > 1 else [item]
 
 
+def take(net: Any, optimizer: Any, tokens: Any, targets: Any, *, clip_norm: float | None) -> None:
+    """Take a plain step."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    loss = F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+    optimizer.step()
+
+
 def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     """Train in a plain loop; return its seconds and last validation loss."""
     import torch
@@ -79,13 +92,7 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps)
-        tokens, targets = next(training)
-        loss = F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        if settings["clip_norm"] is not None:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), settings["clip_norm"])
-        optimizer.step()
+        take(net, optimizer, *next(training), clip_norm=settings["clip_norm"])
         if settings.get("calibrate") and step + 1 == steps:
             dataset = data.eval_dataset("train")
             calibrate(net, (dataset[k][0] for k in range(len(dataset))))

@@ -99,6 +99,8 @@ APART = {  # what these test has no file of its own
     "container/test_image.py": "Dockerfile",
     "support/test_processes.py": "tests/support/processes.py",
     "training/test_batch_size.py": "whole runs: another batch size",
+    "training/test_cuda.py": "what only a GPU can show",
+    "training/test_devices.py": "whole runs: on a device that is no CPU",
     "training/test_resume.py": "whole runs: stopped and continued",
     "training/test_steps_per_call.py": "whole runs: several steps a call",
     "training/distributed/test_ranks.py": "whole runs: several processes",

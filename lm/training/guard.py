@@ -69,6 +69,30 @@ class Guard:
         return f"step {step}: {what}: the batch was skipped, {self.skipped} so far"
 
 
+class Later:
+    """Numbers on their way from a GPU, which nothing waits for until they are read.
+
+    Args:
+        numbers: Computed on it, perhaps not yet.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        self._there: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """Return them."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
+
+
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together; of sharded ones, the norm over all shards."""
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -134,7 +134,8 @@ class LanguageModel(Evaluated):
             trained = self.make_optimizer if compute.trains_in_memory(self.trainer) else None
             self.net = make_net(self.make_net, data.vocab_size, data.block_size, optimizer=trained)
         self.tokenizer = data.text_tokenizer
-        compatibility.check_data(self.net, data)
+        with torch.device("cpu"):  # where batches are made, though Lightning has networks made on the GPU
+            compatibility.check_data(self.net, data)
         if self.calibrate and not any(isinstance(module, BatchNorm) for module in self.net.modules()):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
@@ -253,10 +254,19 @@ class LanguageModel(Evaluated):
         """The newest training metrics, "step" among them."""
         return self.step.metrics
 
+    def on_validation_start(self) -> None:
+        """Let the guard judge the last step before it is evaluated."""
+        self.step.decide()
+
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what makes the checkpoint self-contained, and what a run needs to resume."""
+        """Add what makes the checkpoint self-contained, and what a run needs to resume.
+
+        Raises:
+            CheckError: The guard does not trust the last step, which a GPU has left out.
+        """
+        self.step.decide()
         assert self.tokenizer is not None
         net: Any = self.net
         step, data = self.global_step, self.trainer.datamodule  # type: ignore[attr-defined]

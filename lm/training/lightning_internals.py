@@ -50,6 +50,14 @@ def count_step(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += 1
 
 
+def take_back_step(trainer: Trainer) -> None:
+    """Count an optimizer step less: one that was counted, and turns out not to have been taken."""
+    loop = trainer.fit_loop.epoch_loop
+    by_lightning = trainer.lightning_module.automatic_optimization
+    counter = loop.automatic_optimization.optim_progress.optimizer.step if by_lightning else None
+    (counter or loop.manual_optimization.optim_step_progress).total.completed -= 1
+
+
 def step_finished(trainer: Trainer, batch_idx: int) -> bool:
     """Return whether micro-batch batch_idx was the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

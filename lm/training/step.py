@@ -15,11 +15,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 from lm.training import lightning_internals
 from lm.training.callbacks.figures import Figures
 from lm.training.division import Division
-from lm.training.guard import Guard, clip, global_norm, local
+from lm.training.guard import Guard, Later, clip, global_norm, local
 from lm.training.loggers.step_log import StepLog
 from lm.training.objectives import CrossEntropy
 from lm.training.schedules import Schedule
@@ -48,8 +48,8 @@ class Step:
         self.answers: dict[Any, float] = {}
         self.check: Callable[[Tensor | float], None] = lambda loss: None
         """Called with the step's loss once its gradient is complete, before clipping."""
-        self.notice: str | None = None
-        """What the console should say of the step just finished."""
+        self.notices: list[str] = []
+        """What the console should say, and has not said yet."""
         self.metrics: dict[str, float] = {}
         """The newest training metrics, "step" among them."""
         self.watching: list[Figures] = []
@@ -59,6 +59,8 @@ class Step:
         self._targets: list[Tensor] = []
         self._loss: Tensor | float = math.nan  # mean over the predictions of all micro-batches and ranks
         self._norm = torch.zeros(())
+        self._taken = True  # whether the step in progress is trusted, as far as is known
+        self._undecided: tuple[int, Tensor, Later] | None = None  # a step's number, its loss, and both numbers to judge
 
     def configure(self, net: nn.Module, optimizer: Optimizer) -> None:
         """Set the network and its optimizer."""
@@ -83,6 +85,7 @@ class Step:
         (self._optimizer,) = trainer.optimizers
         self._groups = self._optimizer.param_groups
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._leaves_out = self._can_leave_out()
         self._log_every: int = trainer.log_every_n_steps or self._max_steps  # type: ignore[attr-defined]
         for group, settings in zip(self._groups, self._settings, strict=True):
             group.update(settings)
@@ -91,6 +94,15 @@ class Step:
         self.log.start(trainer, self._targets, self._optimizer, self._settings)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._watchers = [callback for callback in callbacks if isinstance(callback, Figures)]
+
+    def _can_leave_out(self) -> bool:
+        """Return whether a GPU can leave out an update by itself, so that this process need not wait for its loss.
+
+        Fused optimizers can, as loss scalers tell them to.
+        """
+        device, alone = self.fitted[0].device.type, self.division.parts == 1
+        fused = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        return fused and alone and device not in ("cpu", "mps") and self._scaler is None and self.guard.spike is None
 
     # -- in this order
 
@@ -113,7 +125,6 @@ class Step:
         """Set the learning rate of the step after `done` finished ones, and find the callbacks that record it."""
         self.losses.clear()
         self._targets.clear()
-        self.notice = None
         self.watching = [watcher for watcher in self._watchers if watcher.due(done + 1)]
         self._set_rates(done)
 
@@ -160,8 +171,9 @@ class Step:
             number: Of the step, counted from 1.
 
         Raises:
-            CheckError: They are not finite, and the run is to stop there.
+            CheckError: They are not finite, or the step's before were not, and the run is to stop there.
         """
+        self.decide()
         if self._scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
             # Lightning leaves unscaling to a fused optimizer, and clips while gradients are still scaled (issue 9694)
             self._scaler.unscale_(self._optimizer)
@@ -173,7 +185,11 @@ class Step:
         else:
             norm = global_norm(gradients)
         self._loss, self._norm = loss, norm
-        if not self._trusted(number, loss, norm):
+        if self._leaves_out:
+            self._optimizer.found_inf = None  # type: ignore[attr-defined]
+        if self._leaves_out and not (self.watching or self.guard.in_a_row or self._is_logged(number)):
+            self._decide_later(number, loss, norm)
+        elif not self._trusted(number, loss, norm):
             for parameter in self.fitted:  # without a gradient, an optimizer leaves a parameter alone
                 parameter.grad = None
             return
@@ -195,22 +211,60 @@ class Step:
 
     def _trusted(self, number: int, loss: Tensor | float, norm: Tensor) -> bool:
         guard, scaled = self.guard, self._scaler is not None
+        self._taken = True
         if guard.spike is None and not guard.in_a_row and math.isfinite(loss if scaled else loss + norm):
             return True
-        self.notice = guard.verdict(number, float(loss), float(norm), scaled=scaled)
-        return self.notice is None
+        self._taken = self._heard(guard.verdict(number, float(loss), float(norm), scaled=scaled))
+        return self._taken
+
+    def _heard(self, notice: str | None) -> bool:
+        """Keep what the guard said of a step; return whether it was trusted."""
+        if notice is not None:
+            self.notices.append(notice)
+        return notice is None
+
+    def _decide_later(self, number: int, loss: Tensor | float, norm: Tensor) -> None:
+        """Let the GPU leave out the update where the guard would; `decide` hears of it a step later."""
+        assert isinstance(loss, Tensor)
+        both = torch.stack([loss.double(), norm.double()])  # (2)
+        self._optimizer.found_inf = (~both.sum().isfinite()).float()  # type: ignore[attr-defined]
+        self._undecided = number, loss, Later(both)
+
+    def decide(self) -> None:
+        """Let the guard judge the step that was not waited for, if there is one: before anything depends on it.
+
+        Raises:
+            CheckError: The run is to stop before that step, which was not taken.
+        """
+        if self._undecided is None:
+            return
+        (number, loss, both), self._undecided = self._undecided, None
+        try:
+            taken = self._heard(self.guard.verdict(number, *both.read(), scaled=False))
+        except CheckError:
+            lightning_internals.take_back_step(self._trainer)
+            raise
+        self._count(number, loss, taken)
+
+    def _count(self, number: int, loss: Tensor | float, taken: bool) -> None:
+        """Add a step to the metrics."""
+        if taken:
+            self.log.add(loss)
+        else:
+            self._write({"train/skipped": self.guard.skipped}, number)
 
     def finish(self, number: int) -> None:
         """Do what follows the update: figures and metrics."""
-        if self.notice is None:
-            self.log.add(self._loss)
-        else:
-            self._write({"train/skipped": self.guard.skipped}, number)
+        if self._undecided is None:
+            self._count(number, self._loss, self._taken)
         for watcher in self.watching:
             watcher.after_step(self.net, number)
-        if number % self._log_every == 0 or number in (1, self._max_steps):
+        if self._is_logged(number):
             self.metrics = self.log.line(number, self._loss, self._norm)
             self._write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, number)
+
+    def _is_logged(self, number: int) -> bool:
+        return number % self._log_every == 0 or number in (1, self._max_steps)
 
 
 def each_step(done: int, most: int, per_call: int, stack: Iterable[Tensor]) -> Iterable[tuple[Any, ...]]:

@@ -282,3 +282,14 @@ class SayCores(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cores = {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
         Path(f"cores-{trainer.global_rank}.json").write_text(json.dumps([sorted(one) for one in cores]))
+
+
+class WaitForNothing(Callback):
+    """Makes it an error to wait for the GPU from the third step on, until the last one begins."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        number = trainer.global_step + 1
+        torch.cuda.set_sync_debug_mode("error" if 3 <= number < trainer.max_steps else "default")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        torch.cuda.set_sync_debug_mode("default")

@@ -61,6 +61,10 @@ def test_steps_are_counted(trainer: Trainer) -> None:
     assert trainer.global_step == 1
     lightning_internals.restore(trainer, {"global_step": 7, "loops": {}})
     assert trainer.global_step == 7
+    for by_lightning in (False, True):
+        trainer.strategy._lightning_module.automatic_optimization = by_lightning
+        lightning_internals.take_back_step(trainer)
+        assert trainer.global_step == 6
 
 
 def test_signals_and_launchers(trainer: Trainer) -> None:

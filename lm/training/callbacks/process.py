@@ -188,8 +188,8 @@ class Console(Callback):
         if not trainer.is_global_zero or not lightning_internals.step_finished(trainer, batch_idx):
             return
         module: Any = pl_module
-        if module.step.notice is not None:
-            self._line(f"note: {module.step.notice}", level="warning", step=trainer.global_step)
+        while module.step.notices:
+            self._line(f"note: {module.step.notices.pop(0)}", level="warning", step=trainer.global_step)
         metrics = module.metrics
         logged = metrics.get("step", 0) > trainer.global_step - lightning_internals.steps_per_call(trainer)
         if self.bar is not None:

@@ -68,6 +68,7 @@ class StopSignals(Callback):
             if trainer.world_size > 1:
                 received = max((signum for signum in REASONS if module.step.answers.get(signum)), default=0)
             if received:
+                module.step.decide()  # it may end the run a step earlier
                 raise Stopped(received, at_boundary=True)
 
     def on_validation_batch_end(
