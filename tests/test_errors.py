@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no export": (
         lambda: safetensors.import_safetensors(Path("none"), Path("a.ckpt")),
-        "`source` none: [Errno 2] No such file or directory: 'none/lm.json': it should have",
+        "`source` none: there is no such file or folder",
     ),
     "a prompt": (lambda: start_tokens(CharTokenizer("ab"), "`prompt`"), "the vocabulary of 2 characters lacks '`'"),
     "drift": (drifted, "look for a broken device, and continue with `ckpt_path` auto"),

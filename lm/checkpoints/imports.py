@@ -37,9 +37,7 @@ def import_any(
         UserError: The source is damaged or something else, lm has no equal of it, or the output is not free or cannot
             be written.
     """
-    if not source.exists():
-        raise UserError(f"{setting('source')} {source}: there is no such file or folder")
-    if (source / safetensors.REST).exists():
+    if (source / safetensors.REST).exists() or not source.exists():
         return safetensors.import_safetensors(source, output, overwrite=overwrite, note=note)
     outputs.check_free(output, made="checkpoint", ours=owned.is_ours, overwrite=overwrite)
     if source.is_file() and not checkpoint.damage(source):

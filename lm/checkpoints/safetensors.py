@@ -158,6 +158,8 @@ def import_safetensors(
         net.load_state_dict(weights)
         from_state(saved.tokenizer)
     except OSError as error:
+        if not source.exists():
+            raise UserError(f"{setting('source')} {source}: there is no such file or folder") from error
         raise UserError(
             f"{setting('source')} {source}: {error}: it should have {WEIGHTS} and {REST}, as lm export writes"
         ) from error

@@ -69,7 +69,7 @@ def test_an_export_is_imported(lm, earlier: Path) -> None:
 
 
 def test_a_checkpoint_writes_the_same_text(lm, earlier: Path) -> None:
-    words = ("--max_new_tokens", 40, "--temperature", 0.5)
+    words = ("--max_new_tokens", 40, "--temperature", 0)  # how a seed draws may change
     code, out, err = lm("sample", "--ckpt_path", EARLIER / "single/last.ckpt", *words)
     assert code == 0, err
     assert out == EXPECTED["text"]

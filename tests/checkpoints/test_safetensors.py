@@ -54,7 +54,7 @@ def test_one_file_has_everything(lm, exported: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected"),
     [
-        ("no folder", "No such file"),
+        ("no folder", "there is no such file or folder"),
         ("no JSON", "it is not what lm export writes"),
         ("half the weights", "it is not what lm export writes"),
         ("another network's weights", "it is not what lm export writes"),

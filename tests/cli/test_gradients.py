@@ -22,7 +22,9 @@ def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
     stand_in = data_for(recipe)
     words = ["gradients", "--config", config, *stand_in, "--json"]
-    if recipe["model"]["init_args"]["net"].get("init_args", {}).get("n_embd", 0) > 64:  # minutes each at their size
+    if (
+        recipe["model"]["init_args"].get("net", {}).get("init_args", {}).get("n_embd", 0) > 64
+    ):  # minutes each at their size
         words += [word for name, value in SMALL.items() for word in (f"{NET}.{name}", value)]
         words += ["--data.init_args.block_size", 16, "--data.init_args.batch_size", 2]
     code, out, err = lm(*words)
