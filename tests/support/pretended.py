@@ -113,6 +113,9 @@ class Alone(SingleDeviceStrategy):
     def __init__(self) -> None:
         super().__init__(device=torch.device(NAME, 0))
 
+    def teardown(self) -> None:
+        """Leave the module where it is: torch refuses to swap tensors to which the process has other references."""
+
 
 def register() -> torch.device:
     """Make the device known to this process, for good; return it."""

@@ -1,9 +1,11 @@
 """Every network trains, resumes and samples where no tensor may be on another device than the module's."""
 
 import faulthandler
-import gc
+import json
 import math
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,15 +21,15 @@ from lm.generation import load_network
 from lm.generation.engine import Engine, Request
 from lm.models import Bigram
 from lm.training import step
-from lm.training.callbacks import process
 from lm.training.guard import Later
+from tests.conftest import ROOT
 from tests.support import pretended
 from tests.support.cases import often
 from tests.support.networks import NETWORKS, recipe
 from tests.support.runs import assert_equal, state, stop_with, table
 
 FUSED = ("--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.init_args.fused", "true")
-MODULES = ("LanguageModel", "ManualLanguageModel")
+MODULES = (pytest.param("LanguageModel", marks=pytest.mark.slow), "ManualLanguageModel")  # the first: in processes
 
 
 class Forgetful(Bigram):
@@ -37,8 +39,32 @@ class Forgetful(Bigram):
         return super().forward(tokens) + torch.zeros(self.vocab_size)
 
 
-def in_a_fork(work: Callable[[], None]) -> str:
-    """Run what no process can take back in another one; return what it printed."""
+SAID = "LM_TEST_DEVICES"
+"""The variable that names the file in which a process of pytest's for one test writes what its fork said."""
+
+
+def in_a_fork(work: Callable[[], None], module: str = "LanguageModel") -> str:
+    """Run what no process can take back in another one; return what it printed.
+
+    Where autograd has run in this process, no fork of it can use autograd on a new device: so the test runs once more,
+    in a process of pytest's own, and this one takes what came out.
+    """
+    if module == "LanguageModel" and SAID not in os.environ:
+        file, test = Path("fork.json").absolute(), os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {SAID: str(file)}, capture_output=True, text=True)
+        assert file.exists(), done.stdout
+        code, text = json.loads(file.read_text())
+    else:
+        code, text = forked(work)
+        if SAID in os.environ:
+            Path(os.environ[SAID]).write_text(json.dumps([code, text]))
+    assert code == 0, text
+    return text
+
+
+def forked(work: Callable[[], None]) -> tuple[int, str]:
+    """Return the exit code and the output of a fork of this process."""
     said = Path("said")
     pid = os.fork()
     if not pid:
@@ -46,16 +72,12 @@ def in_a_fork(work: Callable[[], None]) -> str:
         with said.open("w", buffering=1) as output, redirect_stdout(output), redirect_stderr(output):
             try:
                 faulthandler.enable(output)
-                setattr(process, "gc", gc)  # noqa: B010 - what a run leaves must be collected: see conftest
                 work()
                 code = 0
             except BaseException:
                 traceback.print_exc()
         os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    text = said.read_text()
-    assert code == 0, text
-    return text
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.read_text()
 
 
 def fit(*words: object) -> int:
@@ -82,7 +104,7 @@ def test_all_tensors_are_on_the_modules_device(workplace: Path, name: str, modul
         requests = [Request(prompt=[0], seed=seed, max_new_tokens=5) for seed in range(3)]
         list(Engine(fitted.net, fitted.tokenizer, slots=2).run(requests))
 
-    said = in_a_fork(work)
+    said = in_a_fork(work, module)
     assert "failed" not in said  # a callback's error does not end training
     assert f"on 1 x {pretended.NAME}" in said
 
@@ -95,7 +117,7 @@ def test_a_tensor_made_elsewhere_is_found(workplace: Path) -> None:
         fit("--model.init_args.net", f"{__name__}.Forgetful")
 
     with pytest.raises(AssertionError, match=r"add: expected all tensors on pretended, found one on cpu"):
-        in_a_fork(work)
+        in_a_fork(work, "before any backward pass")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -123,7 +145,7 @@ def test_a_gpu_leaves_out_what_is_not_finite_without_being_waited_for(workplace:
         losses = [float(row["train/loss"]) for row in rows["waits"] if row["train/loss"] not in ("", "nan")]
         assert float(rows["runs_on"][-1]["train/loss"]) == pytest.approx(sum(losses[1:]) / len(losses[1:]))
 
-    assert in_a_fork(work).count("was skipped, 4 so far") == 2
+    assert in_a_fork(work, module).count("was skipped, 4 so far") == 2
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -149,7 +171,7 @@ def test_a_step_heard_of_later_stops_the_run_where_it_was(workplace: Path, modul
         assert fit(*words, *stop, "--name", "signal", "--trainer.log_every_n_steps", 12) == 1
         assert checkpoint.peek(Path("checkpoints/signal/last.ckpt")).step == bad - 1
 
-    assert in_a_fork(work).count(f"error: step {bad}: loss nan") == 3
+    assert in_a_fork(work, module).count(f"error: step {bad}: loss nan") == 3
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -170,7 +192,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing(workplace: Path, module: st
         assert waits[2], "the first step is logged"
         assert waits[9] == waits[2]
 
-    in_a_fork(work)
+    in_a_fork(work, module)
 
 
 def count_reads() -> list[int]:
