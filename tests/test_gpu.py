@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +35,16 @@ def run(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, object]]]:
     return done.returncode, found["parts"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", everything.PARTS)
+QUICK = ("machine", "steps", "resume", "sampling")  # the others train as these do, and take minutes more
+
+
+def parts() -> Iterator[Any]:
+    """Yield the parts, those that take long with the mark of make test-long."""
+    for name in everything.PARTS:
+        yield pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", parts())
 def test_each_part_measures_here_what_it_will_on_a_gpu(tmp_path: Path, name: str) -> None:
     code, found = run(tmp_path, "--parts", name, "--minutes", "15")
     part = found[name]

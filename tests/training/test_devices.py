@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from lm.training import step
 from lm.training.guard import Later
 from tests.conftest import ROOT
 from tests.support import pretended
-from tests.support.cases import often
 from tests.support.networks import NETWORKS, recipe
 from tests.support.runs import assert_equal, state, stop_with, table
 
@@ -85,8 +85,15 @@ def fit(*words: object) -> int:
     return main([str(word) for word in ("fit", "--config", "net.yaml", *short, *words)])
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("name", often(NETWORKS, lambda name: name == "GPT today"))
+def cases() -> Iterator[Any]:
+    """Yield networks and modules: one of each in make test and make test-slow, by autograd the others in test-long."""
+    for name in NETWORKS:
+        first = name == "GPT today"
+        yield pytest.param(name, "ManualLanguageModel", marks=[] if first else pytest.mark.slow)
+        yield pytest.param(name, "LanguageModel", marks=pytest.mark.slow if first else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("name", "module"), cases())
 def test_all_tensors_are_on_the_modules_device(workplace: Path, name: str, module: str) -> None:
     recipe(name)
     last = Path("checkpoints/parts/last.ckpt")
