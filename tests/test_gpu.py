@@ -44,7 +44,7 @@ def parts() -> Iterator[Any]:
         yield pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long)
 
 
-@pytest.mark.parametrize("name", parts())
+@pytest.mark.parametrize("name", list(parts()))
 def test_each_part_measures_here_what_it_will_on_a_gpu(tmp_path: Path, name: str) -> None:
     code, found = run(tmp_path, "--parts", name, "--minutes", "15")
     part = found[name]

@@ -93,7 +93,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(name, "LanguageModel", marks=pytest.mark.slow if first else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("name", "module"), cases())
+@pytest.mark.parametrize(("name", "module"), list(cases()))
 def test_all_tensors_are_on_the_modules_device(workplace: Path, name: str, module: str) -> None:
     recipe(name)
     last = Path("checkpoints/parts/last.ckpt")
