@@ -81,7 +81,8 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sigmoid_of_v(x: Tensor, square: Tensor) -> Tensor:
     a, b = GELU_TANH
-    return torch.add(x.new_tensor(a), square, alpha=b).mul_(x).sigmoid_()
+    constant = torch.full((), a, device=x.device, dtype=x.dtype)  # made there: a copy would be waited for
+    return torch.add(constant, square, alpha=b).mul_(x).sigmoid_()
 
 
 def silu(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,12 @@ ADDRESS = "PROCESS_SERVER"
 def start_server() -> str:
     """Start a server and return its address; it takes requests while it still imports, and ends after its users."""
     address = f"lm-tests-{os.getpid()}"
-    first = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    first = {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+    }
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{address}")
         listener.listen()
@@ -113,7 +118,12 @@ def start(*arguments: object, cwd: Path, fresh: bool = False, ranks: int = 1, **
         ranks: How many processes the launcher will start on this machine; those that it has no fork for are fresh.
         settings: As subprocess has them; `environment` is added to this process's.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+    }
     environment |= settings.pop("environment", {})
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
     words = [str(one) for one in arguments]

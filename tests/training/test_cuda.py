@@ -101,8 +101,10 @@ def test_stopping_and_resuming_changes_no_bit(lm, workplace: Path, deterministic
     words = (*words, *CUDA, *FUSED, *deterministic)
     code, _, err = lm(*words, "--name", "whole")
     assert code == 0, err
-    assert lm(*words, "--name", "parts", *stop_with("StopAt", 7))[0] == 143
-    assert lm(*words, "--name", "parts", "--ckpt_path", "last")[0] == 0
+    code, _, err = lm(*words, "--name", "parts", *stop_with("StopAt", 7))
+    assert code == 143, err
+    code, _, err = lm(*words, "--name", "parts", "--ckpt_path", "last")
+    assert code == 0, err
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path("checkpoints/parts/last.ckpt")))
 
 
