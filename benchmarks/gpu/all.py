@@ -33,9 +33,9 @@ class Part(NamedTuple):
 PARTS = {  # the recipe comes last: it takes all the time that is left
     "machine": Part(30, "the card, its speed at products and copies"),
     "steps": Part(170, "GPT-2 124M by autograd, through the Trainer"),
-    "by_hand": Part(80, "the same by hand"),
+    "by_hand": Part(120, "the same by hand"),
     "plain": Part(60, "the same in a plain loop"),
-    "resume": Part(90, "SIGKILL and resume, to the last bit"),
+    "resume": Part(170, "SIGKILL and resume, to the last bit"),
     "sampling": Part(40, "tokens a second"),
     "tests": Part(60, "the tests marked cuda"),
     "recipe": Part(240, "configs/shakespeare.yaml to its best loss"),

@@ -81,7 +81,7 @@ class CausalSelfAttention(nn.Module):
             where = None if positions is None else positions.unsqueeze(-2)  # one angle for all heads
             q, k = self.rotary(q, where), self.rotary(k, where)
         if cache is not None:
-            if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # its kernels for few queries are slow in 16 bits
+            if x.dtype.itemsize < 4:  # few queries are slow in 16 bits: on a GPU, cuDNN makes a plan for each length
                 q, k, v = q.float(), k.float(), v.float()
             k, v = cache.extend(self, k, v)  # (B, H', T, D) -> (B, H', S, D)
         if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
