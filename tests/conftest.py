@@ -58,13 +58,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def _frozen() -> None:
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def _quick_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_collector(monkeypatch: pytest.MonkeyPatch, _frozen: None) -> None:
     """Let no collection in this process walk through all that pytest has imported: half of what a short fit takes."""
     from lm.training.callbacks import process
 
-    if not gc.get_freeze_count():
-        gc.freeze()
     nothing = SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
     monkeypatch.setattr(process, "gc", nothing)
 

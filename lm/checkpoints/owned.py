@@ -1,5 +1,6 @@
 """Which checkpoints lm wrote, by their contents: nothing else is ever replaced or removed."""
 
+import functools
 import itertools
 import os
 import re
@@ -31,6 +32,14 @@ def is_ours(path: Path) -> bool:
     file = path / "lm.pt" if folder else path
     if not file.is_file():
         return False
+    found = file.stat()
+    stamp = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return _has_a_runs_contents(file, folder, stamp)
+
+
+@functools.lru_cache(maxsize=32)
+def _has_a_runs_contents(file: Path, folder: bool, stamp: tuple[int, ...]) -> bool:
+    """Return what a file proves. A save asks several times; the stamp tells one content from the next."""
     with suppress(Exception), warnings.catch_warnings():  # another program's file can raise anything
         warnings.simplefilter("ignore")
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

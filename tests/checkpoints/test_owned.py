@@ -112,3 +112,11 @@ def test_a_sharded_one_is_ours_by_its_lm_pt(tmp_path: Path) -> None:
     (folder / "lm.pt").write_bytes(b"torn")
     assert not owned.is_ours(folder) and owned.is_left(folder)
     assert owned.is_foreign(folder.rename(tmp_path / "out.ckpt"))
+
+
+def test_a_file_written_over_in_place_is_looked_at_again(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    data = saved(CONTENTS, path)
+    assert owned.is_ours(path)
+    path.write_bytes(data.replace(b"global_step", b"other_thing"))  # of the same length
+    assert not owned.is_ours(path)
