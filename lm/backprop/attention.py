@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lm.backprop.activations import silu, value_and_slope
-from lm.backprop.linear import drop, linear_backward
+from lm.backprop.linear import linear_backward
 from lm.backprop.rules import Backward, Gradients, precise, rule, run
 from lm.models.attention import CausalSelfAttention, Head, SeparateHeads
 from lm.models.feed_forward import BlockMLP, SingleLayer, SwiGLU
@@ -20,28 +20,24 @@ from lm.models.seq2seq import Attention
 BLOCK = 128  # queries whose attention weights are made again at a time; of fewer, they are kept
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, dropout: float = 0.0
-) -> tuple[Tensor, Backward]:
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Backward]:
     """y = P v, P = softmax(q kᵀ / √D) over the allowed keys; those not allowed have weight 0.
 
     Products of matrices: dP = dy vᵀ and dv = Pᵀ dy. A row p = softmax(s) has ∂p_i/∂s_j = p_i (δ_ij - p_j), so
         ds_j = Σ_i dp_i p_i (δ_ij - p_j) = p_j (dp_j - Σ_i dp_i p_i),
     and s = q kᵀ / √D gives dq = ds k / √D and dk = dsᵀ q / √D. What is not allowed has p = 0, so ds = 0.
-    Dropout multiplies P by its mask on the way forth, and dP on the way back.
 
     Args:
         q: (B, H, T, D).
         k: (B, H, S, D).
         v: (B, H, S, D).
         allowed: bool, broadcastable to (B, H, T, S), with a true in every row; None is the causal mask.
-        dropout: Probability of dropping a weight.
 
     Returns:
         y (B, H, T, D), and a function from dy to (dq, dk, dv).
     """
     T, D = q.shape[-2:]  # noqa: N806
-    if allowed is None and not dropout and T > BLOCK:
+    if allowed is None and T > BLOCK:
         return _attend_causal(q, k, v)
     q_, k_, v_ = (t.reshape(-1, *t.shape[-2:]) for t in (q * (1 / math.sqrt(D)), k, v))  # (B, H, T, D) -> (B H, T, D)
     scores = precise(torch.bmm(q_, k_.mT)).view(*q.shape[:3], -1)  # (B H, T, D) @ (B H, D, S) -> (B, H, T, S)
@@ -50,15 +46,13 @@ def attend(
     else:
         scores.masked_fill_(~allowed, -math.inf)
     weights = scores.softmax(-1)
-    backward_drop: Backward
-    dropped, backward_drop = drop(weights, dropout) if dropout else (weights, lambda dy: dy)
-    used = dropped.flatten(0, 1).to(v.dtype)  # (B H, T, S)
+    used = weights.flatten(0, 1).to(v.dtype)  # (B H, T, S)
     y = torch.bmm(used, v_).view_as(q)  # (B H, T, S) @ (B H, S, D) -> (B, H, T, D)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dy_ = dy.reshape(q_.shape)
         dv = torch.bmm(used.mT, dy_)  # (B H, S, T) @ (B H, T, D) -> (B H, S, D)
-        dweights = backward_drop(precise(torch.bmm(dy_, v_.mT)).view_as(weights))  # (B, H, T, S)
+        dweights = precise(torch.bmm(dy_, v_.mT)).view_as(weights)  # (B, H, T, S)
         dscores = _softmax_backward(weights, dweights).flatten(0, 1).to(k.dtype)
         dq, dk = torch.bmm(dscores, k_) * (1 / math.sqrt(D)), torch.bmm(dscores.mT, q_)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
@@ -131,13 +125,15 @@ def causal_self_attention(
     q, k, backward_turn = _norm_and_turn(attn, grads, q, k)
     group = attn.n_head // attn.n_kv_head
     k, v = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (k, v))  # (B, H', …) -> (B, H, …)
-    y, backward_attend = attend(q, k, v, allowed, attn.dropout if attn.training else 0.0)
+    v, backward_keys = run(attn.dropout, grads, v)
+    y, backward_attend = attend(q, k, v, allowed)
     y, backward_proj = run(attn.c_proj, grads, join_heads(y))  # (B, T, C)
     y, backward_drop = run(attn.resid_dropout, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
         dy = backward_proj(backward_drop(dy))
         dq, dk, dv = backward_attend(split_heads(dy, attn.head_size))
+        dv = backward_keys(dv)
         if group > 1:
             dk, dv = (part.unflatten(1, (-1, group)).sum(2) for part in (dk, dv))  # (B, H, …) -> (B, H', …)
         dq, dk = backward_turn(dq, dk)
@@ -190,12 +186,12 @@ def head(layer: Head, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     q, backward_q = run(layer.query, grads, x)
     k, backward_k = run(layer.key, grads, x)
     v, backward_v = run(layer.value, grads, x)
-    p = layer.dropout.p if layer.training else 0.0
-    y, backward_attend = attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dropout=p)  # with H = 1
+    v, backward_keys = run(layer.dropout, grads, v)
+    y, backward_attend = attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))  # with H = 1
 
     def backward(dy: Tensor) -> Tensor:
         dq, dk, dv = (part.squeeze(1) for part in backward_attend(dy.unsqueeze(1)))
-        return backward_q(dq) + backward_k(dk) + backward_v(dv)
+        return backward_q(dq) + backward_k(dk) + backward_v(backward_keys(dv))
 
     return y.squeeze(1), backward
 
@@ -225,13 +221,15 @@ def attention(layer: Attention, grads: Gradients, x: Tensor, memory: Tensor, mas
     kv, backward_kv = run(layer.c_kv, grads, memory)
     q, (k, v) = split_heads(q, head_size), (split_heads(part, head_size) for part in kv.chunk(2, dim=2))
     blind = ~mask.any(dim=-1, keepdim=True)  # (…, T, S) -> (…, T, 1)
-    y, backward_attend = attend(q, k, v, mask | blind, layer.dropout if layer.training else 0.0)
+    v, backward_keys = run(layer.dropout, grads, v)
+    y, backward_attend = attend(q, k, v, mask | blind)
     y, backward_proj = run(layer.c_proj, grads, join_heads(y.masked_fill(blind, 0.0)))
     y, backward_drop = run(layer.resid_dropout, grads, y)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor]:
         dy = split_heads(backward_proj(backward_drop(dy)), head_size).masked_fill(blind, 0.0)
         dq, dk, dv = backward_attend(dy)
+        dv = backward_keys(dv)
         return backward_q(join_heads(dq)), backward_kv(torch.cat([join_heads(dk), join_heads(dv)], dim=2))
 
     return y, backward

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.backprop.rules import Backward, Gradients, once, precise, rows_of, rule, run
+from lm.models.dropout import Dropout
 from lm.models.layers import FlattenConsecutive
 
 
@@ -113,18 +114,20 @@ def flatten_consecutive(layer: FlattenConsecutive, grads: Gradients, x: Tensor) 
     return layer(x), lambda dy: dy.reshape(x.shape)
 
 
-@rule(nn.Dropout)
-def dropout(layer: nn.Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+@rule(Dropout)
+def dropout(layer: Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = x ∘ m, where m is 0 with probability p and else 1 / (1 - p): dx = dy ∘ m."""
+    mask = layer.mask(x)
+    return (x, lambda dy: dy) if mask is None else (x * mask, lambda dy: dy * mask)
+
+
+@rule(nn.Dropout)
+def torch_dropout(layer: nn.Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """The same by torch's mask, and by the random numbers that F.dropout would use."""
     if not layer.training or layer.p == 0:
         return x, lambda dy: dy
-    return drop(x, layer.p)
-
-
-def drop(x: Tensor, p: float) -> tuple[Tensor, Backward]:
-    """Return x with elements dropped, by the random numbers that F.dropout would use, and the backward pass."""
-    y, kept = torch.native_dropout(x, p, True)
-    return y, lambda dy: dy * kept * (1 / (1 - p))
+    y, kept = torch.native_dropout(x, layer.p, True)
+    return y, lambda dy: dy * kept * (1 / (1 - layer.p))
 
 
 @rule(nn.Identity)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.masks import past
 from lm.models.rotary import Rotary
 
@@ -57,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = n_head
         self.n_kv_head = n_head if n_kv_head is None else n_kv_head
         self.head_size = n_embd // n_head
-        self.dropout = dropout
+        self.dropout = Dropout(dropout, rows=True)  # of values: see there
         self.widths = [count * self.head_size for count in (n_head, self.n_kv_head, self.n_kv_head)]
         attention_bias = bias if attention_bias is None else attention_bias
         self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
@@ -65,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
         self.rotary = rotary
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def qkv(
         self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
@@ -106,12 +107,11 @@ class CausalSelfAttention(nn.Module):
             cache: Has the keys and values of earlier positions, and takes those of x.
         """
         q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
-        p = self.dropout if self.training else 0.0
         T, S = q.shape[2], k.shape[2]  # noqa: N806
         if allowed is None and 1 < T < S:  # a single query may see all keys
             allowed = past(T, S, x.device)
         causal = allowed is None and T == S
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, self.dropout(v), attn_mask=allowed, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -124,7 +124,7 @@ class Head(nn.Module):
         self.query = nn.Linear(n_embd, head_size, bias=bias)
         self.key = nn.Linear(n_embd, head_size, bias=bias)
         self.value = nn.Linear(n_embd, head_size, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, rows=True)
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights (B, T, T) of x (B, T, C), without dropout."""
@@ -141,7 +141,7 @@ class Head(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)  # (B, T, C) -> each (B, T, D)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # (B, T, D) -> (B, S, D)
-        return self.dropout(causal_weights(q, k, allowed)) @ v  # (B, T, S) @ (B, S, D) -> (B, T, D)
+        return causal_weights(q, k, allowed) @ self.dropout(v)  # (B, T, S) @ (B, S, D) -> (B, T, D)
 
 
 class SeparateHeads(nn.Module):
@@ -163,7 +163,7 @@ class SeparateHeads(nn.Module):
             Head(n_embd=n_embd, head_size=n_embd // n_head, dropout=dropout, bias=attention_bias) for _ in range(n_head)
         )
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""

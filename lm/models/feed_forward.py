@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lm.models.dropout import Dropout
+
 FeedForward = Literal["gelu", "gelu_erf", "relu", "relu_squared", "swiglu", "single", "none"]
 
 
@@ -28,7 +30,7 @@ class BlockMLP(nn.Module):
         self.c_fc = nn.Linear(n_embd, hidden_size, bias=bias)
         self.activation = activation
         self.c_proj = nn.Linear(hidden_size, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
@@ -43,7 +45,7 @@ class SwiGLU(nn.Module):
         self.w_gate = nn.Linear(n_embd, hidden_size, bias=bias)
         self.w_up = nn.Linear(n_embd, hidden_size, bias=bias)
         self.c_proj = nn.Linear(hidden_size, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
@@ -57,7 +59,7 @@ class SingleLayer(nn.Module):
     def __init__(self, *, n_embd: int, dropout: float, bias: bool) -> None:
         super().__init__()
         self.c_fc = nn.Linear(n_embd, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lm.bounds import checked
 from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.feed_forward import FeedForward, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
 from lm.models.masks import same_document
@@ -121,7 +122,7 @@ class GPT(nn.Module):
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides n_embd.
         n_embd: Width of the residual stream, C.
-        dropout: Probability of dropping an element after the embedding, in attention and on each residual branch.
+        dropout: Probability of dropping an element after the embedding and on each residual branch, and a key of a head.
         bias: Whether linear layers and LayerNorms have biases (GPT-2: yes).
         tie_weights: Whether the output head is the token embedding (GPT-2: yes).
         attention: "batched" makes all heads from one projection, "separate" has a module for each head, written out.
@@ -209,7 +210,7 @@ class GPT(nn.Module):
 
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.h = nn.ModuleList(block() for _ in range(n_layer))
         self.ln_f = norms() if norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lm.bounds import checked
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.feed_forward import BlockMLP
 from lm.models.layers import check_heads, check_length, initialise
 
@@ -22,11 +23,11 @@ class Attention(nn.Module):
     def __init__(self, *, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
         super().__init__()
         self.n_head = n_head
-        self.dropout = dropout
+        self.dropout = Dropout(dropout, rows=True)
         self.c_q = nn.Linear(n_embd, n_embd, bias=bias)  # query of all heads
         self.c_kv = nn.Linear(n_embd, 2 * n_embd, bias=bias)  # key and value of all heads
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C).
@@ -49,8 +50,7 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.extend(self, k, v)
         blind = ~mask.any(dim=-1, keepdim=True)  # (…, T, S) -> (…, T, 1)
-        dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, dropout_p=dropout_p)
+        y = F.scaled_dot_product_attention(q, k, self.dropout(v), attn_mask=mask | blind)
         y = y.masked_fill(blind, 0.0)  # blind positions attended to everything, as a softmax over nothing is NaN
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, C/H) -> (B, T, C): heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -124,7 +124,7 @@ class Seq2Seq(nn.Module):
         n_layer: Number of blocks in the encoder, and as many in the decoder.
         n_head: Attention heads per attention; divides n_embd.
         n_embd: Width of the residual streams, C.
-        dropout: Probability of dropping an element after the embeddings, in attention and on each residual branch.
+        dropout: Probability of dropping an element after the embeddings and on each residual branch, and a key of a head.
         bias: Whether linear layers and LayerNorms have biases.
         start_token: The token whose first occurrence in a row begins the decoder's input.
         pad_token: The token that attention ignores in a source; without it every source token counts.
@@ -162,7 +162,7 @@ class Seq2Seq(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe_encoder = nn.Embedding(block_size, n_embd)
         self.wpe_decoder = nn.Embedding(block_size, n_embd)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.encoder = nn.ModuleList(
             EncoderBlock(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias) for _ in range(n_layer)
         )

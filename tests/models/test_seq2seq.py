@@ -193,11 +193,11 @@ def test_initialisation_scales_each_stacks_residual_projections() -> None:
     "place",
     [
         "drop",
-        "encoder.0.attn",
+        "encoder.0.attn.dropout",
         "encoder.0.attn.resid_dropout",
         "encoder.0.mlp.dropout",
-        "decoder.0.attn",
-        "decoder.0.cross_attn",
+        "decoder.0.attn.dropout",
+        "decoder.0.cross_attn.dropout",
         "decoder.0.cross_attn.resid_dropout",
         "decoder.0.mlp.dropout",
     ],
@@ -207,8 +207,6 @@ def test_dropout_acts_in_its_place_and_only_in_training(place: str) -> None:
     for name, module in net.named_modules():  # leave it on in one place alone
         if isinstance(module, torch.nn.Dropout) and name != place:
             module.p = 0.0
-        if isinstance(module, Attention) and name != place:
-            module.dropout = 0.0
     tokens = row([1, 2, 3, 4], START, [4, 3, 2])
     assert not torch.equal(target_logits(net, tokens), target_logits(net, tokens))
     net.eval()

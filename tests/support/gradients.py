@@ -9,6 +9,7 @@ from lm.backprop import Gradients, loss_and_gradients, run
 from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
+from lm.models.dropout import Dropout
 from lm.models.feed_forward import ReLUSquared
 from lm.models.layers import BatchNorm
 
@@ -60,7 +61,9 @@ LAYERS = {
         lambda: feed_forward.BlockMLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
         (3, 5, 6),
     ),
-    "dropout": (lambda: nn.Dropout(0.3), (3, 60)),
+    "dropout": (lambda: Dropout(0.3), (3, 60)),
+    "dropout of rows": (lambda: Dropout(0.3, rows=True), (3, 20, 4)),
+    "torch's dropout": (lambda: nn.Dropout(0.3), (3, 60)),
     "identity": (nn.Identity, (3, 6)),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, dilation=2), (3, 6, 9)),
 }
