@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, precise, rule, run
+from lm.backprop.rules import Backward, Gradients, in_parts, precise, rows_of, rule, run
 from lm.models.feed_forward import ReLUSquared
 
 GELU_TANH = 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)
@@ -31,10 +31,7 @@ def sigmoid(layer: nn.Sigmoid, grads: Gradients, x: Tensor) -> tuple[Tensor, Bac
 @rule(nn.ReLU, ReLUSquared, nn.GELU)
 def from_input(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = f(x), of which x is kept: see `value_and_slope`."""
-    if isinstance(layer, nn.GELU) and layer.approximate == "tanh" and x.dtype.itemsize >= 4:
-        y = x * _sigmoid_of_v(x, x * x)  # half of the time of torch's, which has a tanh to compute
-    else:
-        y = layer(x)
+    y = gelu_tanh(x) if isinstance(layer, nn.GELU) and layer.approximate == "tanh" else layer(x)
     return y, lambda dy: dy * value_and_slope(layer, grads, x)[1]
 
 
@@ -77,6 +74,18 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     value = x * s
     slope_of_v = square.mul_(3 * b).add_(a)
     return value, slope_of_v.mul_(value).lerp_(x.new_ones(()), s)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return GELU by tanh in half of the time of torch's, which has a tanh to compute."""
+    y = x.new_empty(x.shape)
+
+    def part(x: Tensor, y: Tensor) -> None:
+        x = precise(x)
+        y.copy_(_sigmoid_of_v(x, x * x).mul_(x))
+
+    in_parts(part, rows_of(x), rows_of(y))
+    return y
 
 
 def _sigmoid_of_v(x: Tensor, square: Tensor) -> Tensor:

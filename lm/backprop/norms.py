@@ -3,10 +3,12 @@
 Shapes: N rows (all leading dimensions together), C channels, … any leading dimensions.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule
+from lm.backprop.rules import Backward, Gradients, in_parts, precise, product_type, rows_of, rule
 from lm.models.layers import BatchNorm
 
 
@@ -60,20 +62,30 @@ def layer_norm(layer: nn.LayerNorm, grads: Gradients, x: Tensor) -> tuple[Tensor
     A row's mean of γ dy is the product dy · γ / C: a matrix times a vector.
     """
     C = x.shape[-1]  # noqa: N806
-    normal, _, r = torch.native_layer_norm(precise(x), (C,), None, None, layer.eps)  # x̂ (…, C), r (…, 1)
-    y = normal * layer.weight if layer.bias is None else torch.addcmul(layer.bias, normal, layer.weight)
+    x = precise(x)
+    y, mean, r = torch.native_layer_norm(x, (C,), layer.weight, layer.bias, layer.eps)  # (…, C), two (…, 1)
+    normal = x.new_empty(x.shape, dtype=product_type(x))  # x̂ (…, C)
+    in_parts(lambda x, mean, r, kept: kept.copy_((x - mean).mul_(r)), *map(rows_of, (x, mean, r, normal)))
 
     def backward(dy: Tensor) -> Tensor:
-        dy = precise(dy)
-        product = dy * normal  # (…, C)
-        grads.add(layer.weight, rows_of(product).sum(0))  # (N, C) -> (C,)
+        dx = torch.empty_like(normal, dtype=r.dtype)
+        gamma, totals = layer.weight / C, dx.new_zeros(2, C)
+
+        def part(dy: Tensor, normal: Tensor, r: Tensor, dx: Tensor) -> None:
+            dy, normal = precise(dy), precise(normal)
+            product = dy * normal  # (n, C)
+            totals[0] += product.sum(0)
+            if layer.bias is not None:
+                totals[1] += dy.sum(0)
+            torch.addcmul((dy @ gamma).neg_().unsqueeze(-1), dy, layer.weight, out=dx)  # g - mean(g)
+            dx.addcmul_(normal, (product @ gamma).unsqueeze(-1), value=-1).mul_(r)
+
+        with full_precision(dx):
+            in_parts(part, *map(rows_of, (dy, normal, r, dx)))
+        grads.add(layer.weight, totals[0])
         if layer.bias is not None:
-            grads.add(layer.bias, rows_of(dy).sum(0))
-        gamma = layer.weight / C
-        mean_g = _rowwise(dy, gamma)  # (…, 1)
-        mean_gx = _rowwise(product, gamma)
-        dx = torch.addcmul(mean_g.neg(), dy, layer.weight)  # g - mean(g)
-        return dx.addcmul_(normal, mean_gx, value=-1).mul_(r)
+            grads.add(layer.bias, totals[1])
+        return dx
 
     return y, backward
 
@@ -88,20 +100,36 @@ def rms_norm(layer: nn.RMSNorm, grads: Gradients, x: Tensor) -> tuple[Tensor, Ba
     C = x.shape[-1]  # noqa: N806
     x = precise(x)
     eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
-    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()  # (…, 1)
-    normal = x * r
+    y, normal = x.new_empty(x.shape), x.new_empty(x.shape, dtype=product_type(x))  # (…, C)
+    r = x.new_empty(*x.shape[:-1], 1)
+
+    def forward(x: Tensor, r: Tensor, normal: Tensor, y: Tensor) -> None:
+        r.copy_(torch.linalg.vecdot(x, x).div_(C).add_(eps).rsqrt_().unsqueeze(-1))
+        torch.mul(x, r, out=y)
+        normal.copy_(y)
+        y.mul_(layer.weight)
+
+    in_parts(forward, *map(rows_of, (x, r, normal, y)))
 
     def backward(dy: Tensor) -> Tensor:
-        dy = precise(dy)
-        product = dy * normal
-        grads.add(layer.weight, rows_of(product).sum(0))
-        mean_gx = _rowwise(product, layer.weight / C)  # (…, 1)
-        return (dy * layer.weight).addcmul_(normal, mean_gx, value=-1).mul_(r)
+        dx = torch.empty_like(normal, dtype=r.dtype)
+        gamma, total = layer.weight / C, dx.new_zeros(C)
 
-    return normal * layer.weight, backward
+        def part(dy: Tensor, normal: Tensor, r: Tensor, dx: Tensor) -> None:
+            dy, normal = precise(dy), precise(normal)
+            product = dy * normal  # (n, C)
+            total.add_(product.sum(0))
+            torch.mul(dy, layer.weight, out=dx)
+            dx.addcmul_(normal, (product @ gamma).unsqueeze(-1), value=-1).mul_(r)
+
+        with full_precision(dx):
+            in_parts(part, *map(rows_of, (dy, normal, r, dx)))
+        grads.add(layer.weight, total)
+        return dx
+
+    return y, backward
 
 
-def _rowwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Return each row's product with weight (C,), (…, 1). Under autocast, too, in full precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        return (x @ weight).unsqueeze(-1)
+def full_precision(x: Tensor) -> Any:
+    """Return a context in which autocast casts no product."""
+    return torch.autocast(x.device.type, enabled=False)

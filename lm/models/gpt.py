@@ -122,7 +122,7 @@ class GPT(nn.Module):
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides n_embd.
         n_embd: Width of the residual stream, C.
-        dropout: Probability of dropping an element after the embedding and on each residual branch, and a key of a head.
+        dropout: Probability of dropping an element after the embedding and on each branch, and a key of a head.
         bias: Whether linear layers and LayerNorms have biases (GPT-2: yes).
         tie_weights: Whether the output head is the token embedding (GPT-2: yes).
         attention: "batched" makes all heads from one projection, "separate" has a module for each head, written out.

@@ -124,7 +124,7 @@ class Seq2Seq(nn.Module):
         n_layer: Number of blocks in the encoder, and as many in the decoder.
         n_head: Attention heads per attention; divides n_embd.
         n_embd: Width of the residual streams, C.
-        dropout: Probability of dropping an element after the embeddings and on each residual branch, and a key of a head.
+        dropout: Probability of dropping an element after the embeddings and on each branch, and a key of a head.
         bias: Whether linear layers and LayerNorms have biases.
         start_token: The token whose first occurrence in a row begins the decoder's input.
         pad_token: The token that attention ignores in a source; without it every source token counts.

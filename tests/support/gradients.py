@@ -146,7 +146,7 @@ def assert_layer(name: str) -> None:
 
 def assert_attention(time: int) -> None:
     """Check causal attention to so many tokens: its backward pass works block by block."""
-    q, k, v = (torch.randn(2, 3, time, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(5, 3, time, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     dy = torch.randn_like(y)
     wanted = torch.autograd.grad(y, (q, k, v), dy)
