@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from lm.backprop.activations import silu, value_and_slope
 from lm.backprop.linear import linear_gradients
-from lm.backprop.rules import Backward, Gradients, for_products, in_parts, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, for_products, rule, run
 from lm.models.attention import CausalSelfAttention, Head, SeparateHeads
 from lm.models.feed_forward import BlockMLP, SingleLayer, SwiGLU
+from lm.models.parts import in_parts, precise, rows_of, turned
 from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
 
@@ -167,9 +168,7 @@ def _norm_and_turn(
     """QK-norm and rotary positions, where attention has them, of queries and keys alike."""
     steps: list[tuple[Backward, Backward]] = []
     if attn.q_norm is not None and attn.k_norm is not None:
-        kind = q.dtype
         (q, backward_q), (k, backward_k) = run(attn.q_norm, grads, q), run(attn.k_norm, grads, k)
-        q, k = q.to(kind), k.to(kind)
         steps.append((backward_q, backward_k))
     if attn.rotary is not None:
         (q, backward_q), (k, backward_k) = run(attn.rotary, grads, q), run(attn.rotary, grads, k)
@@ -187,16 +186,10 @@ def _norm_and_turn(
 def rotary(layer: Rotary, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = x cos + R x sin, where R turns each pair by 90 degrees: (a, b) -> (-b, a).
 
-    The pair is turned by an angle, an orthogonal map; its transpose turns back: dx = dy cos + Rᵀ (dy sin), where
-    Rᵀ (a, b) = (b, -a).
+    The pair is turned by an angle, an orthogonal map; its transpose turns back, by the angle of the opposite sine.
     """
-    T = x.shape[-2]  # noqa: N806
-
-    def backward(dy: Tensor) -> Tensor:
-        first, second = (dy * layer.sin[:T]).chunk(2, dim=-1)
-        return dy * layer.cos[:T] + torch.cat([second, -first], dim=-1)
-
-    return layer(x), backward
+    cos, sin = layer.angles(x.shape[-2])
+    return turned(x, cos, sin), lambda dy: turned(dy, cos, -sin)
 
 
 @rule(Head)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rules import Backward, Gradients, for_products, once, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, for_products, once, rule, run
 from lm.models.dropout import Dropout
 from lm.models.layers import FlattenConsecutive
+from lm.models.parts import precise, rows_of
 
 
 @rule(nn.Linear)

@@ -3,13 +3,14 @@
 Shapes: N rows (all leading dimensions together), C channels, … any leading dimensions.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, in_parts, precise, product_type, rows_of, rule
+from lm.backprop.rules import Backward, Gradients, product_type, rule
+from lm.models import parts
 from lm.models.layers import BatchNorm
+from lm.models.norms import RMSNorm, epsilon
+from lm.models.parts import full_precision, in_parts, precise, rows_of
 
 
 @rule(BatchNorm)
@@ -90,46 +91,18 @@ def layer_norm(layer: nn.LayerNorm, grads: Gradients, x: Tensor) -> tuple[Tensor
     return y, backward
 
 
-@rule(nn.RMSNorm)
+@rule(RMSNorm, nn.RMSNorm)
 def rms_norm(layer: nn.RMSNorm, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = γ x̂, where x̂ = x r and r = (Σ x² / C + ε)^-½ of each row.
 
     As LayerNorm without μ: r reaches x by dr/dx = -r³ x / C, which turns Σ g x into -r x̂ Σ(g x̂) / C:
         dx = r (g - x̂ mean(g x̂)), g = γ dy; dγ = Σ_n dy x̂.
     """
-    C = x.shape[-1]  # noqa: N806
-    x = precise(x)
-    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
-    y, normal = x.new_empty(x.shape), x.new_empty(x.shape, dtype=product_type(x))  # (…, C)
-    r = x.new_empty(*x.shape[:-1], 1)
-
-    def forward(x: Tensor, r: Tensor, normal: Tensor, y: Tensor) -> None:
-        r.copy_(torch.linalg.vecdot(x, x).div_(C).add_(eps).rsqrt_().unsqueeze(-1))
-        torch.mul(x, r, out=y)
-        normal.copy_(y)
-        y.mul_(layer.weight)
-
-    in_parts(forward, *map(rows_of, (x, r, normal, y)))
+    y, normal, r = parts.rms_norm(x, layer.weight, epsilon(layer), product_type(x))
 
     def backward(dy: Tensor) -> Tensor:
-        dx = torch.empty_like(normal, dtype=r.dtype)
-        gamma, total = layer.weight / C, dx.new_zeros(C)
-
-        def part(dy: Tensor, normal: Tensor, r: Tensor, dx: Tensor) -> None:
-            dy, normal = precise(dy), precise(normal)
-            product = dy * normal  # (n, C)
-            total.add_(product.sum(0))
-            torch.mul(dy, layer.weight, out=dx)
-            dx.addcmul_(normal, (product @ gamma).unsqueeze(-1), value=-1).mul_(r)
-
-        with full_precision(dx):
-            in_parts(part, *map(rows_of, (dy, normal, r, dx)))
+        dx, total = parts.rms_norm_backward(dy, normal, r, layer.weight)
         grads.add(layer.weight, total)
         return dx
 
     return y, backward
-
-
-def full_precision(x: Tensor) -> Any:
-    """Return a context in which autocast casts no product."""
-    return torch.autocast(x.device.type, enabled=False)

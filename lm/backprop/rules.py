@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 Backward = Callable[..., Any]
 Rule = Callable[..., tuple[Any, Backward]]
-PART = 1 << 17  # elements: half a MiB in float32
 
 
 class NoRuleError(TypeError):
@@ -160,11 +159,6 @@ def once(backward: Backward) -> Backward:
     return guarded
 
 
-def precise(x: Tensor) -> Tensor:
-    """Return x in at least 32 bits: elementwise formulas and sums lose digits in fewer."""
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
 def product_type(x: Tensor) -> torch.dtype:
     """Return the type in which x goes into products of matrices: autocast's, where that is on."""
     kind = x.device.type
@@ -175,25 +169,3 @@ def product_type(x: Tensor) -> torch.dtype:
 def for_products(x: Tensor) -> Tensor:
     """Return x in that type: cast once, rather than by each product."""
     return x.to(product_type(x))
-
-
-def in_parts(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Call a function on some rows (N, …) of all tensors at a time, as many as a processor's cache can hold.
-
-    Many operations one after another on a large tensor take half of the time so, as none reads it from memory again.
-
-    Args:
-        function: Writes its results into some of the tensors.
-        tensors: Of the same N; those that are written to are contiguous, as their rows would else be copies.
-    """
-    size = max(1, PART * len(tensors[0]) // max(1, tensors[0].numel()))
-    if len(tensors[0]) <= size or torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
-        function(*tensors)
-        return
-    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
-        function(*parts)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Return x (…, C) as rows (N, C)."""
-    return x.flatten(0, -2)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lm.models.cache import Cache
 from lm.models.dropout import Dropout
 from lm.models.masks import past
+from lm.models.norms import RMSNorm
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
@@ -62,8 +63,8 @@ class CausalSelfAttention(nn.Module):
         self.widths = [count * self.head_size for count in (n_head, self.n_kv_head, self.n_kv_head)]
         attention_bias = bias if attention_bias is None else attention_bias
         self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
-        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
         self.rotary = rotary
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
         self.resid_dropout = Dropout(dropout)
@@ -75,8 +76,7 @@ class CausalSelfAttention(nn.Module):
         parts = self.c_attn(x).split(self.widths, dim=2)  # (B, T, C) -> (B, T, C) and, of H' key heads, two (B, T, H'D)
         q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)  # -> (B, H or H', T, D)
         if self.q_norm is not None and self.k_norm is not None:
-            precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
-            q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             where = None if positions is None else positions.unsqueeze(-2)  # one angle for all heads
             q, k = self.rotary(q, where), self.rotary(k, where)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lm.bounds import checked
 from lm.models.cache import Cache
 from lm.models.dropout import Dropout
-from lm.models.feed_forward import BlockMLP
+from lm.models.feed_forward import GELU, BlockMLP
 from lm.models.layers import check_heads, check_length, initialise
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> BlockMLP:
     """Return GPT-2's feed-forward network, four times as wide inside."""
-    gelu = nn.GELU(approximate="tanh")
+    gelu = GELU(approximate="tanh")
     return BlockMLP(n_embd=n_embd, hidden_size=4 * n_embd, activation=gelu, dropout=dropout, bias=bias)
 
 

@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant("activations", "(x > 0).to(x.dtype)", "torch.ones_like(x)", "relu: gradient where it is off"),
     Mutant("activations", "2 * positive", "positive", "squared relu: factor 2"),
     Mutant("activations", "below + x * density", "below + density", "gelu: factor x"),
-    Mutant("activations", "square.mul_(3 * b)", "square.mul_(2 * b)", "gelu tanh: wrong power"),
+    Mutant("models.parts", "square.mul_(3 * b)", "square.mul_(2 * b)", "gelu tanh: wrong power"),
     Mutant("activations", "s + value * (1 - s)", "s + value", "silu: factor 1 - σ"),
     Mutant("norms", "n - int(layer.bessel)", "n", "batch norm: Bessel's correction forgotten in dx"),
     Mutant("norms", "dy - sum_1 / n - normal * (sum_x / m)", "dy - normal * (sum_x / m)", "batch norm: term of μ dropped"),
@@ -62,9 +62,9 @@ MUTANTS = [
     Mutant("norms:layer_norm", "totals[1] += dy.sum(0)", "totals[1] += product.sum(0)", "layer norm: dβ"),
     Mutant("norms:layer_norm", "totals[0] += product.sum(0)", "totals[0] = product.sum(0)", "layer norm: earlier rows forgotten"),
     Mutant("norms:layer_norm", "(x - mean).mul_(r)", "x * r", "layer norm: x̂ without μ"),
-    Mutant("norms:rms_norm", "layer.weight / C", "layer.weight", "rms norm: mean is a sum"),
-    Mutant("norms:rms_norm", "total.add_(product.sum(0))", "total.copy_(product.sum(0))", "rms norm: earlier rows forgotten"),
-    Mutant("norms:rms_norm", "normal.copy_(y)", "normal.copy_(x)", "rms norm: x for x̂"),
+    Mutant("models.parts:rms_norm_backward", "weight.to(r.dtype) / normal.shape[-1]", "weight.to(r.dtype)", "rms norm: mean is a sum"),
+    Mutant("models.parts:rms_norm_backward", "total.add_(product.sum(0))", "total.copy_(product.sum(0))", "rms norm: earlier rows forgotten"),
+    Mutant("models.parts:rms_norm", "normal.copy_(x)", "normal.copy_(y)", "rms norm: not y x̂"),
     Mutant("attention", "dp.sub_(inner.unsqueeze(-1)).mul_(p)", "dp.mul_(p)", "softmax: subtraction dropped"),
     Mutant("attention", "dp.sub_(inner.unsqueeze(-1)).mul_(p)", "dp.sub_(inner.unsqueeze(-1))", "softmax: p forgotten"),
     Mutant("attention:attend", "torch.linalg.vecdot(dy_, y)", "torch.linalg.vecdot(y, y)", "attention: inner product of y alone"),
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("attention", "((dk, torch.bmm(dscores.mT, q_)), (dv, torch.bmm(weights.mT, dy_)))", "((dk, torch.bmm(dscores.mT, q_)), (dv, torch.bmm(dscores.mT, dy_)))", "causal attention: dv by dS"),
     Mutant("attention", "torch.bmm(dscores, k_) * (1 / math.sqrt(D))", "torch.bmm(dscores, k_)", "attention: 1/√D dropped in dq"),
     Mutant("attention", "part.unflatten(1, (-1, group)).sum(2)", "part.unflatten(1, (-1, group))[:, :, 0]", "shared keys: one copy alone"),
-    Mutant("attention", "[second, -first]", "[-second, first]", "rotary: turned on instead of back"),
+    Mutant("attention", "turned(dy, cos, -sin)", "turned(dy, cos, sin)", "rotary: turned on instead of back"),
     Mutant("attention", "q, k, backward_turn = _norm_and_turn(attn, grads, q, k)", "_, _, backward_turn = _norm_and_turn(attn, grads, q, k)", "rotary and QK-norm not applied"),
     Mutant("attention", "backward_q(dq) + backward_k(dk) + backward_v(backward_keys(dv))", "backward_q(dq) + backward_k(dk)", "head: values forgotten"),
     Mutant("attention", "[join_heads(dk), join_heads(dv)]", "[join_heads(dv), join_heads(dk)]", "cross-attention: exchanged"),
@@ -160,7 +160,7 @@ def checks() -> Iterator[object]:
 def verdict() -> str:
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lm.backprop.rules.PART", 50)  # so that layers work in several parts
+            patch.setattr("lm.models.parts.PART", 50)  # so that layers work in several parts
             for _ in checks():
                 pass
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
@@ -230,14 +230,14 @@ def test_the_checker_finds_every_mutant_in_each_arithmetic(dtype: torch.dtype, m
     """What needs long sequences, many logits or ignored targets has them."""
     monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
     monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
-    monkeypatch.setattr("lm.backprop.rules.PART", 50)
+    monkeypatch.setattr("lm.models.parts.PART", 50)
     assert found(dtype) is None
     wrong = {}
     for mutant in [*MUTANTS, *ACCUMULATION]:
         with broken(mutant):
             monkeypatch.setattr("lm.backprop.attention.BLOCK", 3)
             monkeypatch.setattr("lm.backprop.loss.CHUNK", 4 * V)
-            monkeypatch.setattr("lm.backprop.rules.PART", 50)
+            monkeypatch.setattr("lm.models.parts.PART", 50)
             wrong[f"{mutant.place}: {mutant.name}"] = found(dtype)
     assert len(wrong) == len(MUTANTS) + len(ACCUMULATION)
     print(*wrong.items(), sep="\n")

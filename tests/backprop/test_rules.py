@@ -25,7 +25,7 @@ from tests.support.gradients import (
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let layers work on a few rows at a time, as they do on large tensors."""
-    monkeypatch.setattr("lm.backprop.rules.PART", 50)
+    monkeypatch.setattr("lm.models.parts.PART", 50)
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])

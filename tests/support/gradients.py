@@ -10,8 +10,9 @@ from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
 from lm.models.dropout import Dropout
-from lm.models.feed_forward import ReLUSquared
+from lm.models.feed_forward import GELU, ReLUSquared
 from lm.models.layers import BatchNorm
+from lm.models.norms import RMSNorm
 
 V, T = 11, 8
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -47,7 +48,8 @@ LAYERS = {
     "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (3, 6)),
     "layer norm": (lambda: nn.LayerNorm(6), (3, 5, 6)),
     "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), (3, 6)),
-    "rms norm": (lambda: nn.RMSNorm(6), (3, 5, 6)),
+    "rms norm": (lambda: RMSNorm(6), (3, 5, 6)),
+    "torch's rms norm": (lambda: nn.RMSNorm(6), (3, 5, 6)),
     "batch norm": (lambda: BatchNorm(6), (7, 6)),
     "batch norm over time": (lambda: BatchNorm(6, bessel=True), (3, 5, 6)),
     "batch norm per position": (lambda: BatchNorm(6, n_positions=5), (3, 5, 6)),
@@ -55,8 +57,9 @@ LAYERS = {
     "sigmoid": (nn.Sigmoid, (3, 6)),
     "relu": (nn.ReLU, (3, 6)),
     "squared relu": (ReLUSquared, (3, 6)),
-    "gelu": (nn.GELU, (3, 60)),
-    "gelu tanh": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
+    "gelu": (GELU, (3, 60)),
+    "gelu tanh": (lambda: GELU(approximate="tanh"), (3, 60)),
+    "torch's gelu": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
     "feed-forward of another activation": (
         lambda: feed_forward.BlockMLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
         (3, 5, 6),
