@@ -88,21 +88,26 @@ def _sigmoid_of_v(x: Tensor, square: Tensor) -> Tensor:
 
 
 class GELUTanh(Function):
-    """GELU by tanh, of which x is kept."""
+    """GELU by tanh, of which the slope is kept, made while x is at hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Return f(x)."""
-        ctx.save_for_backward(x)
-        return gelu_tanh_value(x)
+        y, slope = x.new_empty(x.shape), x.new_empty(x.shape)
+
+        def part(x: Tensor, y: Tensor, slope: Tensor) -> None:
+            for place, found in zip((y, slope), gelu_tanh(precise(x)), strict=True):
+                place.copy_(found)
+
+        in_parts(part, *map(rows_of, (x, y, slope)))
+        ctx.save_for_backward(slope)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         """Return dx = dy f'(x)."""
-        (x,) = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
-        in_parts(lambda x, dy, dx: dx.copy_(gelu_tanh(precise(x))[1].mul_(dy)), *map(rows_of, (x, dy, dx)))
-        return dx
+        (slope,) = ctx.saved_tensors
+        return dy * slope
 
 
 # -- RMSNorm
