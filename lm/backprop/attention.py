@@ -78,10 +78,12 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
     The weights of a part stay in a processor's cache. Queries of a block see no keys behind its end, so nearly half of
     the products are not computed at all.
     """
-    H, T, D = q.shape[1:]  # noqa: N806
+    B, H, T, D = q.shape  # noqa: N806
     scale = 1 / math.sqrt(D)
     q, k, v = ((q * scale).contiguous(), k.contiguous(), v.contiguous())  # each (B, H, T, D)
-    y = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+    y = q.new_empty(B, T, H, D).transpose(
+        1, 2
+    )  # the heads' outputs side by side in memory, as the projection wants them
     for some, start, stop in _parts(q):
         weights = _block_weights(q[some, :, start:stop], k[some, :, :stop], start)
         y[some, :, start:stop] = torch.bmm(weights, v[some, :, :stop].flatten(0, 1)).unflatten(0, (-1, H))
@@ -107,7 +109,8 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
 def _parts(q: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Yield which sequences, from which query, to which: later queries first."""
     B, H, T = q.shape[:3]  # noqa: N806
-    count = B if torch.compiler.is_compiling() else max(1, AT_ONCE // (H * BLOCK * T))
+    whole = torch.compiler.is_compiling() or q.device.type != "cpu"
+    count = B if whole else max(1, AT_ONCE // (H * BLOCK * T))
     for first in range(0, B, count):
         for start in reversed(range(0, T, BLOCK)):
             yield slice(first, first + count), start, min(T, start + BLOCK)
