@@ -267,7 +267,7 @@ def mlp(layer: BlockMLP, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]
         def part(h: Tensor, a: Tensor, da: Tensor) -> None:
             value, slope = value_and_slope(layer.activation, grads, h)
             a.copy_(value)
-            da.copy_(slope.mul_(da))
+            torch.mul(slope, da, out=da)
 
         in_parts(part, rows_of(h), rows_of(a), rows_of(da))
         linear_gradients(layer.c_proj, grads, a, dy)

@@ -6,7 +6,7 @@ Shapes: N rows (all leading dimensions together), C channels, … any leading di
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, product_type, rule
+from lm.backprop.rules import Backward, Gradients, for_products, product_type, rule
 from lm.models import parts
 from lm.models.layers import BatchNorm
 from lm.models.norms import RMSNorm, epsilon
@@ -64,9 +64,9 @@ def layer_norm(layer: nn.LayerNorm, grads: Gradients, x: Tensor) -> tuple[Tensor
     """
     C = x.shape[-1]  # noqa: N806
     x = precise(x)
-    y, mean, r = torch.native_layer_norm(x, (C,), layer.weight, layer.bias, layer.eps)  # (…, C), two (…, 1)
-    normal = x.new_empty(x.shape, dtype=product_type(x))  # x̂ (…, C)
-    in_parts(lambda x, mean, r, kept: kept.copy_((x - mean).mul_(r)), *map(rows_of, (x, mean, r, normal)))
+    normal, _, r = torch.native_layer_norm(x, (C,), None, None, layer.eps)  # x̂ (…, C), r (…, 1)
+    y = normal * layer.weight if layer.bias is None else torch.addcmul(layer.bias, normal, layer.weight)
+    normal = for_products(normal)  # as it is kept
 
     def backward(dy: Tensor) -> Tensor:
         dx = torch.empty_like(normal, dtype=r.dtype)

@@ -76,7 +76,7 @@ def gelu_tanh_value(x: Tensor) -> Tensor:
 
     def part(x: Tensor, y: Tensor) -> None:
         x = precise(x)
-        y.copy_(_sigmoid_of_v(x, x * x).mul_(x))
+        torch.mul(_sigmoid_of_v(x, x * x), x, out=y)
 
     in_parts(part, rows_of(x), rows_of(y))
     return y
