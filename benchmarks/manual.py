@@ -1,9 +1,11 @@
 """Gradients by hand against autograd: time and memory of a training step, side by side in one run.
 
-    LM_DATA_HOME=... python benchmarks/manual.py [--rounds 21] [--only eager]
+    LM_DATA_HOME=... python benchmarks/manual.py [--rounds 21] [--only eager] [--case 6×384] [--cpu_time]
 
 Whole steps: gradients, and a fused AdamW's or SGD's update. Both take turns in each round; a figure is the median of
-the rounds' ratios. Memory is the peak of a process's resident memory above what it had with network and data in place.
+the rounds' ratios. In bfloat16, networks and gradients are in float32, and products by autocast. On a busy machine
+--cpu_time takes one thread and counts its own time alone. Memory is the peak of a process's resident memory above what
+it had with network and data in place.
 For the Trainer's cost with gradients by hand against a bare autograd loop, run benchmarks/overhead.py with
 `--model lm.training.ManualLanguageModel --model.init_args.compile true`.
 """
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,12 @@ def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> 
     return net, torch.randint(65, (batch, block_size)), torch.randint(65, (batch, block_size))
 
 
+LOW = ", bfloat16"
+LARGE = "GPT 6×384, context 256, batch 16"
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {  # what, and steps a round
     "GPT 4×128, context 64, batch 12": (lambda: gpt(4, 4, 128, 64, 12), 20),
-    "GPT 6×384, context 256, batch 8": (lambda: gpt(6, 6, 384, 256, 8), 2),
+    LARGE: (lambda: gpt(6, 6, 384, 256, 16), 1),
+    LARGE + LOW: (lambda: gpt(6, 6, 384, 256, 16), 1),
     "MLP, batch 32": (lambda: (MLP(27, 3), torch.randint(27, (32, 3)), torch.randint(27, (32,))), 400),
     "WaveNet, batch 32": (
         lambda: (WaveNet(27, 8, n_embd=10, n_hidden=68), torch.randint(27, (32, 8)), torch.randint(27, (32,))),
@@ -54,58 +61,66 @@ def steps(name: str, compiled: bool) -> dict[str, Callable[[], None]]:
         small = "GPT" not in name
         optimizer: Any = torch.optim.SGD(parameters, lr=0.1) if small else torch.optim.AdamW(parameters, fused=True)
         make = autograd if kind == "autograd" else by_hand
-        made[kind] = make(net, parameters, optimizer, tokens, targets, compiled)
+        products = partial(torch.autocast, "cpu", torch.bfloat16) if name.endswith(LOW) else nullcontext
+        made[kind] = make(net, parameters, optimizer, tokens, targets, compiled, products)
     return made
 
 
-def autograd(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool) -> Any:
+def autograd(
+    net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool, products: Any
+) -> Any:
     def loss_of(net: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(net(tokens).flatten(0, -2), targets.flatten())
+        return F.cross_entropy(net(tokens).float().flatten(0, -2), targets.flatten())
 
     run = torch.compile(loss_of, dynamic=False, fullgraph=True) if compiled else loss_of
 
     def step() -> None:
         optimizer.zero_grad()
-        run(net, tokens, targets).backward()
+        with products():
+            loss = run(net, tokens, targets)
+        loss.backward()
         optimizer.step()
 
     return step
 
 
-def by_hand(net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool) -> Any:
+def by_hand(
+    net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool, products: Any
+) -> Any:
     grads = Gradients()
     run = compile_pass()
 
     @torch.no_grad()
     def step() -> None:
-        if compiled:
-            _, found = run(net, parameters, tokens, targets, 1.0)
-            for parameter, gradient in zip(parameters, found, strict=True):
-                parameter.grad = gradient
-        else:
-            grads.begin(parameters)
-            loss_and_gradients(net, grads, tokens, targets)
+        with products():
+            if compiled:
+                _, found = run(net, parameters, tokens, targets, 1.0)
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = gradient
+            else:
+                grads.begin(parameters)
+                loss_and_gradients(net, grads, tokens, targets)
         optimizer.step()
 
     return step
 
 
-def timed(step: Callable[[], None], count: int) -> float:
-    began = time.perf_counter()
+def timed(step: Callable[[], None], count: int, clock: Callable[[], float]) -> float:
+    began = clock()
     for _ in range(count):
         step()
-    return 1000 * (time.perf_counter() - began) / count
+    return 1000 * (clock() - began) / count
 
 
-def compare(name: str, compiled: bool, rounds: int) -> None:
+def compare(name: str, compiled: bool, rounds: int, clock: Callable[[], float]) -> None:
     """Print a row: the ratio of a step's times, and its spread; the times themselves go to standard error."""
     both, count = steps(name, compiled), CASES[name][1]
     for step in both.values():
-        timed(step, count)
+        timed(step, count, clock)
     found: dict[str, list[float]] = {kind: [] for kind in both}
     for number in range(rounds):
         for kind in list(both)[:: 1 if number % 2 else -1]:
-            found[kind].append(timed(both[kind], count))
+            found[kind].append(timed(both[kind], count, clock))
     ratios = [b / a for a, b in zip(found["autograd"], found["by hand"], strict=True)]
     a, b = (statistics.median(values) for values in found.values())
     how = "both compiled" if compiled else "eager"
@@ -134,9 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--only", choices=("eager", "compiled", "memory"))
+    parser.add_argument("--case", default="", help="rows whose name has this in it")
+    parser.add_argument("--cpu_time", action="store_true", help="one thread, and its own time")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "KIND"))
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if options.cpu_time else 2)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     if options.peak:
         peak(*options.peak)
         return
@@ -145,12 +163,13 @@ def main() -> None:
     for compiled in (False, True):
         if options.only in (None, "compiled" if compiled else "eager"):
             for name in CASES:
-                compare(name, compiled, options.rounds)
+                if options.case in name:
+                    compare(name, compiled, options.rounds, clock)
     if options.only in (None, "memory"):
-        for name in ["GPT 6×384, context 256, batch 8"]:
+        for name in [LARGE, LARGE + LOW]:
             found = []
             for kind in ("autograd", "by hand"):
-                words = [sys.executable, __file__, "--peak", name, kind]
+                words = [sys.executable, __file__, "--peak", name, kind, *(["--cpu_time"] if options.cpu_time else [])]
                 exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory returns at once, and shows
                 text = subprocess.run(words, stdout=subprocess.PIPE, env=exact, text=True, check=True).stdout
                 found.append(float(text))

@@ -8,10 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, precise, rule, run
-from lm.models.feed_forward import ReLUSquared
-
-GELU_TANH = 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)
+from lm.backprop.rules import Backward, Gradients, rule, run
+from lm.models.feed_forward import GELU, ReLUSquared
+from lm.models.parts import gelu_tanh, gelu_tanh_value, precise
 
 
 @rule(nn.Tanh)
@@ -28,13 +27,10 @@ def sigmoid(layer: nn.Sigmoid, grads: Gradients, x: Tensor) -> tuple[Tensor, Bac
     return y, lambda dy: dy * y * (1 - y)
 
 
-@rule(nn.ReLU, ReLUSquared, nn.GELU)
+@rule(nn.ReLU, ReLUSquared, nn.GELU, GELU)
 def from_input(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = f(x), of which x is kept: see `value_and_slope`."""
-    if isinstance(layer, nn.GELU) and layer.approximate == "tanh" and x.dtype.itemsize >= 4:
-        y = x * _sigmoid_of_v(x, x * x)  # half of the time of torch's, which has a tanh to compute
-    else:
-        y = layer(x)
+    y = gelu_tanh_value(x) if isinstance(layer, nn.GELU) and layer.approximate == "tanh" else layer(x)
     return y, lambda dy: dy * value_and_slope(layer, grads, x)[1]
 
 
@@ -47,7 +43,7 @@ def value_and_slope(layer: nn.Module, grads: Gradients, x: Tensor) -> tuple[Tens
     x = precise(x)
     match layer:
         case nn.GELU():
-            return _gelu_tanh(x) if layer.approximate == "tanh" else _gelu(x)
+            return gelu_tanh(x) if layer.approximate == "tanh" else _gelu(x)
         case nn.ReLU():
             return torch.relu(x), (x > 0).to(x.dtype)
         case ReLUSquared():
@@ -62,27 +58,6 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     below = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
     density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return x * below, below + x * density
-
-
-def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """f = x σ(v) with v = 2 √(2/π) (x + 0.044715 x³), as ½ (1 + tanh u) = σ(2u).
-
-    With a = 2 √(2/π) and b = 0.044715 a, v = x (a + b x²) and v' = a + 3 b x². As σ' = σ (1 - σ),
-        f' = σ + x σ (1 - σ) v' = σ + f v' (1 - σ) = t + σ (1 - t), t = f v',
-    which is what lerp computes, from t to 1 by σ.
-    """
-    a, b = GELU_TANH
-    square = x * x
-    s = _sigmoid_of_v(x, square)
-    value = x * s
-    slope_of_v = square.mul_(3 * b).add_(a)
-    return value, slope_of_v.mul_(value).lerp_(x.new_ones(()), s)
-
-
-def _sigmoid_of_v(x: Tensor, square: Tensor) -> Tensor:
-    a, b = GELU_TANH
-    constant = torch.full((), a, device=x.device, dtype=x.dtype)  # made there: a copy would be waited for
-    return torch.add(constant, square, alpha=b).mul_(x).sigmoid_()
 
 
 def silu(x: Tensor) -> tuple[Tensor, Tensor]:

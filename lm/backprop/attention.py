@@ -4,20 +4,23 @@ Shapes: B batch, T time, S keys looked at, C channels (n_embd), H heads, D chann
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lm.backprop.activations import silu, value_and_slope
-from lm.backprop.linear import drop, linear_backward
-from lm.backprop.rules import Backward, Gradients, precise, rule, run
+from lm.backprop.linear import drop, linear_gradients
+from lm.backprop.rules import Backward, Gradients, for_products, rule, run
 from lm.models.attention import CausalSelfAttention, Head, SeparateHeads
 from lm.models.feed_forward import BlockMLP, SingleLayer, SwiGLU
+from lm.models.parts import in_parts, precise, rows_of, turned
 from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
 
-BLOCK = 128  # queries whose attention weights are made again at a time; of fewer, they are kept
+BLOCK = 128  # queries whose attention weights are made at a time; of fewer, they are kept
+AT_ONCE = 1 << 18  # attention weights that are made at a time, of as many sequences as that allows
 
 
 def attend(
@@ -27,8 +30,9 @@ def attend(
 
     Products of matrices: dP = dy vᵀ and dv = Pᵀ dy. A row p = softmax(s) has ∂p_i/∂s_j = p_i (δ_ij - p_j), so
         ds_j = Σ_i dp_i p_i (δ_ij - p_j) = p_j (dp_j - Σ_i dp_i p_i),
-    and s = q kᵀ / √D gives dq = ds k / √D and dk = dsᵀ q / √D. What is not allowed has p = 0, so ds = 0.
-    Dropout multiplies P by its mask on the way forth, and dP on the way back.
+    where Σ_i dp_i p_i = Σ_i (dy · v_i) p_i = dy · y, a sum over channels rather than over keys. And s = q kᵀ / √D gives
+    dq = ds k / √D and dk = dsᵀ q / √D. What is not allowed has p = 0, so ds = 0.
+    Dropout multiplies P by its mask on the way to y, and dP by the same.
 
     Args:
         q: (B, H, T, D).
@@ -44,67 +48,84 @@ def attend(
     if allowed is None and not dropout and T > BLOCK:
         return _attend_causal(q, k, v)
     q_, k_, v_ = (t.reshape(-1, *t.shape[-2:]) for t in (q * (1 / math.sqrt(D)), k, v))  # (B, H, T, D) -> (B H, T, D)
-    scores = precise(torch.bmm(q_, k_.mT)).view(*q.shape[:3], -1)  # (B H, T, D) @ (B H, D, S) -> (B, H, T, S)
+    scores = torch.bmm(q_, k_.mT).view(*q.shape[:3], -1)  # (B H, T, D) @ (B H, D, S) -> (B, H, T, S)
     if allowed is None:
-        scores += _future(scores, 0)
+        scores += _future(scores)
     else:
         scores.masked_fill_(~allowed, -math.inf)
-    weights = scores.softmax(-1)
-    backward_drop: Backward
-    dropped, backward_drop = drop(weights, dropout) if dropout else (weights, lambda dy: dy)
-    used = dropped.flatten(0, 1).to(v.dtype)  # (B H, T, S)
-    y = torch.bmm(used, v_).view_as(q)  # (B H, T, S) @ (B H, S, D) -> (B, H, T, D)
+    weights = scores.softmax(-1).flatten(0, 1)  # (B H, T, S)
+    used, backward_drop = drop(weights, dropout)
+    y = torch.bmm(used, v_)  # (B H, T, S) @ (B H, S, D) -> (B H, T, D)
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dy_ = dy.reshape(q_.shape)
+        dy_ = dy.reshape(q_.shape).to(v.dtype)
         dv = torch.bmm(used.mT, dy_)  # (B H, S, T) @ (B H, T, D) -> (B H, S, D)
-        dweights = backward_drop(precise(torch.bmm(dy_, v_.mT)).view_as(weights))  # (B, H, T, S)
-        dscores = _softmax_backward(weights, dweights).flatten(0, 1).to(k.dtype)
+        dweights = backward_drop(torch.bmm(dy_, v_.mT))  # (B H, T, S)
+        dscores = _softmax_backward(weights, dweights, torch.linalg.vecdot(dy_, y))
         dq, dk = torch.bmm(dscores, k_) * (1 / math.sqrt(D)), torch.bmm(dscores.mT, q_)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
-    return y, backward
+    return y.view_as(q), backward
 
 
-def _future(scores: Tensor, start: int) -> Tensor:
-    """Return what takes the future from scores (…, t, S) of queries that begin at a position: -inf there, else 0."""
-    return torch.full(scores.shape[-2:], -math.inf, device=scores.device, dtype=scores.dtype).triu(start + 1)
+def _future(scores: Tensor) -> Tensor:
+    """Return what takes the future from scores (…, T, T): -inf there, else 0."""
+    return torch.full(scores.shape[-2:], -math.inf, device=scores.device, dtype=scores.dtype).triu(1)
 
 
-def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    """ds = p (dp - Σ dp p), in dp's place."""
-    inner = torch.linalg.vecdot(dp, p).unsqueeze(-1)
-    return dp.sub_(inner).mul_(p)
+def _softmax_backward(p: Tensor, dp: Tensor, inner: Tensor) -> Tensor:
+    """ds = p (dp - Σ dp p), in dp's place; p and dp (…, T, S), the sums (…, T)."""
+    return dp.sub_(inner.unsqueeze(-1)).mul_(p)
 
 
 def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
-    """`attend` to the past, which keeps no weights (T, T): the backward pass makes them again, some queries at a time.
+    """`attend` to the past, some queries of some sequences at a time: no weights (T, T) are kept, but made again.
 
-    Queries at the block's positions see no keys behind its end, so half of the products are not computed at all.
+    The weights of a part stay in a processor's cache. Queries of a block see no keys behind its end, so nearly half of
+    the products are not computed at all.
     """
-    T, D = q.shape[-2:]  # noqa: N806
+    B, H, T, D = q.shape  # noqa: N806
     scale = 1 / math.sqrt(D)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = ((q * scale).contiguous(), k.contiguous(), v.contiguous())  # each (B, H, T, D)
+    y = q.new_empty(B, T, H, D).transpose(1, 2)  # in memory heads are side by side, as the projection wants them
+    for some, start, stop in _parts(q):
+        weights = _block_weights(q[some, :, start:stop], k[some, :, :stop], start)
+        y[some, :, start:stop] = torch.bmm(weights, v[some, :, :stop].flatten(0, 1)).unflatten(0, (-1, H))
 
     def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        all_q, all_k, all_v, all_dy = (
-            t.reshape(-1, T, D) for t in (q * scale, k, v, dy.to(v.dtype))
-        )  # (B, H, T, D) -> (B H, T, D)
-        dq, dk, dv = torch.empty_like(all_q), torch.empty_like(all_k), torch.empty_like(all_v)
-        for start in reversed(range(0, T, BLOCK)):
-            stop = min(T, start + BLOCK)
-            q_, dy_ = all_q[:, start:stop], all_dy[:, start:stop]  # (B H, t, D)
-            k_, v_ = all_k[:, :stop], all_v[:, :stop]  # (B H, s, D)
-            scores = precise(torch.bmm(q_, k_.mT))  # (B H, t, s)
-            weights = scores.add_(_future(scores, start)).softmax(-1)
-            dscores = _softmax_backward(weights, precise(torch.bmm(dy_, v_.mT))).to(q.dtype)
-            dq[:, start:stop] = torch.bmm(dscores, k_) * scale  # (B H, t, s) @ (B H, s, D)
-            old = 0 if stop == T else 1  # the last queries see all keys; what came before is added to
-            dk[:, :stop].baddbmm_(dscores.mT, q_, beta=old)  # (B H, s, t) @ (B H, t, D)
-            dv[:, :stop].baddbmm_(weights.to(v.dtype).mT, dy_, beta=old)
-        return dq.view_as(q), dk.view_as(k), dv.view_as(v)
+        dy = dy.to(v.dtype).contiguous()
+        inner = torch.linalg.vecdot(dy, y)  # (B, H, T)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for some, start, stop in _parts(q):
+            q_, dy_ = (t[some, :, start:stop].flatten(0, 1) for t in (q, dy))  # (b H, t, D)
+            k_, v_ = (t[some, :, :stop].flatten(0, 1) for t in (k, v))  # (b H, s, D)
+            weights = _block_weights(q[some, :, start:stop], k[some, :, :stop], start)  # (b H, t, s)
+            dscores = _softmax_backward(weights, torch.bmm(dy_, v_.mT), inner[some, :, start:stop].flatten(0, 1))
+            dq[some, :, start:stop] = torch.bmm(dscores, k_).mul_(scale).unflatten(0, (-1, H))
+            for total, part in ((dk, torch.bmm(dscores.mT, q_)), (dv, torch.bmm(weights.mT, dy_))):  # (b H, s, D)
+                place, part = total[some, :, :stop], part.unflatten(0, (-1, H))
+                place.copy_(part) if stop == T else place.add_(part)  # the last queries, which see all keys, are first
+        return dq, dk, dv
 
     return y, backward
+
+
+def _parts(q: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Yield which sequences, from which query, to which: later queries first."""
+    B, H, T = q.shape[:3]  # noqa: N806
+    whole = torch.compiler.is_compiling() or q.device.type != "cpu"
+    count = B if whole else max(1, AT_ONCE // (H * BLOCK * T))
+    for first in range(0, B, count):
+        for start in reversed(range(0, T, BLOCK)):
+            yield slice(first, first + count), start, min(T, start + BLOCK)
+
+
+def _block_weights(q: Tensor, k: Tensor, start: int) -> Tensor:
+    """Return attention weights (b H, t, s) of scaled queries (b, H, t, D), from a position on, to keys (b, H, s, D)."""
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
+    last = scores[:, :, start:]  # keys of the queries' own positions (b H, t, t); they see all earlier ones
+    last += _future(last)
+    return scores.softmax(-1)
 
 
 def split_heads(x: Tensor, head_size: int) -> Tensor:
@@ -131,6 +152,7 @@ def causal_self_attention(
     q, k, backward_turn = _norm_and_turn(attn, grads, q, k)
     group = attn.n_head // attn.n_kv_head
     k, v = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (k, v))  # (B, H', …) -> (B, H, …)
+    v, backward_keys = run(attn.key_dropout, grads, v)
     y, backward_attend = attend(q, k, v, allowed, attn.dropout if attn.training else 0.0)
     y, backward_proj = run(attn.c_proj, grads, join_heads(y))  # (B, T, C)
     y, backward_drop = run(attn.resid_dropout, grads, y)
@@ -138,6 +160,7 @@ def causal_self_attention(
     def backward(dy: Tensor) -> Tensor:
         dy = backward_proj(backward_drop(dy))
         dq, dk, dv = backward_attend(split_heads(dy, attn.head_size))
+        dv = backward_keys(dv)
         if group > 1:
             dk, dv = (part.unflatten(1, (-1, group)).sum(2) for part in (dk, dv))  # (B, H, …) -> (B, H', …)
         dq, dk = backward_turn(dq, dk)
@@ -152,9 +175,7 @@ def _norm_and_turn(
     """QK-norm and rotary positions, where attention has them, of queries and keys alike."""
     steps: list[tuple[Backward, Backward]] = []
     if attn.q_norm is not None and attn.k_norm is not None:
-        kind = q.dtype
         (q, backward_q), (k, backward_k) = run(attn.q_norm, grads, q), run(attn.k_norm, grads, k)
-        q, k = q.to(kind), k.to(kind)
         steps.append((backward_q, backward_k))
     if attn.rotary is not None:
         (q, backward_q), (k, backward_k) = run(attn.rotary, grads, q), run(attn.rotary, grads, k)
@@ -172,16 +193,10 @@ def _norm_and_turn(
 def rotary(layer: Rotary, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = x cos + R x sin, where R turns each pair by 90 degrees: (a, b) -> (-b, a).
 
-    The pair is turned by an angle, an orthogonal map; its transpose turns back: dx = dy cos + Rᵀ (dy sin), where
-    Rᵀ (a, b) = (b, -a).
+    The pair is turned by an angle, an orthogonal map; its transpose turns back, by the angle of the opposite sine.
     """
-    T = x.shape[-2]  # noqa: N806
-
-    def backward(dy: Tensor) -> Tensor:
-        first, second = (dy * layer.sin[:T]).chunk(2, dim=-1)
-        return dy * layer.cos[:T] + torch.cat([second, -first], dim=-1)
-
-    return layer(x), backward
+    cos, sin = layer.angles(x.shape[-2])
+    return turned(x, cos, sin), lambda dy: turned(dy, cos, -sin)
 
 
 @rule(Head)
@@ -248,10 +263,18 @@ def mlp(layer: BlockMLP, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]
     y, backward_drop = run(layer.dropout, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        a, slope = value_and_slope(layer.activation, grads, h)
-        da = linear_backward(layer.c_proj, grads, a, backward_drop(dy))  # (B, T, C) -> (B, T, M)
+        dy = for_products(backward_drop(dy))
+        da, a = dy @ layer.c_proj.weight, h.new_empty(h.shape)  # (B, T, C) -> (B, T, M)
+
+        def part(h: Tensor, a: Tensor, da: Tensor) -> None:
+            value, slope = value_and_slope(layer.activation, grads, h)
+            a.copy_(value)
+            torch.mul(slope, da, out=da)
+
+        in_parts(part, rows_of(h), rows_of(a), rows_of(da))
+        linear_gradients(layer.c_proj, grads, a, dy)
         del a
-        return backward_fc(slope.mul_(da))  # (B, T, M) -> (B, T, C)
+        return backward_fc(da)  # (B, T, M) -> (B, T, C)
 
     return y, backward
 
@@ -268,9 +291,18 @@ def swiglu(layer: SwiGLU, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward
     y, backward_drop = run(layer.dropout, grads, y)
 
     def backward(dy: Tensor) -> Tensor:
-        value, slope = silu(precise(gate))
-        da = linear_backward(layer.c_proj, grads, value * up, backward_drop(dy))  # (B, T, C) -> (B, T, M)
-        return backward_gate(slope.mul_(da).mul_(up)) + backward_up(value.mul_(da))
+        dy = for_products(backward_drop(dy))
+        da, a, dup = dy @ layer.c_proj.weight, up.new_empty(up.shape), up.new_empty(up.shape)  # (B, T, C) -> (B, T, M)
+
+        def part(gate: Tensor, up: Tensor, a: Tensor, da: Tensor, dup: Tensor) -> None:
+            value, slope = silu(precise(gate))
+            a.copy_(value * up)
+            dup.copy_(value.mul_(da))
+            da.copy_(slope.mul_(da).mul_(up))
+
+        in_parts(part, *(rows_of(t) for t in (gate, up, a, da, dup)))
+        linear_gradients(layer.c_proj, grads, a, dy)
+        return backward_gate(da) + backward_up(dup)
 
     return y, backward
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rules import Backward, Gradients, once, precise, rows_of, rule, run
+from lm.backprop.rules import Backward, Gradients, for_products, once, rule, run
+from lm.models.dropout import Dropout
 from lm.models.layers import FlattenConsecutive
+from lm.models.parts import precise, rows_of
 
 
 @rule(nn.Linear)
@@ -21,17 +23,23 @@ def linear(layer: nn.Linear, grads: Gradients, x: Tensor) -> tuple[Tensor, Backw
     W_oi meets every row n, so dW_oi = Σ_n dy_no x_ni: dW = dyᵀ x. b is broadcast over the rows, so its gradient is the
     sum over them: db = Σ_n dy_n. x_ni meets every output o: dx = dy W.
     """
+    x = for_products(x)
     y = F.linear(x, layer.weight, layer.bias)  # (…, I) -> (…, O)
-    return y, lambda dy: linear_backward(layer, grads, x, dy)
+
+    def backward(dy: Tensor) -> Tensor:
+        dy = for_products(dy)
+        linear_gradients(layer, grads, x, dy)
+        return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
+
+    return y, backward
 
 
-def linear_backward(layer: nn.Linear, grads: Gradients, x: Tensor, dy: Tensor) -> Tensor:
-    """Return dx, for rules that make x again rather than keep it."""
+def linear_gradients(layer: nn.Linear, grads: Gradients, x: Tensor, dy: Tensor) -> None:
+    """Add dW and db of a linear layer, for rules that make x again rather than keep it; both of the products' type."""
     rows = rows_of(dy)  # (…, O) -> (N, O)
     if layer.bias is not None:
         grads.add(layer.bias, precise(rows).sum(0))  # (N, O) -> (O,)
     grads.add(layer.weight, rows.mT @ rows_of(x).to(rows.dtype))  # (O, N) @ (N, I) -> (O, I)
-    return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
 
 
 @rule(nn.Embedding)
@@ -113,16 +121,23 @@ def flatten_consecutive(layer: FlattenConsecutive, grads: Gradients, x: Tensor) 
     return layer(x), lambda dy: dy.reshape(x.shape)
 
 
-@rule(nn.Dropout)
-def dropout(layer: nn.Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+@rule(Dropout)
+def dropout(layer: Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = x ∘ m, where m is 0 with probability p and else 1 / (1 - p): dx = dy ∘ m."""
-    if not layer.training or layer.p == 0:
-        return x, lambda dy: dy
-    return drop(x, layer.p)
+    mask = layer.mask(x)
+    return (x, lambda dy: dy) if mask is None else (x * mask, lambda dy: dy * mask)
+
+
+@rule(nn.Dropout)
+def torch_dropout(layer: nn.Dropout, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """The same by torch's mask."""
+    return drop(x, layer.p if layer.training else 0.0)
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, Backward]:
     """Return x with elements dropped, by the random numbers that F.dropout would use, and the backward pass."""
+    if p == 0:
+        return x, lambda dy: dy
     y, kept = torch.native_dropout(x, p, True)
     return y, lambda dy: dy * kept * (1 / (1 - p))
 

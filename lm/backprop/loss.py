@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lm.backprop.rules import Gradients, precise, rows_of
+from lm.backprop.rules import Gradients
+from lm.models.parts import precise, rows_of
 
 CHUNK = 1 << 22
 """Logits that are computed at a time on a CPU: 16 MiB in float32, which its caches hold. A GPU, which would wait for

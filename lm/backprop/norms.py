@@ -6,8 +6,11 @@ Shapes: N rows (all leading dimensions together), C channels, … any leading di
 import torch
 from torch import Tensor, nn
 
-from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule
+from lm.backprop.rules import Backward, Gradients, for_products, product_type, rule
+from lm.models import parts
 from lm.models.layers import BatchNorm
+from lm.models.norms import RMSNorm, epsilon
+from lm.models.parts import full_precision, in_parts, precise, rows_of
 
 
 @rule(BatchNorm)
@@ -60,48 +63,46 @@ def layer_norm(layer: nn.LayerNorm, grads: Gradients, x: Tensor) -> tuple[Tensor
     A row's mean of γ dy is the product dy · γ / C: a matrix times a vector.
     """
     C = x.shape[-1]  # noqa: N806
-    normal, _, r = torch.native_layer_norm(precise(x), (C,), None, None, layer.eps)  # x̂ (…, C), r (…, 1)
+    x = precise(x)
+    normal, _, r = torch.native_layer_norm(x, (C,), None, None, layer.eps)  # x̂ (…, C), r (…, 1)
     y = normal * layer.weight if layer.bias is None else torch.addcmul(layer.bias, normal, layer.weight)
+    normal = for_products(normal)  # as it is kept
 
     def backward(dy: Tensor) -> Tensor:
-        dy = precise(dy)
-        product = dy * normal  # (…, C)
-        grads.add(layer.weight, rows_of(product).sum(0))  # (N, C) -> (C,)
+        dx = torch.empty_like(normal, dtype=r.dtype)
+        gamma, totals = layer.weight / C, dx.new_zeros(2, C)
+
+        def part(dy: Tensor, normal: Tensor, r: Tensor, dx: Tensor) -> None:
+            dy, normal = precise(dy), precise(normal)
+            product = dy * normal  # (n, C)
+            totals[0] += product.sum(0)
+            if layer.bias is not None:
+                totals[1] += dy.sum(0)
+            torch.addcmul((dy @ gamma).neg_().unsqueeze(-1), dy, layer.weight, out=dx)  # g - mean(g)
+            dx.addcmul_(normal, (product @ gamma).unsqueeze(-1), value=-1).mul_(r)
+
+        with full_precision(dx):
+            in_parts(part, *map(rows_of, (dy, normal, r, dx)))
+        grads.add(layer.weight, totals[0])
         if layer.bias is not None:
-            grads.add(layer.bias, rows_of(dy).sum(0))
-        gamma = layer.weight / C
-        mean_g = _rowwise(dy, gamma)  # (…, 1)
-        mean_gx = _rowwise(product, gamma)
-        dx = torch.addcmul(mean_g.neg(), dy, layer.weight)  # g - mean(g)
-        return dx.addcmul_(normal, mean_gx, value=-1).mul_(r)
+            grads.add(layer.bias, totals[1])
+        return dx
 
     return y, backward
 
 
-@rule(nn.RMSNorm)
+@rule(RMSNorm, nn.RMSNorm)
 def rms_norm(layer: nn.RMSNorm, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
     """y = γ x̂, where x̂ = x r and r = (Σ x² / C + ε)^-½ of each row.
 
     As LayerNorm without μ: r reaches x by dr/dx = -r³ x / C, which turns Σ g x into -r x̂ Σ(g x̂) / C:
         dx = r (g - x̂ mean(g x̂)), g = γ dy; dγ = Σ_n dy x̂.
     """
-    C = x.shape[-1]  # noqa: N806
-    x = precise(x)
-    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
-    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()  # (…, 1)
-    normal = x * r
+    y, normal, r = parts.rms_norm(x, layer.weight, epsilon(layer), product_type(x))
 
     def backward(dy: Tensor) -> Tensor:
-        dy = precise(dy)
-        product = dy * normal
-        grads.add(layer.weight, rows_of(product).sum(0))
-        mean_gx = _rowwise(product, layer.weight / C)  # (…, 1)
-        return (dy * layer.weight).addcmul_(normal, mean_gx, value=-1).mul_(r)
+        dx, total = parts.rms_norm_backward(dy, normal, r, layer.weight)
+        grads.add(layer.weight, total)
+        return dx
 
-    return normal * layer.weight, backward
-
-
-def _rowwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Return each row's product with weight (C,), (…, 1). Under autocast, too, in full precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        return (x @ weight).unsqueeze(-1)
+    return y, backward

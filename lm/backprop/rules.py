@@ -159,11 +159,13 @@ def once(backward: Backward) -> Backward:
     return guarded
 
 
-def precise(x: Tensor) -> Tensor:
-    """Return x in at least 32 bits: elementwise formulas and sums lose digits in fewer."""
-    return x.float() if x.dtype.itemsize < 4 else x
+def product_type(x: Tensor) -> torch.dtype:
+    """Return the type in which x goes into products of matrices: autocast's, where that is on."""
+    kind = x.device.type
+    low = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if low else x.dtype
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return x (…, C) as rows (N, C)."""
-    return x.flatten(0, -2)
+def for_products(x: Tensor) -> Tensor:
+    """Return x in that type: cast once, rather than by each product."""
+    return x.to(product_type(x))

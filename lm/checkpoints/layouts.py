@@ -18,7 +18,7 @@ Json = dict[str, Any]
 OURS = "lm"
 """The key of a config.json that lm wrote: which biases the network has; the others are zeros there."""
 
-UNPLACED = ("bias", "attention_bias", "dropout")
+UNPLACED = ("bias", "attention_bias", "dropout", "key_dropout")
 """Settings of GPT that layouts have no place for."""
 
 

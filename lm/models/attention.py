@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.masks import past
+from lm.models.norms import RMSNorm
 from lm.models.rotary import Rotary
 
 Attention = Literal["batched", "separate"]
@@ -51,22 +53,24 @@ class CausalSelfAttention(nn.Module):
         n_kv_head: int | None = None,
         projection: bool = True,
         qk_norm: bool = False,
+        key_dropout: bool = False,
         rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         self.n_head = n_head
         self.n_kv_head = n_head if n_kv_head is None else n_kv_head
         self.head_size = n_embd // n_head
-        self.dropout = dropout
+        self.dropout = 0.0 if key_dropout else dropout
+        self.key_dropout = Dropout(dropout if key_dropout else 0.0, rows=True)
         self.heads = [n_head, self.n_kv_head, self.n_kv_head]
         self.widths = [count * self.head_size for count in self.heads]
         attention_bias = bias if attention_bias is None else attention_bias
         self.c_attn = nn.Linear(n_embd, sum(self.widths), bias=attention_bias)  # query, key and value of all heads
-        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.q_norm = RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=1e-5) if qk_norm else None
         self.rotary = rotary
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def qkv(
         self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
@@ -75,8 +79,7 @@ class CausalSelfAttention(nn.Module):
         parts = self.c_attn(x).unflatten(2, (-1, self.head_size))  # (B, T, C) -> (B, T, H + 2 H', D), H' key heads
         q, k, v = parts.transpose(1, 2).split(self.heads, dim=1)  # -> (B, H, T, D), two (B, H', T, D)
         if self.q_norm is not None and self.k_norm is not None:
-            precise = self.q_norm.weight.dtype  # under autocast, float32 where q and k are not
-            q, k = self.q_norm(q.to(precise)).type_as(q), self.k_norm(k.to(precise)).type_as(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             where = None if positions is None else positions.unsqueeze(-2)  # one angle for all heads
             q, k = self.rotary(q, where), self.rotary(k, where)
@@ -109,7 +112,6 @@ class CausalSelfAttention(nn.Module):
             cache: Has the keys and values of earlier positions, and takes those of x.
         """
         q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
-        p = self.dropout if self.training else 0.0
         T, S = q.shape[2], k.shape[2]  # noqa: N806
         if allowed is None and 1 < T < S:  # a single query may see all keys
             allowed = past(T, S, x.device)
@@ -117,7 +119,8 @@ class CausalSelfAttention(nn.Module):
             # the fused kernel's bits depend on which thread computes a text: each one's buffer is aligned otherwise
             y = causal_weights(q, k, allowed) @ v  # (B, H, 1, S) @ (B, H, S, D) -> (B, H, 1, D)
         else:
-            causal = allowed is None and T == S
+            p, causal = self.dropout if self.training else 0.0, allowed is None and T == S
+            v = self.key_dropout(v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         if cache is not None:
@@ -172,7 +175,7 @@ class SeparateHeads(nn.Module):
             Head(n_embd=n_embd, head_size=n_embd // n_head, dropout=dropout, bias=attention_bias) for _ in range(n_head)
         )
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias) if projection else nn.Identity()
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights (B, H, T, T) of x (B, T, C), without dropout."""
@@ -189,9 +192,15 @@ class SeparateHeads(nn.Module):
 
 
 def make_attention(
-    kind: Attention, *, n_kv_head: int | None = None, qk_norm: bool = False, rotary: Rotary | None = None, **common: Any
+    kind: Attention,
+    *,
+    n_kv_head: int | None = None,
+    qk_norm: bool = False,
+    key_dropout: bool = False,
+    rotary: Rotary | None = None,
+    **common: Any,
 ) -> nn.Module:
-    """Return the attention of a block; grouped heads, QK-norm and rotary positions are for "batched" alone."""
+    """Return the attention of a block; what is not in common is for "batched" alone."""
     if kind == "separate":
         return SeparateHeads(**common)
-    return CausalSelfAttention(n_kv_head=n_kv_head, qk_norm=qk_norm, rotary=rotary, **common)
+    return CausalSelfAttention(n_kv_head=n_kv_head, qk_norm=qk_norm, key_dropout=key_dropout, rotary=rotary, **common)

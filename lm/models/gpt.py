@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lm.bounds import checked
 from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, make_attention
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.feed_forward import FeedForward, activated, make_feed_forward
 from lm.models.layers import check_heads, check_length, initialise
 from lm.models.masks import same_document
@@ -73,6 +74,7 @@ class Layout:
     n_kv_head: int | None
     attention: Attention
     qk_norm: bool
+    key_dropout: bool
     document_end: int | None
     feed_forward: FeedForward
     norm: Norm
@@ -95,7 +97,7 @@ class Layout:
             raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")
 
     def _check_separate(self) -> None:
-        for name, off in {"n_kv_head": None, "qk_norm": False, "document_end": None}.items():
+        for name, off in {"n_kv_head": None, "qk_norm": False, "key_dropout": False, "document_end": None}.items():
             value = getattr(self, name)
             if value is not off:
                 raise ValueError(f"{name} {value} needs attention batched, and it is separate: drop one")
@@ -122,6 +124,8 @@ class GPT(nn.Module):
         n_head: Attention heads per block; divides n_embd.
         n_embd: Width of the residual stream, C.
         dropout: Probability of dropping an element after the embedding, in attention and on each residual branch.
+        key_dropout: Whether attention drops keys of a head, each for all queries, rather than weights one by one: the
+            same probability for each weight at a small part of the time on CPUs, as attention keeps its fast kernel.
         bias: Whether linear layers and LayerNorms have biases (GPT-2: yes).
         tie_weights: Whether the output head is the token embedding (GPT-2: yes).
         attention: "batched" makes all heads from one projection, "separate" has a module for each head, written out.
@@ -165,6 +169,7 @@ class GPT(nn.Module):
         n_head: int = 12,
         n_embd: int = 768,
         dropout: float = 0.0,
+        key_dropout: bool = False,
         bias: bool = True,
         tie_weights: bool = True,
         attention: Attention = "batched",
@@ -188,7 +193,8 @@ class GPT(nn.Module):
         super().__init__()
         Layout(
             n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, qk_norm=qk_norm, norm=norm,
-            document_end=document_end, feed_forward=feed_forward, norm_position=norm_position, positions=positions,
+            key_dropout=key_dropout, document_end=document_end, feed_forward=feed_forward, norm_position=norm_position,
+            positions=positions,
         )  # fmt: skip
         self.document_end = document_end
         self.vocab_size = vocab_size
@@ -203,13 +209,13 @@ class GPT(nn.Module):
         norms = partial(make_norm, norm, n_embd, bias=bias, eps=norm_eps)
 
         def block() -> Block:
-            attn = make_attention(attention, qk_norm=qk_norm, rotary=rotary, **heads, **common)
+            attn = make_attention(attention, qk_norm=qk_norm, key_dropout=key_dropout, rotary=rotary, **heads, **common)
             mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
             return Block(attn=attn, mlp=mlp, norms=(norms(), norms()), norm_position=norm_position, residual=residual)
 
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.h = nn.ModuleList(block() for _ in range(n_layer))
         self.ln_f = norms() if norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)

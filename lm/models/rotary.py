@@ -6,6 +6,8 @@ Shapes: T time, D channels of a head, … any leading dimensions.
 import torch
 from torch import Tensor, nn
 
+from lm.models.parts import Turn, in_parts_pay
+
 
 class Rotary(nn.Module):
     """Rotates each pair of a head's channels by an angle that grows with the position.
@@ -43,7 +45,14 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate x (…, T, D) as its positions (…, T) say, by default 0 to T - 1."""
         T = x.shape[-2]  # noqa: N806
+        if positions is None and in_parts_pay(x):
+            return Turn.apply(x, *self.angles(T))  # type: ignore[no-untyped-call]
         cos, sin = (self.cos[:T], self.sin[:T]) if positions is None else (self.cos[positions], self.sin[positions])
         first, second = x.chunk(2, dim=-1)  # (…, T, D) -> each (…, T, D/2)
         quarter = torch.cat([-second, first], dim=-1)  # (…, T, D): each pair turned by 90 degrees
         return (x * cos + quarter * sin).type_as(x)
+
+    def angles(self, T: int) -> tuple[Tensor, Tensor]:  # noqa: N803
+        """Return cosine and sine of each pair's angle at positions 0 to T - 1, (T, D/2)."""
+        half = self.cos.shape[1] // 2
+        return self.cos[:T, :half], self.sin[:T, :half]

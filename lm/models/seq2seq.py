@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lm.bounds import checked
 from lm.models.cache import Cache
-from lm.models.feed_forward import BlockMLP
+from lm.models.dropout import Dropout
+from lm.models.feed_forward import GELU, BlockMLP
 from lm.models.layers import check_heads, check_length, initialise
 
 
@@ -26,7 +27,7 @@ class Attention(nn.Module):
         self.c_q = nn.Linear(n_embd, n_embd, bias=bias)  # query of all heads
         self.c_kv = nn.Linear(n_embd, 2 * n_embd, bias=bias)  # key and value of all heads
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-        self.resid_dropout = nn.Dropout(dropout)
+        self.resid_dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C).
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 
 def make_mlp(*, n_embd: int, dropout: float, bias: bool) -> BlockMLP:
     """Return GPT-2's feed-forward network, four times as wide inside."""
-    gelu = nn.GELU(approximate="tanh")
+    gelu = GELU(approximate="tanh")
     return BlockMLP(n_embd=n_embd, hidden_size=4 * n_embd, activation=gelu, dropout=dropout, bias=bias)
 
 
@@ -162,7 +163,7 @@ class Seq2Seq(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe_encoder = nn.Embedding(block_size, n_embd)
         self.wpe_decoder = nn.Embedding(block_size, n_embd)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.encoder = nn.ModuleList(
             EncoderBlock(n_embd=n_embd, n_head=n_head, dropout=dropout, bias=bias) for _ in range(n_layer)
         )

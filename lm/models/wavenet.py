@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lm.bounds import checked
 from lm.models.cache import Cache
+from lm.models.dropout import Dropout
 from lm.models.layers import BatchNorm, FlattenConsecutive, check_length, padded
 
 
@@ -145,7 +146,7 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.dilation = dilation
         self.conv = nn.Conv1d(n_channels, 2 * n_channels, 2, dilation=dilation)  # filter and gate
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.proj = nn.Conv1d(n_channels, 2 * n_channels, 1)  # residual and skip
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:

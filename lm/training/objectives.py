@@ -6,8 +6,8 @@ Shapes: B sequences, T tokens, V vocabulary.
 from torch import Tensor
 from torch.nn import functional as F
 
-from lm.backprop.rules import precise
 from lm.data.chunks import IGNORED
+from lm.models.parts import precise
 from lm.training.division import Division
 
 

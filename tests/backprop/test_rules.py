@@ -22,6 +22,12 @@ from tests.support.gradients import (
 )
 
 
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers work on a few rows at a time, as they do on large tensors."""
+    monkeypatch.setattr("lm.models.parts.PART", 50)
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NETWORKS)

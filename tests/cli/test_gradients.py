@@ -10,6 +10,7 @@ import yaml
 
 from lm.backprop import atomic
 from lm.backprop.rules import _rules
+from lm.models.feed_forward import GELU
 from tests.conftest import ROOT
 from tests.support.cases import often
 from tests.support.mutants import Mutant
@@ -174,6 +175,6 @@ def test_bad_input(lm, workplace: Path, words: tuple[str, ...], says: str) -> No
 
 def test_a_layer_without_rule(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe("GPT")
-    monkeypatch.delitem(_rules, torch.nn.GELU)
+    monkeypatch.delitem(_rules, GELU)
     code, _, err = lm("gradients", "--config", "net.yaml")
     assert code == 2 and "GELU: write a rule for it" in err

@@ -128,6 +128,7 @@ def test_tied_head_is_the_embedding_itself() -> None:
         ("h.0.attn.resid_dropout", {}),
         ("h.0.mlp.dropout", {}),
         ("h.0.attn", {}),
+        ("h.0.attn.key_dropout", {"key_dropout": True}),
         ("h.0.attn.heads.3.dropout", {"attention": "separate"}),
         ("h.0.attn.resid_dropout", {"attention": "separate"}),
         ("h.0.mlp.dropout", {"feed_forward": "swiglu"}),

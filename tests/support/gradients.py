@@ -9,8 +9,10 @@ from lm.backprop import Gradients, loss_and_gradients, run
 from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
-from lm.models.feed_forward import ReLUSquared
+from lm.models.dropout import Dropout
+from lm.models.feed_forward import GELU, ReLUSquared
 from lm.models.layers import BatchNorm
+from lm.models.norms import RMSNorm
 
 V, T = 11, 8
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -36,7 +38,7 @@ NETWORKS = {
     "gpt squared relu": lambda: GPT(V, T, **SMALL, feed_forward="relu_squared", positions="none", attention_bias=False),
     "gpt erf": lambda: GPT(V, T, **SMALL, feed_forward="gelu_erf", norm_eps=0.1),
     "gpt rms eps": lambda: GPT(V, T, **SMALL, norm="rms", norm_eps=0.1),
-    "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1),
+    "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1, key_dropout=True),
     "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
     "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),
     "seq2seq": lambda: Seq2Seq(V, T, **SMALL, start_token=1, pad_token=2, dropout=0.2),
@@ -46,7 +48,8 @@ LAYERS = {
     "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (3, 6)),
     "layer norm": (lambda: nn.LayerNorm(6), (3, 5, 6)),
     "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), (3, 6)),
-    "rms norm": (lambda: nn.RMSNorm(6), (3, 5, 6)),
+    "rms norm": (lambda: RMSNorm(6), (3, 5, 6)),
+    "torch's rms norm": (lambda: nn.RMSNorm(6), (3, 5, 6)),
     "batch norm": (lambda: BatchNorm(6), (7, 6)),
     "batch norm over time": (lambda: BatchNorm(6, bessel=True), (3, 5, 6)),
     "batch norm per position": (lambda: BatchNorm(6, n_positions=5), (3, 5, 6)),
@@ -54,13 +57,16 @@ LAYERS = {
     "sigmoid": (nn.Sigmoid, (3, 6)),
     "relu": (nn.ReLU, (3, 6)),
     "squared relu": (ReLUSquared, (3, 6)),
-    "gelu": (nn.GELU, (3, 60)),
-    "gelu tanh": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
+    "gelu": (GELU, (3, 60)),
+    "gelu tanh": (lambda: GELU(approximate="tanh"), (3, 60)),
+    "torch's gelu": (lambda: nn.GELU(approximate="tanh"), (3, 60)),
     "feed-forward of another activation": (
         lambda: feed_forward.BlockMLP(n_embd=6, hidden_size=9, activation=nn.Tanh(), dropout=0.2, bias=True),
         (3, 5, 6),
     ),
-    "dropout": (lambda: nn.Dropout(0.3), (3, 60)),
+    "dropout": (lambda: Dropout(0.3), (3, 60)),
+    "dropout of rows": (lambda: Dropout(0.3, rows=True), (3, 20, 4)),
+    "torch's dropout": (lambda: nn.Dropout(0.3), (3, 60)),
     "identity": (nn.Identity, (3, 6)),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, dilation=2), (3, 6, 9)),
 }
@@ -143,7 +149,7 @@ def assert_layer(name: str) -> None:
 
 def assert_attention(time: int) -> None:
     """Check causal attention to so many tokens: its backward pass works block by block."""
-    q, k, v = (torch.randn(2, 3, time, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(5, 3, time, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     dy = torch.randn_like(y)
     wanted = torch.autograd.grad(y, (q, k, v), dy)

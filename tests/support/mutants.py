@@ -72,7 +72,6 @@ def broken(mutant: Mutant) -> Iterator[None]:
     target = mutant.module()
     file = str(target.__file__)
     source = Path(file).read_text()
-    users = [module for name, module in sys.modules.items() if name.startswith(("lm.", "tests."))]
     registry: dict[type, Any] = importlib.import_module("lm.backprop.rules")._rules
 
     def load(code: CodeType) -> None:
@@ -80,7 +79,8 @@ def broken(mutant: Mutant) -> Iterator[None]:
         exec(code, vars(target))
         if "_rules" in vars(target):  # the rules of all modules outlive the change of this one
             vars(target)["_rules"] = registry
-        for user in users:
+        users = [module for name, module in sys.modules.items() if name.startswith(("lm.", "tests."))]
+        for user in users:  # those, too, that were imported while it was changed
             for name, value in list(vars(user).items()):
                 if name in before and value is before[name] and callable(value):
                     setattr(user, name, vars(target)[name])

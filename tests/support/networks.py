@@ -31,7 +31,7 @@ NETWORKS = {
     "GPT": ({**SMALL, "dropout": 0.1}, WHOLE),
     "GPT separate": ({**SMALL, "attention": "separate", "residual": False, "norm": "none"}, WHOLE),
     "GPT today": ({**SMALL, "positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "qk_norm": True}, SUMS),
-    "GPT documents": ({**SMALL, "document_end": 0, "dropout": 0.1}, WHOLE),
+    "GPT documents": ({**SMALL, "document_end": 0, "dropout": 0.1, "key_dropout": True}, WHOLE),
     "Seq2Seq": ({**SMALL, "start_token": 1}, REVERSE),
 }
 

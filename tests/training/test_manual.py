@@ -8,6 +8,7 @@ import yaml
 
 from lm.backprop.rules import _rules
 from lm.generation import load_network
+from lm.models.feed_forward import GELU
 from tests.conftest import start
 from tests.support.cases import often
 from tests.support.networks import NETWORKS, recipe
@@ -165,7 +166,7 @@ def test_sixteen_bits_are_refused(lm, workplace: Path, precision: str) -> None:
 
 def test_a_network_without_rule_is_refused(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe("GPT")
-    monkeypatch.delitem(_rules, torch.nn.GELU)
+    monkeypatch.delitem(_rules, GELU)
     code, _, err = lm("fit", "--config", "net.yaml", *MANUAL)
     assert code == 2
     assert "GELU: write a rule for it" in err and "lm/backprop/linear.py" in err
