@@ -18,7 +18,7 @@ from lm.training import recipes
 FREE = {"dropout"}
 """Settings that do not change what any network computes from its weights."""
 INITIAL = {"init_std", "head_scale", "momentum", "key_dropout"}
-"""The same, for lm.models' networks alone: initialisation, which loaded weights replace, and what only training does."""
+"""The same, for lm.models' networks alone: initial weights, which loaded ones replace, and what only training does."""
 
 
 def check(
