@@ -20,7 +20,7 @@ from lm.models.rotary import Rotary
 from lm.models.seq2seq import Attention
 
 BLOCK = 128  # queries whose attention weights are made at a time; of fewer, they are kept
-AT_ONCE = 1 << 18  # attention weights that are made at a time, of as many sequences as that allows
+AT_ONCE = 1 << 20  # attention weights that are made at a time, of as many sequences as that allows
 
 
 def attend(

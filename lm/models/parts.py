@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-PART = 1 << 17  # elements: half a MiB in float32
+PART = 1 << 18  # elements: a MiB in float32
 GELU_TANH = 2 * math.sqrt(2 / math.pi), 0.044715 * 2 * math.sqrt(2 / math.pi)
 
 
