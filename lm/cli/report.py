@@ -1,0 +1,55 @@
+"""`lm report`: one page about runs."""
+
+from pathlib import Path
+
+from lm import outputs, storage
+from lm.cli import common, plain_help, values
+from lm.errors import UserError
+from lm.experiments import page, runs, terminal
+
+USUAL = Path("report.html")
+
+
+def report(arguments: list[str]) -> None:
+    """Run `lm report`."""
+    parser = plain_help.make_parser(
+        "report",
+        "Write one HTML file about runs, or about a sweep: losses, rates, settings that differ, figures, samples.",
+    )
+    parser.add_argument("runs", nargs="*", type=str, metavar="RUN", help="Names, or folders of checkpoints/ or logs/.")
+    parser.add_argument(
+        "--output", type=Path | None, default=None, help="The file: a new one [report.html, which a report replaces]."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace a report of lm's.")
+    parser.add_argument("--text", action="store_true", help="Print it to the terminal instead.")
+    parser.add_argument("--json", action="store_true", help="Print the file's path as JSON.")
+    options = values.parse(parser, arguments)
+    if not options.runs:
+        raise UserError("RUN: nothing to report: name runs, as checkpoints/NAME or NAME, or a sweep's folder")
+    if options.text and (options.json or options.output):
+        raise UserError("--text prints to the terminal, --json and --output are about a file: drop one")
+    output = USUAL if options.output is None else options.output
+    if not options.text:
+        overwrite = options.overwrite or options.output is None
+        outputs.check_free(output, made="report", ours=_ours, overwrite=overwrite)
+    found, others = runs.find(options.runs)
+    notes = [f"{other}: it is no run, and left out" for other in others if not Path(other).is_file()]
+    if options.text:
+        print(terminal.text(found, notes))
+        return
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    text = page.page(title, found, [], notes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(output, text.encode())
+    if options.json:
+        common.print_json({"path": str(output)})
+    else:
+        print(f"report of {title}: {output} ({len(text) / 1e6:.1f} MB)")
+
+
+def _ours(path: Path) -> bool:
+    """Return whether lm wrote a report there."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return page.MARK.encode() in file.read(1000)
