@@ -19,6 +19,7 @@ from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.experiments.about import About
+from lm.experiments.trial import Reports
 from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
@@ -123,6 +124,7 @@ class Fit(parsing.FromWeights):
             OwnCores(),
             lightning.Endings(self.say),
         ]
+        callbacks += Reports.wanted()
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)
