@@ -134,6 +134,7 @@ BOUNDS = {
     "held_out": Bound(1, 2**31 - 1, whole=True),
     **dict.fromkeys(("shortest_length", "longest_length"), FEW),
     "shard_tokens": COUNT,
+    "node": COUNT_OR_NONE,
     "workers": Bound(1, 1024, whole=True),
     "tokenizer.vocab_size": Bound(256, 2**20, whole=True, note=": the 256 single bytes are tokens, too"),
     # what a run keeps and shows

@@ -42,7 +42,8 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
         signal.signal(signum, signal.SIG_IGN)
     living: set[int] = set()
     while True:
-        ready = select.select([connection, wake], [], [])[0]
+        waited: list[Any] = [connection, wake]
+        ready = select.select(waited, [], [])[0]
         if wake in ready:
             os.read(wake, 4096)
             for pid in [*living]:
@@ -120,7 +121,7 @@ def become(request: dict[str, Any], number: int) -> None:
     torch.set_num_threads(request["threads"])
     random.seed()
     np.random.seed()
-    sys.argv = ["lm", *request["words"]]
+    sys.argv = ["lm", "fit", "--config", request["recipe"], "--ckpt_path", "auto"]
 
 
 def main() -> None:

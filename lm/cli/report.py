@@ -5,7 +5,7 @@ from pathlib import Path
 from lm import outputs, storage
 from lm.cli import common, plain_help, values
 from lm.errors import UserError
-from lm.experiments import page, runs, terminal
+from lm.experiments import page, runs, sweep_page, terminal
 
 USUAL = Path("report.html")
 
@@ -32,19 +32,35 @@ def report(arguments: list[str]) -> None:
     if not options.text:
         overwrite = options.overwrite or options.output is None
         outputs.check_free(output, made="report", ours=_ours, overwrite=overwrite)
-    found, others = runs.find(options.runs)
-    notes = [f"{other}: it is no run, and left out" for other in others if not Path(other).is_file()]
+    notes: list[str] = []
+    sweeps = [_sweep(folder) for one in options.runs if (folder := sweep_page.holds(one))]
+    said = [one for one in options.runs if not sweep_page.holds(one)] + [run for one in sweeps for run in one.runs()]
+    found, others = runs.find(said, ready=bool(sweeps))
+    notes += [f"{other}: it is no run, and left out" for other in others if not Path(other).is_file()]
     if options.text:
-        print(terminal.text(found, notes))
+        for one in sweeps:
+            head, rows = one.rows()
+            print(f"{terminal.grid([head, *rows])}\n")
+        print(terminal.text(found, notes) if found else "no run of it is there yet")
         return
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    text = page.page(title, found, [], notes)
+    if len(options.runs) == len(sweeps) == 1:
+        title = f"Sweep {sweeps[0].folder.name}"
+    sections = [part for one in sweeps for part in one.sections(notes)]
+    text = page.page(title, found, sections, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
     storage.write_whole(output, text.encode())
     if options.json:
         common.print_json({"path": str(output)})
     else:
         print(f"report of {title}: {output} ({len(text) / 1e6:.1f} MB)")
+
+
+def _sweep(folder: Path) -> "sweep_page.SweepReport":
+    try:
+        return sweep_page.SweepReport(folder)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{folder}: a report of a sweep needs Optuna: pip install 'lm[sweep]'") from error
 
 
 def _ours(path: Path) -> bool:

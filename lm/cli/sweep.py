@@ -53,11 +53,11 @@ def sweep(arguments: list[str]) -> None:
         raise UserError("lm sweep needs Optuna: pip install 'lm[sweep]'") from error
     node = options.node if options.node is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
     folder = Path("sweeps") / name
-    with streams.losable(), storage.folder_made(folder), alone(folder, node):
+    with streams.losable(), storage.folder_made(folder), alone(folder, node), ExitStack() as exits:
         began = time.monotonic()
         processes = Processes({})  # imports while the storage is opened
         try:
-            result = _search(found, options, name, folder, node, processes)
+            result = _search(found, options, name, folder, node, processes, exits)
         except Stopped as stop:
             stop.args = (f"{stop}; the trials are in {folder}: the same command continues",)
             raise
@@ -70,7 +70,9 @@ def sweep(arguments: list[str]) -> None:
         raise CheckError(f"no trial was completed; what they said is in {folder / 'recipes'}")
 
 
-def _search(found: spec.Spec, options: Any, name: str, folder: Path, node: int, processes: Processes) -> dict[str, Any]:
+def _search(
+    found: spec.Spec, options: Any, name: str, folder: Path, node: int, processes: Processes, exits: ExitStack
+) -> dict[str, Any]:
     """Run the trials, and return what `--json` prints."""
     from lm.experiments.study import Lock, Trials, open_storage
     from lm.experiments.sweep import Sweep, checkpoint_of
@@ -80,6 +82,10 @@ def _search(found: spec.Spec, options: Any, name: str, folder: Path, node: int, 
     def say(text: str, **fields: Any) -> None:
         print(log.line(text, run=name, **fields), file=stream, flush=True)
 
+    place = Path(exits.enter_context(tempfile.TemporaryDirectory()))
+    fresh = not (folder / "journal.log").exists()
+    if fresh:  # bad settings leave nothing
+        processes.check(corners(found, place))
     trials = Trials(found, open_storage(options.storage, folder), name, Lock(folder / ".choosing.lock"), node)
     work = Sweep(trials, folder, options.workers, processes, say)
     left = [trial for trial in trials.all() if not trial.state.is_finished()]
@@ -88,9 +94,8 @@ def _search(found: spec.Spec, options: Any, name: str, folder: Path, node: int, 
         done = len(trials.all()) - len(left)
         if done or work.left_over:
             say(f"{name}: {done} trials are done, {len(work.left_over)} go on")
-        if done < found.trials:
-            with tempfile.TemporaryDirectory() as place:
-                processes.check(corners(found, Path(place)))
+        if done < found.trials and not fresh:
+            processes.check(corners(found, place))
         before = take_stops(_raise)
         try:
             work.run()

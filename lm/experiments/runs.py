@@ -255,8 +255,12 @@ def _found(data: bytes, tag: bytes) -> Iterator[int]:
         at = data.find(tag, at + len(tag))
 
 
-def find(said: list[str]) -> tuple[list[Run], list[str]]:
+def find(said: list[str], *, ready: bool = False) -> tuple[list[Run], list[str]]:
     """Return the runs that are meant, and what of a list is none: files beside runs, as checkpoints/* has them.
+
+    Args:
+        said: Names and paths.
+        ready: Whether there is something to report without a run.
 
     Raises:
         UserError: One is not there, or none is a run.
@@ -269,7 +273,7 @@ def find(said: list[str]) -> tuple[list[Run], list[str]]:
             others.append(one)
         else:
             raise UserError(f"{one}: there is no such run: name one of checkpoints/ or logs/, or a sweep's folder")
-    if not places:
+    if not places and not ready:
         raise UserError(f"{', '.join(others) or 'nothing'}: no run and no sweep: name folders of checkpoints/ or logs/")
     return _told_apart([load(*place) for place in places.values()]), others
 

@@ -3,12 +3,13 @@
 So a sweep that is killed and started again chooses what an undisturbed one would have chosen.
 """
 
+import copy
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -17,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lm.errors import UserError, described
+from lm.experiments.runs import flattened
 from lm.experiments.space import Setting, active, combinations
 from lm.experiments.spec import Spec
 from lm.training import recipes
@@ -50,8 +52,13 @@ class Lock:
             self.release()
 
 
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
+def open_storage(url: str | None, folder: Path, *, mend: bool = True) -> BaseStorage:
     """Return a storage: the folder's journal, or what an Optuna URL names.
+
+    Args:
+        url: The URL; None for the journal.
+        folder: The sweep's folder.
+        mend: Whether a line that was cut off in the journal is removed; else the folder is left as it is.
 
     Raises:
         UserError: It cannot be opened.
@@ -61,10 +68,10 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         if url is not None:
             return optuna.storages.get_storage(url)
         journal, lock = folder / "journal.log", Lock(folder / ".journal.lock")
-        with lock.held():
-            if journal.exists():
+        if mend and journal.exists():
+            with lock.held():
                 _drop_torn_line(journal)
-        return JournalStorage(JournalFileBackend(str(journal), lock))  # type: ignore[arg-type]
+        return JournalStorage(JournalFileBackend(str(journal), cast(Any, lock)))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from error
     except Exception as error:  # SQLAlchemy's, of a URL; a journal of another program
@@ -98,19 +105,23 @@ class Trials:
         direction = "maximize" if spec.maximise else "minimize"
         with lock.held():
             settings: dict[str, Any] = {"study_name": name, "direction": direction, "pruner": self._pruner()}
-            self.study = optuna.create_study(storage=storage, load_if_exists=True, **settings)
+            if name in [one.study_name for one in storage.get_all_studies()]:
+                self.study = optuna.load_study(study_name=name, storage=storage, pruner=self._pruner())
+            else:
+                self.study = optuna.create_study(storage=storage, **settings)
             self._known = {setting.name: setting for setting in spec.settings}
             there = self.study.user_attrs.get("lm")
-            if there is None and not self.study.trials:
+            if there != spec.identity and not self.study.trials:
                 self.study.set_user_attr("lm", spec.identity)
             elif there != spec.identity:
                 self._refuse(there or {})
 
     def _refuse(self, there: dict[str, Any]) -> None:
-        differ = ", ".join(map(str, recipes.differences(there, self.spec.identity)))[:300]
-        raise UserError(
-            f"{self.study.study_name}: its trials are of another sweep ({differ or 'in its order of settings'}): say another name"
-        )
+        one, other = dict(flattened(there)), dict(flattened(self.spec.identity))
+        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        found = [str(recipes.Difference(name, one.get(name), other.get(name))) for name in names]
+        differ = ", ".join(found)[:300] or "the order of its settings"
+        raise UserError(f"{self.study.study_name}: its trials are of another sweep ({differ}): say another name")
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         kinds = {
@@ -123,7 +134,8 @@ class Trials:
 
     def all(self) -> list[FrozenTrial]:
         """Return all trials, by number."""
-        return self.storage.get_all_trials(self.study._study_id, deepcopy=False)
+        found: list[FrozenTrial] = self.storage.get_all_trials(self.study._study_id, deepcopy=False)
+        return found
 
     # -- what is tried next
 
@@ -190,7 +202,7 @@ class Trials:
 
     def hopeless(self, trial: FrozenTrial, step: int) -> bool:
         """Return whether a trial is to be given up at a step, whatever an earlier process stored of later ones."""
-        found = self.newest(trial)
+        found = copy.copy(self.newest(trial))  # the storage keeps the one that it gives
         found.intermediate_values = {k: v for k, v in found.intermediate_values.items() if k <= step}
         return bool(self.study.pruner.prune(self.study, found))
 

@@ -135,7 +135,7 @@ class Sweep:
         work.oom = memory_kills()
         self.processes.begin(
             slot,
-            words=["fit", "--config", str(file), "--ckpt_path", "auto"],
+            recipe=str(file),
             output=str(self.folder / "recipes" / f"{name}.log"),
             settings={self.names[key]: value for key, value in self.trials.values(work.trial).items()},
             **share(slot, self.workers),
@@ -207,7 +207,7 @@ class Sweep:
     def _run_done(self, work: Work, slot: int) -> None:
         """A run has come to its end: start the trial's next one, or complete the trial."""
         found = self.trials.newest(work.trial)
-        reports = {**found.intermediate_values, **work.reports}
+        reports = {**(found.intermediate_values if self.spec.seeds == 1 else {}), **work.reports}
         if not reports:
             self.trials.note(work.trial, reason="it was never evaluated")
             self._finish(work, TrialState.FAIL, reason="it was never evaluated: see trainer.val_check_interval")

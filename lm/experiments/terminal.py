@@ -52,6 +52,8 @@ def chart(runs: list[Run]) -> str:
 
 def grid(rows: list[list[Any]]) -> str:
     """Return rows in columns; a long cell is cut."""
+    if len(rows) == 1:
+        rows = [*rows, ["–"] * len(rows[0])]
     cells = [[_cut(one if isinstance(one, str) else shown(one)) for one in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

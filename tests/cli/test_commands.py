@@ -40,7 +40,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert stop.value.code == 0
     others = {"doctor": "--lock"} | dict.fromkeys(("gradients", "plan"), "--config")
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
-    others |= {"report": "--output"}
+    others |= {"report": "--output", "sweep": "--config"}
     option = others.get(command, "--ckpt_path")
     assert option in capsys.readouterr().out
 

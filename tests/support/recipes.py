@@ -6,7 +6,8 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 PREPARE = sorted((ROOT / "configs/prepare").glob("*.yaml"))
-CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE})
+SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*PREPARE, *SWEEPS})
 
 
 def distinct(config: Path) -> bool:

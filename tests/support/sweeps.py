@@ -97,7 +97,7 @@ def processes_of(folder: Path) -> dict[int, str]:
             parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if where == str(folder):
+        if where == str(folder) and int(place.name) != os.getpid():
             found[int(place.name)] = (parent, "lm.cli.forks" in words)
     server = {pid for pid, (parent, forks) in found.items() if forks and not (parent in found and found[parent][1])}
     return {pid: "server" if pid in server else "trial" if forks else "sweep" for pid, (parent, forks) in found.items()}
