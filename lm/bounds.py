@@ -98,7 +98,7 @@ LIMIT = Bound(0, INT64, share=True)
 
 BOUNDS = {
     # networks
-    **dict.fromkeys(("vocab_size", "block_size", "n_embd", "n_hidden", "hidden_size"), SIZE),
+    **dict.fromkeys(("vocab_size", "block_size", "n_embd", "base_width", "n_hidden", "hidden_size"), SIZE),
     **dict.fromkeys(("n_layer", "n_head", "n_kv_head", "n_stack", "depth"), FEW),
     "fuse": Bound(2, 2**16, whole=True),
     "dropout": BELOW_ONE,

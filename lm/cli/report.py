@@ -5,7 +5,7 @@ from pathlib import Path
 from lm import outputs, storage
 from lm.cli import common, plain_help, values
 from lm.errors import UserError
-from lm.experiments import page, runs, sweep_page, terminal
+from lm.experiments import page, runs, scaling_page, sweep_page, terminal
 
 USUAL = Path("report.html")
 
@@ -47,6 +47,7 @@ def report(arguments: list[str]) -> None:
     if len(options.runs) == len(sweeps) == 1:
         title = f"Sweep {sweeps[0].folder.name}"
     sections = [part for one in sweeps for part in one.sections(notes)]
+    sections += scaling_page.sections(found)
     text = page.page(title, found, sections, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
     storage.write_whole(output, text.encode())

@@ -124,13 +124,14 @@ class Trials:
         raise UserError(f"{self.study.study_name}: its trials are of another sweep ({differ}): say another name")
 
     def _pruner(self) -> optuna.pruners.BasePruner:
-        kinds = {
+        kinds: dict[str, Any] = {
             "none": optuna.pruners.NopPruner,
             "median": optuna.pruners.MedianPruner,
             "hyperband": optuna.pruners.HyperbandPruner,
             "wilcoxon": optuna.pruners.WilcoxonPruner,
         }
-        return kinds[self.spec.pruner]()
+        made: optuna.pruners.BasePruner = kinds[self.spec.pruner]()
+        return made
 
     def all(self) -> list[FrozenTrial]:
         """Return all trials, by number."""

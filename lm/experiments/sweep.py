@@ -99,9 +99,9 @@ class Sweep:
                 return work
         if self._enough():
             return None
-        trial = self.trials.add()
-        self.exhausted = trial is None
-        return None if trial is None else Work(trial)
+        added = self.trials.add()
+        self.exhausted = added is None
+        return None if added is None else Work(added)
 
     def _enough(self) -> bool:
         """Return whether no more trials are to begin."""

@@ -39,7 +39,7 @@ class SweepReport:
             self.maximise = "maximise" in said
             self.metric = said.get("maximise") or said.get("minimise") or "val_loss"
         self.names = short_names(list(dict.fromkeys(name for trial in self.trials for name in trial.params)))
-        self.done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
+        self.done: list[Any] = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
 
     @property
     def better(self) -> int:

@@ -17,7 +17,7 @@ from lm.training import recipes
 
 FREE = {"dropout"}
 """Settings that do not change what any network computes from its weights."""
-INITIAL = {"init_std", "head_scale", "momentum"}
+INITIAL = {"init_std", "base_width", "head_scale", "momentum"}
 """The same, for lm.models' networks alone: initialisation, which loaded weights replace, and BatchNorm's momentum."""
 
 

@@ -16,6 +16,8 @@ def distinct(config: Path) -> bool:
         return config.stem == "125m"
     if config.stem.startswith("gpt2-"):
         return config.stem == "gpt2-124m"
+    if config.parent.stem == "scaling":
+        return config.stem == "width-64"
     return config.stem not in ("one-head", "mlp-context8", "wavenet-large")
 
 
