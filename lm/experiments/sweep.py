@@ -90,10 +90,7 @@ class Sweep:
             trial = self.left_over.pop(0)
             work = Work(trial, len(trial.user_attrs.get("values", [])), trial.user_attrs.get("seconds", 0.0))
             work.reports = {int(step): value for step, value in trial.user_attrs.get("reports", {}).items()}
-            last = max(trial.intermediate_values, default=None)
-            if last is not None and self._hopeless(work, last):  # it was killed before that was stored
-                self._finish(work, TrialState.PRUNED)
-            elif work.run == self.spec.seeds:
+            if work.run == self.spec.seeds:
                 self._complete(work)
             else:
                 return work
@@ -143,7 +140,10 @@ class Sweep:
 
     def _reported(self, work: Work, message: dict[str, Any]) -> bool:
         """Store an evaluation, and return whether the run is to stop there."""
-        step, found = message["step"], message["values"]
+        step = message["step"]
+        if "resumed" in message:
+            return self._was_to_stop(work, step)
+        found = message["values"]
         work.given_up = False
         self.trials.note(work.trial, steps=step + self._earlier_steps(work), metrics=found)
         if self.spec.metric not in found:
@@ -157,6 +157,14 @@ class Sweep:
         else:
             self.trials.note(work.trial, reports=work.reports)
         return work.given_up or self._reached(work, step)
+
+    def _was_to_stop(self, work: Work, step: int) -> bool:
+        """Return whether a run that resumes at a step was to stop there."""
+        known = self.trials.newest(work.trial).intermediate_values if self.spec.seeds == 1 else work.reports
+        if step not in known:
+            return False
+        work.given_up = self.spec.seeds == 1 and self._hopeless(work, step)
+        return work.given_up or (isinstance(self.spec.at, int) and step >= self.spec.at)
 
     def _earlier_steps(self, work: Work) -> int:
         return int(work.run * (self.spec.recipe.get("trainer") or {}).get("max_steps", 0))

@@ -35,17 +35,25 @@ class Reports(Callback):
         return [cls(json.loads(said))] if said else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Connect: the other ranks have not inherited the socket."""
+        """Connect; a run that resumes asks whether it was to stop there: it may have been killed before it did.
+
+        The other ranks have not inherited the socket.
+        """
         if trainer.is_global_zero:
             self.connection = socket.socket(fileno=self.number)
+        if trainer.global_step:
+            self._ask(trainer, {"step": trainer.global_step, "resumed": True})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, and stop the run where the answer is to."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        told = self.connection is not None
+        self._ask(trainer, {"step": trainer.global_step, "values": values(trainer, pl_module) if told else {}})
+
+    def _ask(self, trainer: Trainer, report: dict[str, Any]) -> None:
         stop = False
         if self.connection is not None:
-            report = {"step": trainer.global_step, "values": values(trainer, pl_module)}
             self.connection.sendall(json.dumps(report).encode())
             stop = bool(json.loads(self.connection.recv(1 << 16) or b"{}").get("stop"))
         if trainer.strategy.broadcast(stop):

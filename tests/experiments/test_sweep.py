@@ -1,5 +1,6 @@
 """Sweeps in processes of their own, which are killed, fail, and are compared."""
 
+import json
 import random
 import signal
 import time
@@ -10,6 +11,7 @@ import yaml
 
 pytest.importorskip("optuna")
 
+from lm.checkpoints import checkpoint
 from tests.support import sweeps
 
 LONGER = {**sweeps.RECIPE, "trainer": {**sweeps.RECIPE["trainer"], "max_steps": 200, "val_check_interval": 20}}
@@ -116,3 +118,18 @@ def test_a_second_sweep_in_a_folder_is_refused_and_a_stopped_one_goes_on(workpla
     assert first.returncode == 143 and "the same command continues" in err, err
     assert not sweeps.processes_of(workplace)
     assert [trial.state.name for trial in sweeps.trials(workplace)] == ["RUNNING"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_killed_where_it_was_to_stop_goes_no_further(workplace: Path) -> None:
+    sweeps.write(workplace, at=20, trials=1)
+    sweeps.run(workplace)
+    before = sweeps.picture(workplace)
+    journal = workplace / "sweeps/sweep/journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    ends = 6  # Optuna's number for a trial's state
+    journal.write_bytes(b"".join(line for line in lines if json.loads(line)["op_code"] != ends))
+    assert sweeps.trials(workplace)[0].state.name == "RUNNING"
+    sweeps.run(workplace)
+    assert sweeps.picture(workplace) == before
+    assert checkpoint.peek(workplace / "sweeps/sweep/checkpoints/trial-0000/last.ckpt").step == 20
