@@ -98,7 +98,7 @@ LIMIT = Bound(0, INT64, share=True)
 
 BOUNDS = {
     # networks
-    **dict.fromkeys(("vocab_size", "block_size", "n_embd", "n_hidden", "hidden_size"), SIZE),
+    **dict.fromkeys(("vocab_size", "block_size", "n_embd", "base_width", "n_hidden", "hidden_size"), SIZE),
     **dict.fromkeys(("n_layer", "n_head", "n_kv_head", "n_stack", "depth"), FEW),
     "fuse": Bound(2, 2**16, whole=True),
     "dropout": BELOW_ONE,
@@ -134,6 +134,7 @@ BOUNDS = {
     "held_out": Bound(1, 2**31 - 1, whole=True),
     **dict.fromkeys(("shortest_length", "longest_length"), FEW),
     "shard_tokens": COUNT,
+    "node": COUNT_OR_NONE,
     "workers": Bound(1, 1024, whole=True),
     "tokenizer.vocab_size": Bound(256, 2**20, whole=True, note=": the 256 single bytes are tokens, too"),
     # what a run keeps and shows

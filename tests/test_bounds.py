@@ -34,6 +34,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     **{kind: {} for kind in (Checkpoints, SampleText, Sampler, Figures, Watch)},
     Preparation: {"source": [], "tokenizer": "char", "output": Path("x")},
     optimizers.MuonAdamW: {"params": []},
+    optimizers.ScaledAdamW: {"params": []},
 }
 """Classes that recipes and commands name, and what each cannot be made without."""
 

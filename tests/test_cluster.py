@@ -141,6 +141,6 @@ def test_kubernetes_runs_the_script_on_each_node() -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch", "sweep.sbatch"])
 def test_scripts_are_bash(script: str) -> None:
     assert subprocess.run(["bash", "-n", str(CLUSTER / script)]).returncode == 0

@@ -19,6 +19,7 @@ WRITERS = {
     "export file": ("export", "--ckpt_path", LAST, "--format", "file", "--output"),
     "import": ("import", "--source", "exported", "--output"),
     "prepare": ("prepare", "--source", "text.txt", "--tokenizer", "byte", "--output"),
+    "report": ("report", "tiny", "--output"),
     "tokenizer": ("tokenizer", "--source", "text.txt", "--vocab_size", 260, "--output"),
 }
 

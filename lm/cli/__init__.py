@@ -25,6 +25,8 @@ COMMANDS = {
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
     "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
     "import": ("lm.cli.export:import_", "make a checkpoint of what was exported"),
+    "sweep": ("lm.cli.sweep:sweep", "search the settings of a recipe for those that train best"),
+    "report": ("lm.cli.report:report", "write one page of curves, settings and samples about runs"),
     "doctor": ("lm.cli.doctor:doctor", "say what of this machine matters to training, and what to change"),
 }
 

@@ -18,6 +18,8 @@ from lm.checkpoints import checkpoint, disk, runs, sharded
 from lm.cli import common, parsing, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
+from lm.experiments.about import About
+from lm.experiments.trial import Reports
 from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
@@ -110,6 +112,7 @@ class Fit(parsing.FromWeights):
         keeper.folder, keeper.start = self.checkpoints, self.start
         callbacks = [
             _Opening(self),
+            About(self.logs),
             RandomState(self.config_init.seed_everything),
             Console(self.stream, self.name, bar=not settings["enable_progress_bar"]),
             self.config_init.samples,
@@ -121,6 +124,7 @@ class Fit(parsing.FromWeights):
             OwnCores(),
             lightning.Endings(self.say),
         ]
+        callbacks += Reports.wanted()
         if not settings["fast_dev_run"]:
             callbacks.append(keeper)
         trainer = self._instantiate_trainer(settings, callbacks)

@@ -287,7 +287,7 @@ def recipe_names(said: str) -> tuple[list[str], dict[str, list[str]]]:
     places = {
         "model": [getattr(training, name) for name in training.__all__],
         f"{init}net": [getattr(models, name) for name in models.__all__],
-        f"{init}optimizer": [torch.optim.AdamW, torch.optim.SGD, optimizers.MuonAdamW],
+        f"{init}optimizer": [torch.optim.AdamW, torch.optim.SGD, optimizers.MuonAdamW, optimizers.ScaledAdamW],
         f"{init}schedule": schedules.Schedule.__subclasses__(),
         "data": [getattr(data, name) for name in data.__all__],
         "trainer.callbacks": [getattr(callbacks, name) for name in callbacks.__all__],

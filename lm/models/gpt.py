@@ -18,7 +18,7 @@ from lm.models.attention import Attention, CausalSelfAttention, SeparateHeads, m
 from lm.models.cache import Cache
 from lm.models.dropout import Dropout
 from lm.models.feed_forward import FeedForward, activated, make_feed_forward
-from lm.models.layers import check_heads, check_length, initialise
+from lm.models.layers import check_heads, check_length, initialise, rescale
 from lm.models.masks import same_document
 from lm.models.norms import Norm, make_norm
 from lm.models.rotary import Rotary
@@ -153,6 +153,10 @@ class GPT(nn.Module):
             None lets a token see all earlier ones.
         init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
             embeddings of deviation 1 do not suit tie_weights.
+        base_width: The n_embd at which initial weights are as init_std says; at another one, hidden matrices have
+            init_std × √(base_width / n_embd) and the output head init_std × base_width / n_embd, so that what suits
+            the one suits the other (Yang et al. 2022, "Tensor Programs V"). It needs tie_weights false; rates follow
+            by ScaledAdamW or MuonAdamW. None leaves all as init_std says.
 
     Raises:
         ValueError: A size is not positive or does not divide what it must, dropout is outside [0, 1), a choice is
@@ -189,6 +193,7 @@ class GPT(nn.Module):
         head_bias: bool = False,
         document_end: int | None = None,
         init_std: float | None = 0.02,
+        base_width: int | None = None,
     ) -> None:
         super().__init__()
         Layout(
@@ -201,6 +206,11 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.logit_soft_cap = logit_soft_cap
         self.init_std = init_std
+        self.width = None if base_width is None else n_embd / base_width
+        if base_width is not None and (tie_weights or init_std is None):
+            raise ValueError(
+                f"base_width {base_width} needs tie_weights false and an init_std: head and embedding differ"
+            )
         rotary = None
         if positions == "rotary":
             rotary = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
@@ -227,6 +237,9 @@ class GPT(nn.Module):
         """Initialise as GPT-2; where init_std is None, layers stay as torch made them."""
         if self.init_std is not None:
             initialise(self, self.init_std, {self.h: 2 * len(self.h)})
+        if self.width is not None:
+            rescale(self.h, self.width**-0.5)
+            rescale(self.lm_head, 1 / self.width)
 
     def mask(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Return the blocks' attention mask for tokens (B, T): an empty tuple where attention is only causal."""

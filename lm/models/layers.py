@@ -181,6 +181,14 @@ def initialise(net: nn.Module, std: float, branches: dict[nn.Module, int]) -> No
                 nn.init.normal_(parameter, std=std / count**0.5)
 
 
+@torch.no_grad()
+def rescale(net: nn.Module, factor: float) -> None:
+    """Multiply the weights of all linear layers of a network by a factor."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(factor)
+
+
 def padded(tokens: Tensor, size: int) -> Tensor:
     """Return tokens (B, T) with zeros, the padding symbol, in front, so that T is at least size.
 

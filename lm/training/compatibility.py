@@ -17,7 +17,7 @@ from lm.training import recipes
 
 FREE = {"dropout"}
 """Settings that do not change what any network computes from its weights."""
-INITIAL = {"init_std", "head_scale", "momentum", "key_dropout"}
+INITIAL = {"init_std", "base_width", "head_scale", "momentum", "key_dropout"}
 """The same, for lm.models' networks alone: initial weights, which loaded ones replace, and what only training does."""
 
 

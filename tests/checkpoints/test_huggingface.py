@@ -325,7 +325,7 @@ def test_every_setting_is_held_or_refused() -> None:
     """A new setting of GPT has to be entered in a layout, unless it is written elsewhere or computes nothing."""
     checked = {*COMMON, *(name for layout in LAYOUTS.values() for name in layout.holds(SMALL))}
     written = {"vocab_size", "block_size", "hidden_size", "norm_eps", "rope_theta", "tie_weights", *SMALL, *UNPLACED}
-    assert set(inspect.signature(GPT).parameters) == checked | written | {"init_std"}
+    assert set(inspect.signature(GPT).parameters) == checked | written | {"init_std", "base_width"}
 
 
 def test_another_network_is_refused(lm: Run) -> None:

@@ -40,6 +40,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert stop.value.code == 0
     others = {"doctor": "--lock"} | dict.fromkeys(("gradients", "plan"), "--config")
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
+    others |= {"report": "--output", "sweep": "--config"}
     option = others.get(command, "--ckpt_path")
     assert option in capsys.readouterr().out
 
@@ -92,7 +93,7 @@ def test_fit_writes_the_run_folders(fitted: Path) -> None:
     names = sorted(path.name for path in (fitted / "checkpoints/tiny").iterdir())
     assert names == ["best.ckpt", "last.ckpt", "step=0000005.ckpt", "step=0000010.ckpt"]
     found = {path.name.split(".")[0] for path in (fitted / "logs/tiny").iterdir()}
-    assert found == {"config", "metrics", "events", "projector_config", "00012"}  # the last two: the embedding's
+    assert found == {"config", "metrics", "run", "events", "projector_config", "00012"}  # the last two: the embedding's
     assert main([*FIT, "--ckpt_path", "last", "--trainer.max_steps", "13"]) == 0
     assert yaml.safe_load((fitted / "logs/tiny/config-2.yaml").read_text())["trainer"]["max_steps"] == 13
 

@@ -51,6 +51,8 @@ BASES = {
     "sample": ("sample", "--ckpt_path", "checkpoints/old/last.ckpt", "--max_new_tokens", "2"),
     "export": ("export", "--ckpt_path", "checkpoints/old/last.ckpt", "--output", "exported"),
     "import": ("import", "--source", "safe", "--output", "made.ckpt"),
+    "sweep": ("sweep", "--config", "none.yaml"),
+    "report": ("report", "old", "--output", "made.html"),
     "doctor": ("doctor",),
 }
 PARTS = {

@@ -273,7 +273,7 @@ def test_each_setting_of_every_network_is_compared_and_a_default_is_as_good_as_s
     compatibility.check_network("x.ckpt", recipe(**defaults | given), recipe(**given))
     for name, value in (defaults | given).items():
         here = recipe(**given | {name: not value if isinstance(value, bool) else "another"})
-        if name in ("dropout", "key_dropout", "init_std", "head_scale", "momentum") or (
+        if name in ("dropout", "key_dropout", "init_std", "base_width", "head_scale", "momentum") or (
             value is None and name in recipes.DERIVED
         ):
             compatibility.check_network("x.ckpt", recipe(**given), here)

@@ -3,7 +3,7 @@ import torch
 
 from lm.errors import UserError
 from lm.models import GPT, MLP, Bigram, GatedWaveNet
-from lm.training.optimizers import MuonAdamW, parameter_groups
+from lm.training.optimizers import MuonAdamW, ScaledAdamW, parameter_groups
 from tests.support.runs import assert_equal
 
 
@@ -85,3 +85,54 @@ def test_its_state_is_saved_and_loaded_exactly() -> None:
 def test_a_network_without_hidden_matrices_is_refused() -> None:
     with pytest.raises(UserError, match="no hidden matrix: use torch.optim.AdamW"):
         MuonAdamW(parameter_groups(Bigram(11, 3)))
+
+
+def wide(n_embd: int, base_width: int | None, init_std: float = 0.1) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": n_embd // 16, "n_embd": n_embd, "tie_weights": False}
+    return GPT(11, 8, **sizes, base_width=base_width, init_std=init_std)
+
+
+def growth(base_width: int | None, kind: str) -> float:
+    """Return how much larger the change of the logits after five steps is at width 256 than at 64."""
+    tokens = torch.arange(64).reshape(8, 8) % 11
+    changes = []
+    for n_embd in (64, 256):
+        net = wide(n_embd, base_width)
+        groups = parameter_groups(net)
+        if kind == "muon":
+            optimizer = MuonAdamW(groups, lr=1e-2, muon_lr=0.02)
+        else:
+            optimizer = (torch.optim.AdamW if base_width is None else ScaledAdamW)(groups, lr=1e-2)
+        before = net(tokens).detach()
+        for _ in range(5):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(tokens).flatten(0, 1), tokens.roll(1).flatten()).backward()
+            optimizer.step()
+        changes.append(float((net(tokens).detach() - before).std()))
+    return changes[1] / changes[0]
+
+
+def test_coordinates_change_alike_at_all_widths() -> None:
+    assert 0.5 < growth(64, "adamw") < 1.6 and growth(None, "adamw") > 2
+    assert 0.5 < growth(64, "muon") < 1.6
+
+
+def test_rates_and_initial_weights_follow_the_width() -> None:
+    net = wide(128, 32)
+    optimizer = ScaledAdamW(parameter_groups(net), lr=0.4, weight_decay=0.1)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in net.named_parameters()}
+    assert found["h.0.attn.c_attn.weight"] == found["lm_head.weight"] == (0.1, 0.4)
+    assert found["wte.weight"] == found["wpe.weight"] == (0.4, 0.1) and found["ln_f.weight"] == (0.4, 0.0)
+    std = {name: float(p.detach().std()) for name, p in net.named_parameters() if p.ndim == 2}
+    assert std["h.0.attn.c_attn.weight"] == pytest.approx(0.05, rel=0.05)
+    assert std["lm_head.weight"] == pytest.approx(0.025, rel=0.05) and std["wte.weight"] == pytest.approx(0.1, rel=0.05)
+    assert_equal(dict(wide(64, 64).state_dict()), dict(wide(64, None).state_dict()))
+
+
+def test_a_width_that_nothing_follows_is_refused() -> None:
+    with pytest.raises(UserError, match="the network has no base_width"):
+        ScaledAdamW(parameter_groups(net_of()))
+    with pytest.raises(ValueError, match="base_width 8 needs tie_weights false"):
+        GPT(11, 8, n_layer=1, n_head=2, n_embd=8, base_width=8)

@@ -1,0 +1,1 @@
+"""What is asked of many runs: a report of their curves, a search over their settings, a fit of loss against size."""

@@ -1,0 +1,172 @@
+"""A sweep's YAML, checked."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UserError
+from lm.experiments.space import Setting, check_conditions, check_names
+
+SAMPLERS = ("tpe", "random", "grid", "gp")
+PRUNERS = ("none", "median", "hyperband", "wilcoxon")
+KEYS = ("recipe", "settings", "minimise", "maximise", "at", "sampler", "pruner", "trials", "seeds", "seed", "budget")
+TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
+METRICS = (
+    "val_loss",
+    *(f"val/{name}" for name in ("loss", "perplexity", "bits_per_byte", "exact_match")),
+    *(f"train/{name}" for name in TRAINING),
+)
+"""What every run logs, and a task's exact_match."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A sweep.
+
+    Args:
+        recipe: The recipe, as its file has it.
+        settings: What varies.
+        metric: What is minimised, or maximised.
+        maximise: Whether it is maximised.
+        at: Where it is read: "end", "best", a step, or {"minutes": N} of training.
+        sampler: How values are chosen.
+        pruner: When a trial is given up.
+        trials: How many trials.
+        seeds: How many runs a trial is the mean of.
+        seed: Of the choices.
+        steps: After how many steps of all trials no more begins.
+        minutes: After how many minutes of all trials no more begins.
+    """
+
+    recipe: dict[str, Any]
+    settings: tuple[Setting, ...]
+    metric: str = "val_loss"
+    maximise: bool = False
+    at: str | int | dict[str, float] = "end"
+    sampler: str = "tpe"
+    pruner: str = "none"
+    trials: int = 20
+    seeds: int = 1
+    seed: int = 1337
+    steps: int | None = None
+    minutes: float | None = None
+    said: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a sweep goes on; how long it goes on may differ."""
+        kept = {key: value for key, value in self.said.items() if key not in ("trials", "budget", "recipe")}
+        return {**kept, "recipe": self.recipe}
+
+
+def parse(found: Any, recipe: Any) -> Spec:
+    """Return a sweep.
+
+    Args:
+        found: Its YAML.
+        recipe: That of the recipe that it names.
+
+    Raises:
+        UserError: Something is unknown, missing, or of another kind.
+    """
+    check_names("", found, KEYS)
+    said = found.get("settings")
+    if not isinstance(said, dict) or not said:
+        raise UserError("settings: nothing varies: name settings of the recipe, each with its choices or range")
+    settings = tuple(Setting.of(str(name), value) for name, value in said.items())
+    check_conditions(settings)
+    if not isinstance(recipe, dict):
+        raise UserError("recipe: it is no recipe: name a YAML file as lm fit takes it")
+    metric, maximise = _metric(found, recipe)
+    budget = found.get("budget", {})
+    if not isinstance(budget, dict):
+        raise UserError(f"budget: found {str(budget)[:60]}, expected steps: N or minutes: X")
+    check_names("budget", budget, ("steps", "minutes"))
+    spec = Spec(
+        recipe=recipe,
+        settings=settings,
+        metric=metric,
+        maximise=maximise,
+        at=_at(found.get("at", "end")),
+        sampler=_one_of("sampler", found.get("sampler", "tpe"), SAMPLERS),
+        pruner=_one_of("pruner", found.get("pruner", "none"), PRUNERS),
+        trials=_number("trials", found.get("trials", 20)),
+        seeds=_number("seeds", found.get("seeds", 1)),
+        seed=_number("seed", found.get("seed", 1337), least=0),
+        steps=_number("budget.steps", budget["steps"]) if "steps" in budget else None,
+        minutes=_number("budget.minutes", budget["minutes"], whole=False) if "minutes" in budget else None,
+        said=found,
+    )
+    if spec.pruner == "wilcoxon" and spec.seeds < 2:
+        raise UserError("pruner wilcoxon compares runs of several seeds: say seeds, 3 or more")
+    if spec.sampler == "grid" and any(setting.finite() is None for setting in settings):
+        endless = next(setting.name for setting in settings if setting.finite() is None)
+        raise UserError(f"sampler grid: settings.{endless} has no end of values: say choices, or another sampler")
+    return spec
+
+
+def _metric(found: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, bool]:
+    if "minimise" in found and "maximise" in found:
+        raise UserError("minimise and maximise: say one of them")
+    maximise = "maximise" in found
+    metric = found.get("maximise" if maximise else "minimise", "val_loss")
+    own = (recipe.get("trainer") or {}).get("callbacks")  # those may log anything
+    if not isinstance(metric, str) or (
+        metric not in METRICS and not metric.startswith("train/learning_rate_") and not own
+    ):
+        check_names("maximise" if maximise else "minimise", [str(metric)[:80]], METRICS)
+    return str(metric), maximise
+
+
+def _at(found: Any) -> Any:
+    if isinstance(found, dict):
+        check_names("at", found, ("minutes",))
+        return {"minutes": _number("at.minutes", found.get("minutes"), whole=False)}
+    if found in ("end", "best"):
+        return found
+    if isinstance(found, int) and not isinstance(found, bool):
+        return _number("at", found)
+    raise UserError(f"at: found {str(found)[:60]}, expected end, best, a step, or minutes: X")
+
+
+def _one_of(name: str, found: Any, known: tuple[str, ...]) -> str:
+    if found not in known:
+        check_names(name, [str(found)[:60]], known)
+    return str(found)
+
+
+def _number(name: str, found: Any, *, least: int = 1, whole: bool = True) -> Any:
+    good = isinstance(found, int if whole else int | float) and not isinstance(found, bool)
+    if not good or not (found >= least if whole else found > 0) or found > 2**53:
+        kind = f"a whole number, at least {least}" if whole else "a number above 0"
+        raise UserError(f"{name} is {str(found)[:60]}: it must be {kind}")
+    return found
+
+
+def read(path: Path, parse_yaml: Any) -> Spec:
+    """Return the sweep of a file.
+
+    Args:
+        path: The file.
+        parse_yaml: Returns the values of a YAML text.
+
+    Raises:
+        UserError: It, or its recipe, cannot be read.
+    """
+    found = _values(path, parse_yaml)
+    if not isinstance(found, dict) or not isinstance(found.get("recipe"), str):
+        raise UserError(f"{path}: it names no recipe: say recipe: FILE")
+    file = Path(found["recipe"])
+    beside = path.parent / file
+    return parse(found, _values(file if file.exists() or not beside.exists() else beside, parse_yaml))
+
+
+def _values(path: Path, parse_yaml: Any) -> Any:
+    try:
+        return parse_yaml(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # a YAML error of whichever parser
+        raise UserError(f"{path}: it is no YAML: {' '.join(str(error).split())[:200]}") from error

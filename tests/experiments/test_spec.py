@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm.errors import UserError
+from lm.experiments import spec
+from tests.conftest import ROOT
+from tests.support.recipes import CONFIGS, SWEEPS
+
+GOOD = {"recipe": "r.yaml", "settings": {"a.b": [1, 2]}}
+
+
+def test_the_defaults() -> None:
+    found = spec.parse(GOOD, {})
+    assert (found.metric, found.maximise, found.at, found.sampler, found.pruner) == (
+        "val_loss",
+        False,
+        "end",
+        "tpe",
+        "none",
+    )
+    assert (found.trials, found.seeds, found.steps, found.minutes) == (20, 1, None, None)
+
+
+def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:
+    longer = {**GOOD, "trials": 50, "budget": {"minutes": 3}}
+    assert spec.parse(GOOD, {}).identity == spec.parse(longer, {}).identity
+    assert spec.parse(GOOD, {}).identity != spec.parse(GOOD, {"seed_everything": 2}).identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trails": 3}, "trails: did you mean trials?"),
+        ({"settings": {}}, "settings: nothing varies"),
+        ({"settings": 3}, "settings: nothing varies"),
+        ({"minimise": "val_los"}, "minimise.val_los: did you mean val_loss?"),
+        ({"minimise": "loss", "maximise": "loss"}, "minimise and maximise: say one"),
+        ({"sampler": "tpee"}, "sampler.tpee: did you mean tpe?"),
+        ({"pruner": 3}, "pruner.3: there are none, median"),
+        ({"pruner": "wilcoxon"}, "say seeds"),
+        ({"sampler": "grid", "settings": {"a": {"low": 0.0, "high": 1.0}}}, "settings.a has no end of values"),
+        ({"trials": 0}, "trials is 0: it must be a whole number, at least 1"),
+        ({"trials": True}, "trials is True"),
+        ({"trials": 1.5}, "trials is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"at": "noon"}, "at: found noon"),
+        ({"at": 0}, "at is 0"),
+        ({"at": {"minutes": 0}}, "at.minutes is 0: it must be a number above 0"),
+        ({"at": {"hours": 1}}, "at.hours: there are minutes"),
+        ({"budget": 3}, "budget: found 3"),
+        ({"budget": {"step": 3}}, "budget.step: did you mean steps?"),
+    ],
+)
+def test_bad_input(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        spec.parse({**GOOD, **changes}, {})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_sweeps_of_this_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = spec.read(path, yaml.safe_load)
+    assert (
+        found.settings
+        and found.recipe["model"]
+        and Path(found.said["recipe"]) in {p.relative_to(ROOT) for p in CONFIGS}
+    )
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = tmp_path / "sweeps.yaml"
+    for text, said in (
+        ("3", "it names no recipe"),
+        ("recipe: none.yaml\nsettings: {a: [1, 2]}", "none.yaml: No such file"),
+        ("recipe: [", "it is no YAML"),
+        ("recipe: bad.yaml\nsettings: {a: [1, 2]}", "it is no recipe"),
+    ):
+        sweep.write_text(text)
+        (tmp_path / "bad.yaml").write_text("- 1")
+        with pytest.raises(UserError, match=said):
+            spec.read(sweep, yaml.safe_load)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/r.yaml").write_text("seed_everything: 3")
+    (tmp_path / "other/s.yaml").write_text(yaml.safe_dump(GOOD))
+    assert spec.read(tmp_path / "other/s.yaml", yaml.safe_load).recipe == {"seed_everything": 3}, "beside the sweep"

@@ -1,0 +1,135 @@
+"""Sweeps in processes of their own, which are killed, fail, and are compared."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("optuna")
+
+from lm.checkpoints import checkpoint
+from tests.support import sweeps
+
+LONGER = {**sweeps.RECIPE, "trainer": {**sweeps.RECIPE["trainer"], "max_steps": 200, "val_check_interval": 20}}
+
+
+def place(workplace: Path, name: str) -> Path:
+    folder = workplace / name
+    folder.mkdir()
+    (folder / "text.txt").write_text((workplace / "text.txt").read_text())
+    return folder
+
+
+def undisturbed_and_killed(workplace: Path, count: int, kills: int, seed: int, pause: float) -> None:
+    one, other = place(workplace, "one"), place(workplace, "other")
+    for folder in (one, other):
+        sweeps.write(folder, LONGER, trials=count, pruner="median")
+    said = sweeps.run(one)
+    draws, done = random.Random(seed), 0
+    process = sweeps.begin(other)
+    while process.poll() is None or process.returncode:
+        if process.poll() is not None:
+            assert process.returncode == -signal.SIGKILL, process.communicate()
+            process = sweeps.begin(other)
+        time.sleep(draws.uniform(0.2, pause))
+        if done < kills:
+            done += sweeps.kill(other, draws.choice(["sweep", "server", "trial"]))
+    assert done, "nothing was killed"
+    assert sweeps.picture(one) == sweeps.picture(other)
+    sweeps.assert_same_weights(one / "sweeps/sweep", other / "sweeps/sweep")
+    assert (one / "sweeps/sweep/best.yaml").read_bytes() == (other / "sweeps/sweep/best.yaml").read_bytes()
+    assert said["trials"] == count and said["best"]["value"] == min(t.value for t in sweeps.trials(one) if t.value)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_ends_with_the_same_trials(workplace: Path) -> None:
+    undisturbed_and_killed(workplace, count=4, kills=3, seed=3, pause=4)
+
+
+@pytest.mark.long
+def test_a_sweep_that_was_killed_twenty_times(workplace: Path) -> None:
+    undisturbed_and_killed(workplace, count=8, kills=20, seed=4, pause=5)
+
+
+@pytest.mark.slow
+def test_the_best_recipe_trains_to_the_best_value(lm, workplace: Path) -> None:
+    sweeps.write(workplace, seeds=2, at="best", trials=2)
+    found = sweeps.run(workplace, "--workers", 2)
+    assert found["trials"] == found["complete"] == 2 and found["best"]["recipe"] == "sweeps/sweep/best.yaml"
+    losses = []
+    for seed in (7, 8):
+        code, _, err = lm("fit", "--config", "sweeps/sweep/best.yaml", "--name", seed, "--seed_everything", seed)
+        assert code == 0, err
+        table = (workplace / f"logs/{seed}/metrics.csv").read_text().splitlines()
+        column = table[0].split(",").index("val/loss")
+        losses.append(min(float(cell) for row in table[1:] if (cell := row.split(",")[column])))
+    assert sum(losses) / 2 == found["best"]["value"]
+    code, _, err = lm("report", "sweeps/sweep", "--json")
+    assert code == 0, err
+    page = (workplace / "report.html").read_text()
+    assert "Settings that differ" in page and "History" in page and page.count("<svg") >= 4
+
+
+@pytest.mark.slow
+def test_trials_that_fail_are_said_and_not_repeated(workplace: Path) -> None:
+    sweeps.write(workplace, settings={sweeps.RATE: [0.01, 1e30]}, trials=5, sampler="random")
+    process = sweeps.begin(workplace, "--json")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    found = yaml.safe_load(out.splitlines()[-1])
+    assert (found["trials"], found["complete"], found["failed"]) == (2, 1, 1)
+    assert "failed: " in err and "not finite" in err
+    before = sweeps.picture(workplace)
+    sweeps.run(workplace)
+    assert sweeps.picture(workplace) == before
+
+
+@pytest.mark.slow
+def test_what_is_wrong_ends_a_sweep_before_its_first_trial(workplace: Path) -> None:
+    cases = (
+        ({"settings": {"data.init_args.batch_sise": [1, 2]}}, "did you mean data.init_args.batch_size?"),
+        ({"settings": {"data.init_args.batch_size": [4, 0]}}, "batch_size is 0"),
+        ({"settings": {"data.init_args.corpus": ["text.txt", "none.txt"], "data.init_args.seed": [1, 2]}}, "seed"),
+    )
+    for changes, said in cases:
+        sweeps.write(workplace, **changes)
+        process = sweeps.begin(workplace)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2 and said in err and len(err.splitlines()) == 1, err
+        assert not (workplace / "sweeps").exists()
+
+
+@pytest.mark.slow
+def test_a_second_sweep_in_a_folder_is_refused_and_a_stopped_one_goes_on(workplace: Path) -> None:
+    sweeps.write(workplace, {**LONGER, "trainer": {**LONGER["trainer"], "max_steps": 100_000}}, trials=2)
+    first = sweeps.begin(workplace)
+    while not list((workplace / "sweeps").rglob("last.ckpt")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    second = sweeps.begin(workplace)
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == 2 and "another lm sweep is at work in it" in err and len(err.splitlines()) == 1
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=100)
+    assert first.returncode == 143 and "the same command continues" in err, err
+    assert not sweeps.processes_of(workplace)
+    assert [trial.state.name for trial in sweeps.trials(workplace)] == ["RUNNING"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_killed_where_it_was_to_stop_goes_no_further(workplace: Path) -> None:
+    sweeps.write(workplace, at=20, trials=1)
+    sweeps.run(workplace)
+    before = sweeps.picture(workplace)
+    journal = workplace / "sweeps/sweep/journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    ends = 6  # Optuna's number for a trial's state
+    journal.write_bytes(b"".join(line for line in lines if json.loads(line)["op_code"] != ends))
+    assert sweeps.trials(workplace)[0].state.name == "RUNNING"
+    sweeps.run(workplace)
+    assert sweeps.picture(workplace) == before
+    assert checkpoint.peek(workplace / "sweeps/sweep/checkpoints/trial-0000/last.ckpt").step == 20
