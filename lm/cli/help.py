@@ -17,7 +17,8 @@ COMMON = """\
   --print_config                      print the recipe, all settings filled in, and stop
   --json                              the result as one line of JSON; progress goes to stderr"""
 NET = """\
-  --model.init_args.net CLASS         Bigram, MLP, WaveNet, GatedWaveNet, GPT, Seq2Seq of lm.models, or your own"""
+  --model.init_args.net CLASS         Bigram, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
+                                      lm.models, or your own"""
 DATA = """\
   --data CLASS                        [lm.data.TextData]; or LinesData, ArithmeticData, ReverseData of lm.data
   --data.init_args.corpus PATH        a text, a folder, a prepared corpus; python-docs, shakespeare, names
