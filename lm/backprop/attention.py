@@ -59,7 +59,7 @@ def attend(
         dy_ = dy.reshape(q_.shape)
         dv = torch.bmm(used.mT, dy_)  # (B H, S, T) @ (B H, T, D) -> (B H, S, D)
         dweights = backward_drop(precise(torch.bmm(dy_, v_.mT)).view_as(weights))  # (B, H, T, S)
-        dscores = _softmax_backward(weights, dweights).flatten(0, 1).to(k.dtype)
+        dscores = softmax_backward(weights, dweights).flatten(0, 1).to(k.dtype)
         dq, dk = torch.bmm(dscores, k_) * (1 / math.sqrt(D)), torch.bmm(dscores.mT, q_)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
@@ -71,7 +71,7 @@ def _future(scores: Tensor, start: int) -> Tensor:
     return torch.full(scores.shape[-2:], -math.inf, device=scores.device, dtype=scores.dtype).triu(start + 1)
 
 
-def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """ds = p (dp - Σ dp p), in dp's place."""
     inner = torch.linalg.vecdot(dp, p).unsqueeze(-1)
     return dp.sub_(inner).mul_(p)
@@ -97,7 +97,7 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
             k_, v_ = all_k[:, :stop], all_v[:, :stop]  # (B H, s, D)
             scores = precise(torch.bmm(q_, k_.mT))  # (B H, t, s)
             weights = scores.add_(_future(scores, start)).softmax(-1)
-            dscores = _softmax_backward(weights, precise(torch.bmm(dy_, v_.mT))).to(q.dtype)
+            dscores = softmax_backward(weights, precise(torch.bmm(dy_, v_.mT))).to(q.dtype)
             dq[:, start:stop] = torch.bmm(dscores, k_) * scale  # (B H, t, s) @ (B H, s, D)
             old = 0 if stop == T else 1  # the last queries see all keys; what came before is added to
             dk[:, :stop].baddbmm_(dscores.mT, q_, beta=old)  # (B H, s, t) @ (B H, t, D)

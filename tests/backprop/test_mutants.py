@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("networks", "backward_wte(dtarget + dsource)", "backward_wte(dtarget)", "seq2seq: source's embedding forgotten"),
     Mutant("recurrent", "dstate[0] + dy[:, t]", "dy[:, t]", "recurrent: nothing goes back in time"),
     Mutant("recurrent", "(dstate[0] + db_t @ layer.recur.weight, *dstate[1:])", "dstate", "recurrent: the way through U forgotten"),
-    Mutant("recurrent", "state[0] for state in states[:-1]", "state[0] for state in states[1:]", "recurrent: dU of the states after"),
+    Mutant("recurrent", "[state[0] for state in states[:-1]]", "[state[0] for state in states[1:]]", "recurrent: dU of the states after"),
     Mutant("recurrent", "precise(rows).sum(0)", "precise(rows).mean(0)", "recurrent: db averaged"),
     Mutant("recurrent", "torch.stack(da[::-1], dim=1)", "torch.stack(da, dim=1)", "recurrent: time not turned round"),
     Mutant("recurrent", "dafter[0] * (1 - after[0] * after[0])", "dafter[0] * (1 - after[0])", "rnn: square forgotten"),
