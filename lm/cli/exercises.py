@@ -10,6 +10,10 @@ from lm.course import EXERCISES, check, table, workbook
 from lm.course.exercise import Blank, Exercise, reveal
 from lm.errors import CheckError, UserError
 
+ADVICE = """Save this file, then in a terminal `lm exercises --check FILE`. For a hint `lm exercises --hint NAME`, for the
+derivation `lm exercises --reveal NAME`.
+"""
+
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm exercises`."""
@@ -65,7 +69,7 @@ def exercises(arguments: list[str]) -> None:
 def _write(folder: Path, as_json: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: it is a file: name a folder")
-    written = workbook.write(folder)
+    written = workbook.write(folder, ADVICE)
     stream = common.output(as_json)
     kept = 2 * len(EXERCISES) - len(written)
     print(

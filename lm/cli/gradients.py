@@ -30,7 +30,7 @@ TOKENS = {  # compared at a time, in total
 }
 
 
-class Compare(parsing.Untrained):
+class Compare(parsing.WithRules, parsing.Untrained):
     """Parses a recipe, and what to compare."""
 
     command = "gradients"

@@ -132,35 +132,38 @@ def check(path: Path, seconds: float = SECONDS) -> list[Answer]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "workbook.py"
         file.write_text(text, encoding="utf-8")
-        told = [_run(file, exercise, seed, seconds) for seed in SEEDS]
-    judged = [
-        [judge(exercise, blank, exercise.values(seed), one[blank.name]) for blank in exercise.blanks]
-        for seed, one in zip(SEEDS, told, strict=True)
-    ]
-    return [next((row for row in rows if row.state != "right"), rows[0]) for rows in zip(*judged, strict=True)]
+        told = _run(file, exercise, seconds)
+    values = [exercise.values(seed) for seed in SEEDS]
+    return [_worst(exercise, blank, values, told[blank.name]) for blank in exercise.blanks]
 
 
-def _run(file: Path, exercise: Exercise, seed: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Return what the student's functions give; one that takes too long is left out, and the others go on."""
-    told: dict[str, dict[str, Any]] = {}
+def _worst(exercise: Exercise, blank: Blank, values: list[Values], told: list[dict[str, Any]]) -> Answer:
+    """Return the first row that is not right, of those for each seed; or the first."""
+    rows = [judge(exercise, blank, one, found) for one, found in zip(values, told, strict=False)]
+    return next((row for row in rows if row.state != "right"), rows[0])
+
+
+def _run(file: Path, exercise: Exercise, seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """Return what the student's functions give for each seed; where one takes too long, the others go on."""
+    told: dict[str, list[dict[str, Any]]] = {}
     left = [blank.name for blank in exercise.blanks]
     while left:
-        begun, failed = _process(file, exercise.name, seed, left, seconds, told)
+        begun, failed = _process(file, exercise.name, left, seconds, told)
         left = [name for name in left if name not in told]
         if not left:
             break
         message = failed or f"it runs longer than {seconds:g} s: is there an endless loop?"
         for name in [begun] if begun else left:
-            told[name] = {"error": message}
+            told[name] = [{"error": message}]
         left = [name for name in left if name not in told]
     return told
 
 
 def _process(
-    file: Path, name: str, seed: int, blanks: list[str], seconds: float, told: dict[str, dict[str, Any]]
+    file: Path, name: str, blanks: list[str], seconds: float, told: dict[str, list[dict[str, Any]]]
 ) -> tuple[str, str]:
     """Let a process answer; return the blank that it was at when it ended, and why, where that is known."""
-    words = [sys.executable, "-m", "lm.course.student", str(file), name, str(seed), *blanks]
+    words = [sys.executable, "-m", "lm.course.student", str(file), name, ",".join(map(str, SEEDS)), *blanks]
     begun, failed = "", ""
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -172,7 +175,7 @@ def _process(
             elif "failed" in fields:
                 failed = fields["failed"]
             else:
-                told[fields.pop("name")] = fields
+                told[fields["name"]] = fields["answers"]
         late = noise.late
         process.kill()
     if not late and not failed and any(blank not in told for blank in blanks):

@@ -1,5 +1,6 @@
 """In which way a gradient is wrong: what is wrong is compared with the answers of the usual mistakes."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -36,6 +37,8 @@ def diagnose(exercise: Exercise, blank: Blank, values: Values, found: Tensor, ex
         checks.insert(0, lambda: _parts(found, expected, parts, values))
         checks += [
             lambda: _places(exercise, blank, values, found, expected),
+            lambda: _operand(exercise, blank, values, found),
+            lambda: _terms(exercise, blank, values, found, expected),
             lambda: _factors(exercise, blank, values, found, expected),
             lambda: _slope(exercise, blank, values, found, expected),
         ]
@@ -155,6 +158,47 @@ def _each_row_is_one_of(found: Tensor, candidates: list[Tensor]) -> bool:
     return bool((difference.amin(0) <= CLOSE * scale).all())
 
 
+def _operand(exercise: Exercise, blank: Blank, values: Values, found: Tensor) -> str | None:
+    """Compare with what comes out where a square matrix of a product is transposed, or is not."""
+    for reader in exercise.readers(blank.of):
+        for name in (f"d{reader}", *inspect.signature(exercise.steps[reader]).parameters):
+            value = values[name]
+            square = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == value.shape[-2]
+            if name == blank.of or not square:
+                continue
+            turned = {**values, name: value.mT}
+            if close(exercise.part(blank.of, reader, turned[f"d{reader}"], turned), found):
+                return f"transposed: {name} must be transposed in the product, or must not be"
+    return None
+
+
+def _terms(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
+    """See whether each element has one term alone of a sum over an axis of another factor, such as a kernel's taps."""
+    for reader in exercise.readers(blank.of):
+        for name in inspect.signature(exercise.steps[reader]).parameters:
+            value = values[name]
+            if name == blank.of or not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            for axis in [axis for axis, size in enumerate(value.shape) if size <= 8]:
+                some = [
+                    torch.zeros_like(value).index_copy(axis, at, value.index_select(axis, at))
+                    for at in _each(value, axis)
+                ]
+                terms = [exercise.part(blank.of, reader, values[f"d{reader}"], {**values, name: one}) for one in some]
+                if not close(torch.stack(terms).sum(0), expected):
+                    continue
+                difference = (torch.stack([expected, *terms]) - found).abs().amin(0)
+                if difference.max() <= CLOSE * expected.abs().max():
+                    return (
+                        f"overwritten: there is one term alone where several must be added, along axis {axis} of {name}"
+                    )
+    return None
+
+
+def _each(value: Tensor, axis: int) -> list[Tensor]:
+    return list(torch.arange(value.shape[axis]).split(1))
+
+
 def _factors(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
     """Look for a forward value, or a power of it, that multiplies one of the two and not the other."""
     for name, value in values.items():
@@ -187,12 +231,14 @@ def _slope(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expe
     for reader in readers:
         if values[reader].shape != x.shape or x.ndim == 0:
             continue
-        only = torch.zeros_like(values[f"d{reader}"])
-        at = (0,) * x.ndim
-        only[at] = 1.0
-        reached = exercise.part(blank.of, reader, only, values)
-        reached[at] = 0.0
-        if not reached.any():
+        alone = True
+        for at in ((0,) * x.ndim, (-1,) * x.ndim):
+            only = torch.zeros_like(values[f"d{reader}"])
+            only[at] = 1.0
+            reached = exercise.part(blank.of, reader, only, values)
+            reached[at] = 0.0
+            alone = alone and not reached.any()
+        if alone:
             return f"factor: the slope of {reader}, a function of each element alone, is another"
     return None
 

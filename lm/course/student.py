@@ -1,4 +1,4 @@
-"""Runs a student's file, in a process of its own: `python -m lm.course.student FILE EXERCISE SEED BLANK…`.
+"""Runs a student's file, in a process of its own: `python -m lm.course.student FILE EXERCISE SEEDS BLANK…`.
 
 Each blank's answer is a line of JSON on what standard output was at the start; prints of the file go to standard error.
 What computes gradients by itself is out of reach while the file's functions run.
@@ -24,6 +24,7 @@ from torch import Tensor
 from lm.course import EXERCISES
 
 NOT_BY_HAND = "it calls autograd: derive the gradient, and write it as tensor code"
+NOT_YOURS = "it calls the product's own rules: derive the gradient, and write it as tensor code"
 
 
 class CallsAutogradError(Exception):
@@ -56,21 +57,29 @@ def by_hand() -> Iterator[None]:
 FORBIDDEN = re.compile(r"autograd|.*backward.*|requires_grad_?|enable_grad|vjp|jvp|jacrev|jacfwd")
 
 
-def names_autograd(source: str) -> dict[str, str]:
-    """Return, for each function of a file that names what autograd is called by, the name."""
+def not_by_hand(source: str) -> dict[str, str]:
+    """Return, for each function of a file that names autograd or uses the product's rules, what to say of it."""
+    tree = ast.parse(source)
+    rules = {name for node in tree.body for name in _from_lm(node)}
     found = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.FunctionDef):
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef):
             continue
-        for one in ast.walk(node):
-            name = one.attr if isinstance(one, ast.Attribute) else ""
-            modules = [alias.name for alias in one.names] if isinstance(one, ast.Import) else []
-            modules += [one.module or ""] if isinstance(one, ast.ImportFrom) else []
-            if FORBIDDEN.fullmatch(name):
-                found[node.name] = NOT_BY_HAND
-            elif any(module.startswith(("lm.backprop", "lm.course")) for module in modules):
-                found[node.name] = "it calls the product's own rules: derive the gradient yourself"
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and FORBIDDEN.fullmatch(node.attr):
+                found[function.name] = NOT_BY_HAND
+            elif _from_lm(node) or (isinstance(node, ast.Name) and node.id in rules):
+                found[function.name] = NOT_YOURS
     return found
+
+
+def _from_lm(node: ast.AST) -> set[str]:
+    """Return the names that a statement imports from lm."""
+    if isinstance(node, ast.Import):
+        return {alias.asname or "lm" for alias in node.names if alias.name.split(".")[0] == "lm"}
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lm":
+        return {alias.asname or alias.name for alias in node.names}
+    return set()
 
 
 def answer(function: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def load(path: Path) -> Any:
     return module
 
 
-def main(path: str, name: str, seed: str, *blanks: str) -> None:
+def main(path: str, name: str, seeds: str, *blanks: str) -> None:
     """Answer for each blank, a line of JSON each, after a line that says that it is begun."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -138,20 +147,23 @@ def main(path: str, name: str, seed: str, *blanks: str) -> None:
     tell(begun="")
     try:
         module = load(Path(path))
-        suspicious = names_autograd(Path(path).read_text())
+        suspicious = not_by_hand(Path(path).read_text())
     except BaseException as error:
         tell(failed=where(error))
         return
-    values = exercise.values(int(seed))
+    values = [exercise.values(int(seed)) for seed in seeds.split(",")]
     for blank in blanks:
         tell(begun=blank)
         function = getattr(module, blank, None)
         if not callable(function):
-            tell(name=blank, error=f"the function {blank} is not there: write def {blank}(…)")
+            found = [{"error": f"the function {blank} is not there: write def {blank}(…)"}]
+        elif str(getattr(function, "__module__", "")).startswith("lm."):
+            found = [{"error": NOT_YOURS}]
         elif blank in suspicious:
-            tell(name=blank, error=suspicious[blank])
+            found = [{"error": suspicious[blank]}]
         else:
-            tell(name=blank, **answer(function, values))
+            found = [answer(function, one) for one in values]
+        tell(name=blank, answers=found)
 
 
 if __name__ == "__main__":

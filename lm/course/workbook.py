@@ -15,8 +15,8 @@ Cell = tuple[str, str]
 """markdown or code, and its text."""
 
 
-def cells(exercise: Exercise) -> list[Cell]:
-    """Return a workbook's cells."""
+def cells(exercise: Exercise, advice: str = "") -> list[Cell]:
+    """Return a workbook's cells; the last one says how to check it, and begins with the advice."""
     values = exercise.values()
     first = [
         ("markdown", f"# {exercise.title}\n\n{exercise.story}"),
@@ -27,12 +27,7 @@ def cells(exercise: Exercise) -> list[Cell]:
         first.append(("markdown", text + _given(exercise, values)))
     blanks = [cell for blank in exercise.blanks for cell in _blank(exercise, blank, values)]
     last = [
-        (
-            "markdown",
-            "## Check\n\nSave this file, then in a terminal `lm exercises --check FILE`; for a hint or the derivation\n"
-            f"`lm exercises --hint {exercise.name}/{exercise.blanks[0].name}`, or `--reveal` in place of `--hint`.\n"
-            "The next cell prints the table here and now.",
-        ),
+        ("markdown", f"## Check\n\n{advice}The next cell prints the table here and now."),
         ("code", 'if __name__ == "__main__":\n    from lm.course.table import show\n\n    show(EXERCISE, globals())'),
     ]
     return [*first, *blanks, *last]
@@ -73,10 +68,10 @@ def _blank(exercise: Exercise, blank: Blank, values: Values) -> list[Cell]:
     return [("markdown", says), ("code", f'{signature}\n    """{doc}"""\n    return None  # your line')]
 
 
-def as_python(exercise: Exercise) -> str:
+def as_python(exercise: Exercise, advice: str = "") -> str:
     """Return the workbook as Python, its text in comments; editors show its cells."""
     parts = []
-    for kind, text in cells(exercise):
+    for kind, text in cells(exercise, advice):
         if kind == "markdown":
             parts.append("# %% [markdown]\n" + textwrap.indent(text, "# ", lambda line: True).replace("# \n", "#\n"))
         else:
@@ -84,10 +79,10 @@ def as_python(exercise: Exercise) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_notebook(exercise: Exercise) -> str:
+def as_notebook(exercise: Exercise, advice: str = "") -> str:
     """Return the workbook as a notebook."""
     made: list[dict[str, Any]] = []
-    for number, (kind, text) in enumerate(cells(exercise)):
+    for number, (kind, text) in enumerate(cells(exercise, advice)):
         cell: dict[str, Any] = {"cell_type": kind, "id": f"{exercise.name}-{number}", "metadata": {}}
         cell["source"] = text.splitlines(keepends=True)
         if kind == "code":
@@ -103,14 +98,20 @@ def as_notebook(exercise: Exercise) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
-def write(folder: Path) -> list[Path]:
-    """Write all workbooks that are not there yet; return those that were written. What is there is never replaced."""
+def write(folder: Path, advice: str = "") -> list[Path]:
+    """Write all workbooks that are not there yet, and return them: what is there is never replaced.
+
+    Args:
+        folder: Where to.
+        advice: How to check one; NAME stands for a blank of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, exercise in enumerate(EXERCISES.values()):
+        said = advice.replace("NAME", f"{exercise.name}/{exercise.blanks[0].name}")
         for suffix, text in ((".py", as_python), (".ipynb", as_notebook)):
             path = folder / f"{number:02}-{exercise.name}{suffix}"
             if not path.exists():
-                storage.write_whole(path, text(exercise).encode())
+                storage.write_whole(path, text(exercise, said).encode())
                 written.append(path)
     return written
