@@ -10,8 +10,8 @@ from lm.course import EXERCISES, check, table, workbook
 from lm.course.exercise import Blank, Exercise, reveal
 from lm.errors import CheckError, UserError
 
-ADVICE = """Save this file, then in a terminal `lm exercises --check FILE`. For a hint `lm exercises --hint NAME`, for the
-derivation `lm exercises --reveal NAME`.
+ADVICE = """Save this file, then in a terminal `lm exercises --check FILE`. For a hint `lm exercises --hint NAME`, for
+the derivation `lm exercises --reveal NAME`.
 """
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
 from lm.checkpoints import checkpoint, disk, runs, sharded
-from lm.cli import common, parsing, streams
+from lm.cli import common, parsing, rules, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
@@ -30,7 +30,7 @@ from lm.training.loggers import log_files
 from lm.training.manual import check_precision
 
 
-class Fit(parsing.WithRules):
+class Fit(rules.WithRules):
     """Parses a recipe and makes its parts, with the run's checkpoints, logs and signals attached."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -153,7 +153,9 @@ class Fit(parsing.WithRules):
         intervals = [settings["val_check_interval"], self.config_init.checkpoint.every_n_steps]
         cut = math.gcd(steps, *(one for one in intervals if isinstance(one, int)))
         if cut < steps:
-            self.say(f"note: model.steps_per_call {steps} is cut to {cut}: evaluations and checkpoints fall between calls")
+            self.say(
+                f"note: model.steps_per_call {steps} is cut to {cut}: evaluations and checkpoints fall between calls"
+            )
             model.steps_per_call = steps = cut
         if isinstance(settings["val_check_interval"], int):
             batches = settings["val_check_interval"] * settings["accumulate_grad_batches"]

@@ -54,6 +54,7 @@ the training
   --checkpoint.every_n_steps N        steps between checkpoints
 the network and its data
   --model CLASS                       [lm.training.LanguageModel]; lm.training.ManualLanguageModel: gradients by hand
+  --rules FILE                        with the latter: Python with rules of your own, see docs/gradients.md
 {NET}
   --model.init_args.optimizer CLASS   [torch.optim.AdamW]; the learning rate is its init_args.lr
 {DATA}
@@ -87,6 +88,9 @@ what is compared
   --against KIND                      [autograd], or differences: slopes of the loss along random directions
   --mode KIND                         [train] or eval, of the network
   --init_from CHECKPOINT              of these weights, and this network where the recipe names none
+  --rules FILE                        Python with rules of your own, under @lm.backprop.rule(Layer)
+  --values                            the numbers, too: a corner of each tensor and its gradient, largest element, norm
+  --tensor NAME                       of one tensor alone
   --seed N                            of weights and batch
 {NET}
 {DATA}
@@ -113,12 +117,28 @@ what changes the answer most
 {DATA}
 
 {REST}"""
+INSPECT = f"""
+Show what a recipe is made of: layers with shapes and parameters, a batch, what a text becomes. Nothing is trained.
+
+  lm inspect --config configs/names/wavenet.yaml
+  lm inspect --config configs/quickstart.yaml --text "def f(x): return x"
+
+{COMMON}
+what is shown
+  --text TEXT                         in tokens of the recipe's tokenizer, in bytes, in those of the published ones
+  --figures FOLDER                    pictures of the network and its first batch, PNG
+  --init_from CHECKPOINT              of these weights, and this network where the recipe names none
+{NET}
+{DATA}
+
+{REST}"""
 PAGES = {
     "fit": FIT,
     "validate": EVALUATE.replace("COMMAND", "validate").replace("SPLIT", "val"),
     "test": EVALUATE.replace("COMMAND", "test").replace("SPLIT", "test"),
     "gradients": GRADIENTS,
     "plan": PLAN,
+    "inspect": INSPECT,
 }
 
 

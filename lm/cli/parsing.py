@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lm.checkpoints import imports
 from lm.checkpoints.restore import deny_what_runs_code
 from lm.checkpoints.schema import Saved
-from lm.cli import common, environment, help, messages, plain_help, rules, values
+from lm.cli import common, environment, help, messages, plain_help, values
 from lm.errors import UserError, causes
 from lm.tokenizers import from_state
 from lm.training import LanguageModel
@@ -191,25 +191,6 @@ class FromWeights(Recipes):
                 "data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from, or a tokenizer"
             )
         data.tokenizer = from_state(saved.tokenizer)
-
-
-class WithRules(FromWeights):
-    """Parses a recipe that may have gradients by the user's own rules."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the file of rules."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--rules",
-            type=Path | None,
-            default=None,
-            help="A Python file whose rules, functions under @lm.backprop.rule(Layer), are used instead of ours.",
-        )
-
-    def before_instantiate_classes(self) -> None:
-        """Load the rules."""
-        if self.config.rules is not None:
-            rules.load(self.config.rules)
 
 
 class Untrained(FromWeights):

@@ -4,7 +4,10 @@ import importlib.util
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+from lightning.pytorch.cli import LightningArgumentParser
+
 from lm.backprop.rules import registered
+from lm.cli import parsing
 from lm.errors import UserError
 
 
@@ -33,3 +36,22 @@ def load(path: Path) -> list[str]:
     if not new:
         raise UserError(f"--rules {path}: it registers no rule: decorate functions with lm.backprop.rule, with (Layer)")
     return new
+
+
+class WithRules(parsing.FromWeights):
+    """Parses a recipe that may have gradients by the user's own rules."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the file of rules."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--rules",
+            type=Path | None,
+            default=None,
+            help="A Python file whose rules, functions under @lm.backprop.rule(Layer), are used instead of ours.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Load the rules."""
+        if self.config.rules is not None:
+            load(self.config.rules)

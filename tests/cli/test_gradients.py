@@ -184,3 +184,35 @@ def test_a_layer_without_rule(lm, workplace: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(_rules, torch.nn.GELU)
     code, _, err = lm("gradients", "--config", "net.yaml")
     assert code == 2 and "GELU: write a rule for it" in err
+
+
+def test_values_are_shown_as_the_lecture_looks_at_them(lm, workplace: Path) -> None:
+    recipe("MLP")
+    text = yaml.safe_load(Path("net.yaml").read_text())
+    text["model"]["init_args"]["net"]["init_args"] = {"n_hidden": 16, "bias": True, "bessel": True}
+    Path("net.yaml").write_text(yaml.safe_dump(text))
+    words = ["gradients", "--config", "net.yaml", "--level", "atomic", "--values"]
+    code, out, err = lm(*words, "--tensor", "dlogits", "--json")
+    assert code == 0, err
+    (one,) = json.loads(out.splitlines()[-1])["values"]
+    assert one["name"] == "logits" and one["shape"] == [8, 27] and len(one["gradient_corner"]) == 4
+    assert 0 < one["gradient_largest"] <= 1 / 8
+    rows = [line.split() for line in err.splitlines() if line.endswith("the probability - 1")]
+    assert len(rows) == 1 and float(rows[0][1]) - 1 == pytest.approx(float(rows[0][2]), abs=2e-4)
+    code, out, err = lm(*words, "--json")
+    found = {one["name"]: one for one in json.loads(out.splitlines()[-1])["values"]}
+    assert list(found) == list(atomic.GRADIENTS)
+    assert found["logit_maxes"]["gradient_largest"] < 1e-15 < found["h"]["gradient_largest"]  # float64
+    code, _, err = lm("gradients", "--config", "net.yaml", "--values", "--tensor", "nothing")
+    assert code == 2 and "--tensor nothing: there is none of that name: say one of wte.weight" in err
+    code, _, err = lm("gradients", "--config", "net.yaml", "--tensor", "wte.weight")
+    assert code == 2 and "is for --values" in err
+
+
+def test_values_of_parameters_are_the_gradients(lm, workplace: Path) -> None:
+    recipe("GPT")
+    code, out, err = lm("gradients", "--config", "net.yaml", "--values", "--tensor", "wte.weight", "--json")
+    assert code == 0, err
+    (one,) = json.loads(out.splitlines()[-1])["values"]
+    assert one["gradient_norm"] >= one["gradient_largest"] > 0
+    assert f"norm {one['gradient_norm']:.3e}" in err
