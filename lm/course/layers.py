@@ -274,3 +274,27 @@ EMBEDDING = _embedding_exercise()
 RMS_NORM = _rms_norm_exercise()
 ROTARY = _rotary_exercise()
 CONVOLUTION = _convolution_exercise()
+
+
+def dbetter(better: Tensor, worse: Tensor) -> Tensor:
+    """-log σ(d) with d = better - worse: by d it is -(1 - σ(d)) = -σ(-d), divided by the n pairs of the mean."""
+    return -torch.sigmoid(worse - better) / len(better)
+
+
+def dworse(better: Tensor, worse: Tensor) -> Tensor:
+    """d falls with it: the same with the other sign."""
+    return torch.sigmoid(worse - better) / len(better)
+
+
+RANKING = Exercise(
+    name="ranking",
+    title="The loss of a reward model",
+    story="""Of two answers people have said which is better. The loss is -log σ(better - worse), a mean over pairs;
+`better` and `worse` are the network's outputs for the two.""",
+    inputs=lambda generator: random(generator, better=(8,), worse=(8,)),
+    steps={"loss": lambda better, worse: -F.logsigmoid(better - worse).mean()},
+    blanks=(
+        Blank(solution=dbetter, hints=("σ' = σ (1 - σ), so log' σ = 1 - σ.", "-σ(worse - better), and the mean")),
+        Blank(solution=dworse, hints=("It is subtracted where better is added.",)),
+    ),
+)

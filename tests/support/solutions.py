@@ -125,6 +125,10 @@ def dx(dy, x, gamma):
     g = dy * gamma
     return r * (g - x * r * (g * x * r).mean(-1, keepdim=True))
 """,
+    "ranking": """
+def dbetter(better, worse): return -(1 - torch.sigmoid(better - worse)) / 8
+def dworse(better, worse): return (1 - torch.sigmoid(better - worse)) / 8
+""",
     "rotary": """
 def dx(dy, cos, sin):
     one, two = dy.chunk(2, -1)
@@ -241,6 +245,8 @@ MISTAKES = [
         ("embedding", "dW", "index_add", "index_copy", "overwritten"),
         ("rms-norm", "dx", " - x * r * (g * x * r).mean(-1, keepdim=True)", "", "missing sum"),
         ("rms-norm", "dgamma", ".sum((0, 1))", "", "missing sum"),
+        ("ranking", "dbetter", "-(1", "(1", "factor"),
+        ("ranking", "dworse", " / 8", "", "factor"),
         ("rotary", "dx", "[two, -one]", "[-two, one]", "factor"),
         ("convolution", "dx", "+= kernel", "= kernel", "overwritten"),
         ("convolution", "dbias", "dy.sum((0, 2))", "dy.sum(0)", "missing sum"),
