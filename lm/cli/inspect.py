@@ -1,20 +1,26 @@
 """`lm inspect`: what a recipe is made of: layers and shapes, a batch, and what a text becomes."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
 from torch import Tensor, nn
 
+from lm import storage
 from lm.cli import common, parsing
 from lm.cli.messages import shortened
 from lm.cli.plan import FLOPS, recipe_of, spelled
+from lm.course import figures
 from lm.data.module import IGNORED
 from lm.errors import UserError
 from lm.planning import needs
 from lm.tokenizers import Tokenizer, make
 from lm.tokenizers.published import PUBLISHED
+from lm.training.finetune import take_weights
+from lm.training.parts import make_net
 
 EXAMPLES = 8  # shown of a batch, of a chunk of nine tokens
 PIECES = 40  # tokens of a text that are shown
@@ -100,12 +106,29 @@ class Inspect(parsing.Untrained):
 
 
 def draw(cli: Inspect, folder: Path) -> list[Path]:
-    """Write pictures of a recipe's network and its first batch.
+    """Write pictures of a recipe's network and its first batch; return their paths.
 
     Raises:
         UserError: The folder cannot be written.
     """
-    raise UserError("not yet")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--figures {folder}: it is a file: name a folder")
+    data, module = cli.datamodule, parsing.language_model(cli.model)
+    torch.manual_seed(data.seed)
+    net = make_net(module.make_net, data.vocab_size, data.block_size)
+    if cli.config.init_from is not None:
+        take_weights(net, module.make_net, data.text_tokenizer, cli.config.init_from, cli.resolved())
+    tokens, targets = data.train_dataset(1)[0]
+    symbols = [text_of(data.text_tokenizer, [i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, pixels in figures.draw(net.train(), tokens, targets, symbols, module.make_optimizer).items():
+        png = BytesIO()
+        Image.fromarray(pixels).save(png, format="PNG")
+        path = folder / f"{name}.png"
+        storage.write_whole(path, png.getvalue())
+        written.append(path)
+    return written
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:

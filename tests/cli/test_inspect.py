@@ -51,3 +51,14 @@ def test_a_chunk_of_nine_is_eight_examples(lm, workplace: Path) -> None:
     for shorter, longer in zip(result["batch"], result["batch"][1:], strict=False):
         assert longer["context"] == [*shorter["context"], shorter["target"]]
     assert result["parameters"] == sum(p.numel() for p in GatedWaveNet(27, 8, n_embd=8).parameters())
+
+
+def test_pictures_are_files(lm, workplace: Path) -> None:
+    recipe("MLP")
+    code, out, err = lm("inspect", "--config", "net.yaml", "--figures", "pictures", "--json")
+    assert code == 0, err
+    paths = [Path(path) for path in json.loads(out.splitlines()[-1])["figures"]]
+    assert {"dlogits", "updates"} <= {path.stem for path in paths}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    code, _, err = lm("inspect", "--config", "net.yaml", "--figures", "words.txt")
+    assert code == 2 and err.startswith("error: --figures words.txt: it is a file"), err
