@@ -21,6 +21,7 @@ def test_there_are_recipes() -> None:
         "rnn",
         "gru",
         "lstm",
+        "bag-of-words",
         "wavenet",
         "wavenet-large",
         "wavenet-per-position",

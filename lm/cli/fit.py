@@ -26,7 +26,7 @@ from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCo
 from lm.training.callbacks.signals import StopSignals
 from lm.training.checkpoint_io import AtomicCheckpointIO, restored
 from lm.training.distributed.sharding import Sharded
-from lm.training.loggers import log_files
+from lm.training.loggers import curve, log_files
 from lm.training.manual import check_precision
 
 
@@ -42,6 +42,7 @@ class Fit(rules.WithRules):
             default=None,
             help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
         )
+        parser.add_argument("--plot", action="store_true", help="Draw the losses in the terminal at the end.")
 
     def before_instantiate_classes(self) -> None:
         """Find the run's folders and the checkpoint to start from, before anything costs time."""
@@ -271,6 +272,9 @@ def _done(cli: Fit, result: dict[str, Any]) -> None:
         common.print_json(result)
     else:
         saved = result["ckpt_path"] or "no checkpoint is kept"
+        if cli.config.plot:
+            rows = log_files.read_csv(cli.logs / "metrics.csv")[1]
+            print(*curve.drawing(rows), sep="\n", file=cli.stream, flush=True)
         cli.say(f"done: step {result['step']}, {result['seconds']:.0f} s; {saved}{cli.where_metrics_are()}", **result)
     lost = sys.stdout.error  # type: ignore[union-attr]
     if isinstance(lost, BrokenPipeError):

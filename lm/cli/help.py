@@ -17,7 +17,7 @@ COMMON = """\
   --print_config                      print the recipe, all settings filled in, and stop
   --json                              the result as one line of JSON; progress goes to stderr"""
 NET = """\
-  --model.init_args.net CLASS         Bigram, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
+  --model.init_args.net CLASS         Bigram, BagOfWords, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
                                       lm.models, or your own"""
 DATA = """\
   --data CLASS                        [lm.data.TextData]; or LinesData, ArithmeticData, ReverseData of lm.data
@@ -42,6 +42,7 @@ the run
   --ckpt_path last|auto|PATH          last continues, auto continues or starts, a path starts from that checkpoint
   --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's, at step 0; symbols that it
                                       lacks begin untrained, and a recipe without a net has its network
+  --plot                              draw the losses in the terminal at the end
   --seed_everything N                 [1337]
 the training
   --trainer.max_steps N               how many optimizer steps

@@ -110,6 +110,10 @@ MUTANTS = [
     Mutant("recurrent", "dc * i * (1 - g * g)", "dc * (1 - g * g)", "lstm: dg without i"),
     Mutant("recurrent", "dh * bounded * o * (1 - o)", "dh * o * (1 - o)", "lstm: do without tanh c"),
     Mutant("recurrent", "(torch.zeros_like(dh), dc * f)", "(torch.zeros_like(dh), dc)", "lstm: forget gate"),
+    Mutant("networks", "dy / counts(dy, dy.shape[1])", "dy", "causal average: divided by nothing"),
+    Mutant("networks", "shares.flip(1).cumsum(1).flip(1)", "shares.cumsum(1)", "causal average: sums from the beginning"),
+    Mutant("networks", "residual(grads, net.average, dx, backward_average(dx))", "dx", "bag of words: the average forgotten"),
+    Mutant("networks", "residual(grads, net.mlp, dy, backward_mlp(dy))", "dy", "bag of words: the hidden layer forgotten"),
     Mutant("networks", "dkernel.mT.flatten(1)", "dkernel.flatten(1)", "dense wavenet: taps not moved back"),
 ]  # fmt: skip
 

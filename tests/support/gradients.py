@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lm.backprop import Gradients, loss_and_gradients, run
 from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.models import GPT, GRU, LSTM, MLP, RNN, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
+from lm.models import GPT, GRU, LSTM, MLP, RNN, BagOfWords, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
 from lm.models.feed_forward import ReLUSquared
 from lm.models.layers import BatchNorm
 
@@ -42,6 +42,7 @@ NETWORKS = {
     "rnn": lambda: RNN(V, T, n_embd=3, n_hidden=5, n_layer=2, dropout=0.2),
     "gru": lambda: GRU(V, T, n_embd=3, n_hidden=5, n_layer=2),
     "lstm": lambda: LSTM(V, T, n_embd=3, n_hidden=5, n_layer=2),
+    "bag of words": lambda: BagOfWords(V, T, n_embd=4, n_hidden=5),
     "seq2seq": lambda: Seq2Seq(V, T, **SMALL, start_token=1, pad_token=2, dropout=0.2),
 }
 LAYERS = {

@@ -28,6 +28,7 @@ NETWORKS = {
     "WaveNet per position": ({"n_hidden": 16, "norm_over_time": False}, LINES),
     "WaveNet dense": ({"n_hidden": 16, "depth": 2, "dense": True}, WHOLE),
     "GatedWaveNet": ({"n_embd": 8, "dropout": 0.1}, WHOLE),
+    "BagOfWords": ({"n_embd": 16, "n_hidden": 16}, WHOLE),
     "RNN": ({"n_hidden": 16, "n_layer": 2}, WHOLE),
     "GRU": ({"n_hidden": 16}, WHOLE),
     "LSTM": ({"n_hidden": 16, "dropout": 0.1}, WHOLE),
