@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm.backprop.attention import softmax_backward
-from lm.course.exercise import Blank, Exercise, Values
+from lm.course.exercise import Blank, Exercise, Terms, Values
 from lm.course.layers import B, C, T, layer_norm, norm, random
 
 
@@ -44,8 +44,18 @@ def dk(dscores: Tensor, q: Tensor) -> Tensor:
     return dscores.mT @ q / math.sqrt(q.shape[-1])
 
 
+def _softmax_terms(dweights: Tensor, weights: Tensor) -> Terms:
+    product = dweights * weights
+    return {"p dp": (product, None), "-p Σ dp p": (-weights * product.sum(-1, keepdim=True), -weights * product)}
+
+
 SOFTMAX_FAULTS = {
-    "missing sum: the row's average is not subtracted, Σ dp p": lambda dweights, weights: dweights * weights,
+    "factor: there is a mean where there must be a sum": lambda dweights, weights: (
+        weights * (dweights - (dweights * weights).mean(-1, keepdim=True))
+    ),
+    "factor: weights is missing in the sum, Σ dp p": lambda dweights, weights: (
+        weights * (dweights - dweights.sum(-1, keepdim=True))
+    ),
     "missing sum: it runs over the wrong axis": lambda dweights, weights: (
         weights * (dweights - (dweights * weights).sum(-2, keepdim=True))
     ),
@@ -67,6 +77,7 @@ sum of values. Two of the three steps are products of matrices; the softmax is t
         Blank(
             solution=dscores,
             hints=("∂p_i/∂s_j = p_i (δ_ij - p_j)", "p * (dp - (dp * p).sum(-1, keepdim=True))"),
+            terms=_softmax_terms,
             faults=SOFTMAX_FAULTS,
         ),
         Blank(solution=dq, hints=("A product, and the factor of the forward pass.",)),
@@ -150,6 +161,7 @@ their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5."""
             Blank(
                 solution=dscores,
                 hints=("As in the exercise attention.",),
+                terms=_softmax_terms,
                 faults=SOFTMAX_FAULTS,
             ),
             Blank(solution=dn1, hints=("Three steps read n1.", "A product each: add all three")),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lm.backprop.atomic import called
-from lm.course.exercise import Blank, Exercise, Values
+from lm.course.exercise import Blank, Exercise, Terms, Values
 
 CLOSE = 1e-8
 
@@ -26,18 +26,21 @@ def diagnose(exercise: Exercise, blank: Blank, values: Values, found: Tensor, ex
         return "not finite: there is inf or NaN in it"
     if found.shape != expected.shape:
         return _shape(found, expected)
-    if found.ndim == 2 and close(found.mT, expected):
+    if found.ndim > 1 and found.shape[-1] == found.shape[-2] and close(found.mT, expected):
         return "transposed: the right numbers, with rows and columns exchanged"
     for text, wrong in blank.faults.items():
         if close(called(wrong, values).expand_as(expected), found):
             return text
     checks: list[Callable[[], str | None]] = [lambda: _constant(found, expected, values)]
+    if blank.terms is not None:
+        terms = called(blank.terms, values)
+        checks.append(lambda: _of_terms(found, terms, values))
     if blank.expected is None:
         parts = exercise.parts(blank.of, values)
         checks.insert(0, lambda: _parts(found, expected, parts, values))
         checks += [
             lambda: _places(exercise, blank, values, found, expected),
-            lambda: _operand(exercise, blank, values, found),
+            lambda: _operand(exercise, blank, values, found, expected),
             lambda: _terms(exercise, blank, values, found, expected),
             lambda: _factors(exercise, blank, values, found, expected),
             lambda: _slope(exercise, blank, values, found, expected),
@@ -95,25 +98,45 @@ def _constant(found: Tensor, expected: Tensor, values: Values) -> str | None:
     return _named(factor, values) if factor and close(found / factor, expected) else None
 
 
-def _parts(found: Tensor, expected: Tensor, parts: dict[str, Tensor], values: Values) -> str | None:
-    """Compare with weighted sums of what each reader of the tensor adds."""
-    if len(parts) < 2:
-        return None
-    table = torch.stack([part.flatten() for part in parts.values()], dim=1)  # (N, K)
+def _weights(found: Tensor, terms: list[Tensor]) -> list[float] | None:
+    """Return the factors by which a tensor is a sum of some terms; None where it is none."""
+    table = torch.stack([term.expand_as(found).flatten() for term in terms], dim=1)  # (N, K)
     weights = torch.linalg.lstsq(table, found.reshape(-1, 1)).solution  # (K, 1)
     if not close((table @ weights).view_as(found), found):
         return None
-    factors = dict(zip(parts, weights.flatten().tolist(), strict=True))
-    lost = [name for name, factor in factors.items() if abs(factor) < CLOSE]
-    wrong = {name: factor for name, factor in factors.items() if abs(factor - 1) > CLOSE and name not in lost}
-    if lost and len(lost) < len(parts) and not wrong:
-        return f"overwritten: the part that comes by {' and '.join(lost)} is not there: gradients of all uses are added"
-    if len({round(one, 9) for one in factors.values()}) == 1:
-        return None  # a factor of the whole
-    if not wrong:
+    return [round(weight, 9) for weight in weights.flatten().tolist()]
+
+
+def _parts(found: Tensor, expected: Tensor, parts: dict[str, Tensor], values: Values) -> str | None:
+    """Compare with weighted sums of what each reader of the tensor adds."""
+    weights = _weights(found, list(parts.values())) if len(parts) > 1 else None
+    if weights is None or len(set(weights)) == 1:  # a factor of the whole is said otherwise
         return None
-    name, factor = next(iter(wrong.items()))
+    factors = dict(zip(parts, weights, strict=True))
+    lost = [name for name, factor in factors.items() if factor == 0]
+    if lost:
+        return f"overwritten: the part that comes by {' and '.join(lost)} is not there: gradients of all uses are added"
+    name, factor = next((name, factor) for name, factor in factors.items() if factor != 1)
     return f"{_named(factor, values)}, in the part that comes by {name}"
+
+
+def _of_terms(found: Tensor, terms: Terms, values: Values) -> str | None:
+    """Compare with weighted sums of a formula's terms, or of what they are without the sums in them."""
+    names, summed = list(terms), [term for term, _ in terms.values()]
+    for bare in product(*[(False, True) if plain is not None else (False,) for _, plain in terms.values()]):
+        chosen = [plain if one else term for one, (term, plain) in zip(bare, terms.values(), strict=True)]
+        weights = _weights(found, [one for one in chosen if one is not None])
+        if weights is None:
+            continue
+        lost = [name for name, weight in zip(names, weights, strict=True) if weight == 0]
+        if any(bare):
+            return f"missing sum: there is no sum in the term {names[bare.index(True)]}"
+        if lost:
+            return f"missing sum: a term is not there: {' and '.join(lost)}"
+        wrong = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 1]
+        if wrong and len(summed) > 1:
+            return f"{_named(wrong[0][1], values)}, in the term {wrong[0][0]}"
+    return None
 
 
 def _places(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
@@ -158,17 +181,27 @@ def _each_row_is_one_of(found: Tensor, candidates: list[Tensor]) -> bool:
     return bool((difference.amin(0) <= CLOSE * scale).all())
 
 
-def _operand(exercise: Exercise, blank: Blank, values: Values, found: Tensor) -> str | None:
-    """Compare with what comes out where a square matrix of a product is transposed, or is not."""
+def _operand(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
+    """Compare with what comes out where another factor of a step is transposed, left out, or taken for another."""
     for reader in exercise.readers(blank.of):
+        others = expected - exercise.part(blank.of, reader, values[f"d{reader}"], values)
+
+        def gives(name: str, value: Tensor, reader: str = reader, others: Tensor = others) -> bool:
+            changed = {**values, name: value}
+            return close(others + exercise.part(blank.of, reader, changed[f"d{reader}"], changed), found)
+
         for name in (f"d{reader}", *inspect.signature(exercise.steps[reader]).parameters):
             value = values[name]
-            square = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == value.shape[-2]
-            if name == blank.of or not square:
+            if name == blank.of or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            turned = {**values, name: value.mT}
-            if close(exercise.part(blank.of, reader, turned[f"d{reader}"], turned), found):
+            if value.ndim > 1 and value.shape[-1] == value.shape[-2] and gives(name, value.mT):
                 return f"transposed: {name} must be transposed in the product, or must not be"
+            if gives(name, torch.ones_like(value)):
+                return f"factor: {name} is missing"
+            for other, stand_in in values.items():
+                same = isinstance(stand_in, Tensor) and stand_in.shape == value.shape and other != name
+                if same and stand_in.is_floating_point() and gives(name, stand_in):
+                    return f"factor: {other} stands where {name} must"
     return None
 
 
@@ -228,7 +261,7 @@ def _slope(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expe
             return f"factor: it is wrong by a factor that is the same along axis {axis}"
     readers = exercise.readers(blank.of)
     x = values[blank.of]
-    for reader in readers:
+    for reader in readers if len(readers) == 1 else []:
         if values[reader].shape != x.shape or x.ndim == 0:
             continue
         alone = True

@@ -21,6 +21,15 @@ from lm.backprop.atomic import called
 
 Values = dict[str, Any]
 Step = Callable[..., Any]
+Terms = dict[str, tuple[Tensor, Tensor | None]]
+
+
+def total(terms: Terms) -> Tensor:
+    """Return the sum of some terms."""
+    first, *rest = [term for term, _ in terms.values()]
+    for term in rest:
+        first = first + term
+    return first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +40,8 @@ class Blank:
         solution: The product's own rule; its parameters name forward values, and gradients by a d in front. Its name
             is the blank's, its docstring the derivation.
         hints: The first says where to look, the last nearly all.
+        terms: Returns the terms that the right answer is a sum of, by what they are; each with what it would be without
+            the sum in it, or None.
         faults: Wrong answers that are known, by what to say of them; the kind stands before the colon.
         expected: Returns the right answer where it is no gradient by a single tensor.
         rule: The function whose derivation is revealed, where that is not the solution.
@@ -38,6 +49,7 @@ class Blank:
 
     solution: Step
     hints: tuple[str, ...] = ()
+    terms: Callable[..., Terms] | None = None
     faults: Mapping[str, Step] = field(default_factory=dict)
     expected: Step | None = None
     rule: Step | None = None

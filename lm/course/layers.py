@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lm.backprop import linear, norms
 from lm.backprop.attention import rotary
 from lm.backprop.rules import Gradients, run
-from lm.course.exercise import Blank, Exercise, Values
+from lm.course.exercise import Blank, Exercise, Terms, Values, total
 from lm.models.rotary import Rotary
 
 B, T, C, V = 4, 5, 6, 11
@@ -44,12 +44,17 @@ def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return gamma * (x - mean) * (var + EPS) ** -0.5 + beta
 
 
-def _norm_without(dy: Tensor, x: Tensor, gamma: Tensor, mean_term: bool, var_term: bool) -> Tensor:
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
-    r = (var + EPS) ** -0.5
-    normal, g = (x - mean) * r, gamma * dy
-    first = g.mean(-1, keepdim=True) if mean_term else 0
-    return r * (g - first - (normal * (g * normal).mean(-1, keepdim=True) if var_term else 0))
+def _terms(dy: Tensor, x: Tensor, gamma: Tensor, *, centred: bool, correction: int = 0) -> Terms:
+    """The ways from x to the loss through a norm of each row; without the mean, RMSNorm's two."""
+    mean = x.mean(-1, keepdim=True) if centred else torch.zeros_like(x[..., :1])
+    r = ((x - mean).square().sum(-1, keepdim=True) / (C - correction) + EPS) ** -0.5  # (B, T, 1)
+    hat, g = (x - mean) * r, gamma * dy
+    by_mean = {"by the mean, -r mean(g)": (-r * g.mean(-1, keepdim=True), -r * g / C)} if centred else {}
+    return {
+        "directly, r g": (r * g, None),
+        **by_mean,
+        "by r, -r x̂ mean(g x̂)": (-r * hat * (g * hat).mean(-1, keepdim=True), -r * hat * g * hat / C),
+    }
 
 
 def _layer_norm_exercise() -> Exercise:
@@ -81,18 +86,13 @@ Bessel's correction, and ε is 1e-5. It is exercise 3 with the other axis.""",
                     "Three ways: directly, by the mean, by the variance.",
                     "r (g - mean(g) - x̂ mean(g x̂)), g = γ dy",
                 ),
+                terms=lambda dy, x, gamma: _terms(dy, x, gamma, centred=True),
                 faults={
-                    "missing sum: the way through the mean is not there, mean(g)": lambda dy, x, gamma: _norm_without(
-                        dy, x, gamma, False, True
+                    "Bessel: the variance is divided by C - 1 where it must be C": lambda dy, x, gamma: total(
+                        _terms(dy, x, gamma, centred=True, correction=1)
                     ),
-                    "missing sum: the way through the variance is not there, x̂ mean(g x̂)": lambda dy, x, gamma: (
-                        _norm_without(dy, x, gamma, True, False)
-                    ),
-                    "missing sum: mean and variance depend on x, too: two ways are not there": lambda dy, x, gamma: (
-                        _norm_without(dy, x, gamma, False, False)
-                    ),
-                    "factor: the gain is not there: g = γ dy": lambda dy, x, gamma: _norm_without(
-                        dy, x, torch.ones_like(gamma), True, True
+                    "factor: the gain is missing: g = γ dy": lambda dy, x: total(
+                        _terms(dy, x, dy[0, 0] * 0 + 1, centred=True)
                     ),
                 },
                 rule=norms.layer_norm,
@@ -113,9 +113,6 @@ def _rms_norm_exercise() -> Exercise:
         """dx = r (g - x̂ mean(g x̂)), with g = γ dy: LayerNorm's without the mean."""
         return by_rule(dy, x, gamma)["x"]
 
-    def plain(dy: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
-        return gamma * dy * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5
-
     return Exercise(
         name="rms-norm",
         title="RMSNorm",
@@ -127,7 +124,12 @@ def _rms_norm_exercise() -> Exercise:
             Blank(
                 solution=dx,
                 hints=("Two ways: directly, and through r.", "dr/dx = -r³ x / C", "r (g - x̂ mean(g x̂)), g = γ dy"),
-                faults={"missing sum: the way through r is not there, x̂ mean(g x̂)": plain},
+                terms=lambda dy, x, gamma: _terms(dy, x, gamma, centred=False),
+                faults={
+                    "factor: the gain is missing: g = γ dy": lambda dy, x: total(
+                        _terms(dy, x, dy[0, 0] * 0 + 1, centred=False)
+                    ),
+                },
                 rule=norms.rms_norm,
             ),
         ),
@@ -261,6 +263,9 @@ sin are (T, D), both halves alike. No length changes; what does a rotation's gra
                     "factor: it is turned on instead of back: the sign of the sine": onwards,
                     "overwritten: each channel is in two: the part with the sine must be added": lambda dy, cos: (
                         dy * cos
+                    ),
+                    "overwritten: each channel is in two: the part with the cosine must be added": lambda dy, sin: (
+                        onwards(dy, torch.zeros_like(sin), -sin)
                     ),
                 },
                 rule=rotary,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lm.backprop import atomic, loss, norms
 from lm.backprop.rules import Gradients, run
-from lm.course.exercise import Blank, Exercise, Values
+from lm.course.exercise import Blank, Exercise, Terms, Values, total
 from lm.models.layers import BatchNorm
 
 V, T, C, H, N = 27, 3, 10, 64, 32
@@ -116,13 +116,11 @@ down by how probable they are, the right one is pulled up.""",
                 "i ≠ y: p_i. i = y: p_i - 1.",
                 "The loss is a mean over n rows.",
             ),
+            terms=lambda logits, targets: {
+                "softmax(logits)": (logits.softmax(1) / len(logits), None),
+                "-onehot(targets)": (-F.one_hot(targets, V) / len(logits), None),
+            },
             faults={
-                "missing sum: the term of the label is not there, - onehot(targets)": lambda logits: (
-                    logits.softmax(1) / len(logits)
-                ),
-                "missing sum: the term of log Σ e^z is not there, the probabilities": lambda logits, targets: (
-                    -F.one_hot(targets, V) / len(logits)
-                ),
                 "factor: softmax runs over the wrong axis": lambda logits, targets: (
                     (logits.softmax(0) - F.one_hot(targets, V)) / len(logits)
                 ),
@@ -138,15 +136,30 @@ def _normalised(hprebn: Tensor, bngain: Tensor, bnbias: Tensor) -> Tensor:
     return bngain * (hprebn - mean) * (var + 1e-5) ** -0.5 + bnbias
 
 
-def _norm_gradient(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor, *, terms: int = 3, m: int = N - 1) -> Tensor:
-    """Return dx with some of its three terms, for known wrong answers."""
+def _terms(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor, correction: int = 1) -> Terms:
+    """The three ways from x to the loss, as they are, or for a wrong variance."""
     n = len(hprebn)
-    var, mean = torch.var_mean(hprebn, dim=0, keepdim=True)
-    r = (var + 1e-5).rsqrt()
-    normal, g = (hprebn - mean) * r, dhpreact * bngain
-    mean_term = g.sum(0) / n if terms & 1 else 0
-    var_term = normal * (g * normal).sum(0) / m if terms & 2 else 0
-    return r * (g - mean_term - var_term)
+    r = (hprebn.var(0, keepdim=True, correction=correction) + 1e-5) ** -0.5
+    hat, g = (hprebn - hprebn.mean(0)) * r, bngain * dhpreact
+    m = n - correction
+    return {
+        "directly, r g": (r * g, None),
+        "by the mean, -r Σg / n": (-r * g.sum(0) / n, -r * g / n),
+        "by the variance, -r x̂ Σ(g x̂) / (n - 1)": (-r * hat * (g * hat).sum(0) / m, -r * hat * g * hat / m),
+    }
+
+
+def _three_ways(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor) -> Terms:
+    return _terms(dhpreact, hprebn, bngain)
+
+
+def _biased(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor) -> Tensor:
+    return total(_terms(dhpreact, hprebn, bngain, correction=0))
+
+
+def _without_gain(dhpreact: Tensor, hprebn: Tensor) -> Tensor:
+    ones = torch.ones(1, H, dtype=torch.float64)
+    return total(_terms(dhpreact, hprebn, ones))
 
 
 def dhprebn(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor) -> Tensor:
@@ -180,22 +193,10 @@ Then write it for 64 neurons at once.""",
                 "dσ² = -½ r³ Σ g (x - μ) with g = γ dy and r = (σ² + ε)^-½; and dσ²/dx = 2 (x - μ) / (n - 1).",
                 "dx = r (g - Σg / n - x̂ Σ(g x̂) / (n - 1))",
             ),
+            terms=_three_ways,
             faults={
-                "missing sum: the way through the mean is not there, Σ g / n": lambda dhpreact, hprebn, bngain: (
-                    _norm_gradient(dhpreact, hprebn, bngain, terms=2)
-                ),
-                "missing sum: the way through the variance is not there, Σ(g x̂)": lambda dhpreact, hprebn, bngain: (
-                    _norm_gradient(dhpreact, hprebn, bngain, terms=1)
-                ),
-                "missing sum: mean and variance depend on x: two ways are not there": lambda dhpreact, hprebn, bngain: (
-                    _norm_gradient(dhpreact, hprebn, bngain, terms=0)
-                ),
-                "Bessel: Σ(g x̂) is divided by n - 1, as the variance is": lambda dhpreact, hprebn, bngain: (
-                    _norm_gradient(dhpreact, hprebn, bngain, m=N)
-                ),
-                "factor: the gain is not there: g = γ dy": lambda dhpreact, hprebn, bngain: _norm_gradient(
-                    dhpreact, hprebn, torch.ones_like(bngain)
-                ),
+                "Bessel: the variance is divided by n where it must be n - 1": _biased,
+                "factor: the gain is missing: g = γ dy": _without_gain,
             },
             rule=norms.batch_norm,
         ),

@@ -33,7 +33,7 @@ class CallsAutogradError(Exception):
 
 @contextmanager
 def by_hand() -> Iterator[None]:
-    """Put autograd, and what is made of it, out of reach."""
+    """Put autograd, and what is made of it, out of reach; new tensors are float64."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise CallsAutogradError
@@ -44,12 +44,15 @@ def by_hand() -> Iterator[None]:
     places += [(torch.autograd.functional, name) for name in ("vjp", "jvp", "jacobian", "hessian", "vhp", "hvp")]
     places += [(torch.autograd.graph, "_engine_run_backward"), (torch.autograd, "_engine_run_backward")]
     before = [(place, name, getattr(place, name)) for place, name in places]
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of torch.zeros and the like, as the values are
     for place, name in places:
         setattr(place, name, refuse)
     try:
         with torch.no_grad():
             yield
     finally:
+        torch.set_default_dtype(dtype)
         for place, name, value in before:
             setattr(place, name, value)
 

@@ -100,6 +100,7 @@ def book(path: Path, code: str, exercise: str = "cross-entropy") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_is_run_in_a_process_with_a_limit(tmp_path: Path) -> None:
     code = SOLVED["small-steps"].replace("return dscaled * b\n", "print('hello')\n    while True: pass\n")
     code = code.replace("def da(dscaled, b): ", "def da(dscaled, b):\n    ").replace("return dD @ B.T", "return 1 / 0")
@@ -123,7 +124,7 @@ def test_a_file_is_run_in_a_process_with_a_limit(tmp_path: Path) -> None:
     ("def dlogits(logits):\n    import os\n    os._exit(3)", "exit code 3"),
     ("from lm.course.lecture import dlogits", "the product's own rules"),
     ("import lm.course.lecture\ndef dlogits(x): return lm.course.lecture.dlogits(x)", "the product's own rules"),
-], 2))  # fmt: skip
+], 1))  # fmt: skip
 def test_what_goes_wrong_is_a_line_that_helps(tmp_path: Path, code: str, said: str) -> None:
     (row,) = check(book(tmp_path / "a.py", code), seconds=20)
     assert row.state == "wrong" and said in row.message and "\n" not in row.message, row
@@ -152,3 +153,9 @@ def test_a_table_has_the_lectures_columns() -> None:
     assert lines[0].split() == ["gradient", "exact", "approximate", "maxdiff", "differences"]
     assert lines[1].split()[:3] == ["dh", "yes", "yes"]
     assert "(32, 64), and must be (64, 27)" in lines[2]
+
+
+def test_new_tensors_have_the_digits_of_the_values() -> None:
+    code = "def dC(demb, tokens): return torch.zeros(27, 10).index_add(0, tokens.flatten(), demb.view(-1, 10))"
+    assert judged("mlp", "dC", code).state == "right"
+    assert torch.get_default_dtype() == torch.float32
