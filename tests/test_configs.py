@@ -22,6 +22,7 @@ def test_there_are_recipes() -> None:
         "gru",
         "lstm",
         "bag-of-words",
+        "gated-wavenet",
         "wavenet",
         "wavenet-large",
         "wavenet-per-position",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lm.bounds import checked
 from lm.models.cache import Cache
-from lm.models.layers import check_length
+from lm.models.layers import check_length, initialise
 
 
 class CausalAverage(nn.Module):
@@ -55,6 +55,7 @@ class BagOfWords(nn.Module):
         self.average = CausalAverage()
         self.mlp = nn.Sequential(nn.Linear(n_embd, n_hidden), nn.Tanh(), nn.Linear(n_hidden, n_embd))
         self.lm_head = nn.Linear(n_embd, vocab_size)
+        initialise(self, 0.02, {})
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each position of tokens (B, T).
