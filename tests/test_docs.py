@@ -19,6 +19,7 @@ from benchmarks import figures, house
 from lm.cli import COMMANDS
 from tests.conftest import MISSING, REFERENCE, ROOT
 
+pytestmark = pytest.mark.usefixtures("our_rules")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from lm.backprop import norms
 from lm.backprop.attention import softmax_backward
 from lm.course.exercise import Blank, Exercise, Terms, Values
 from lm.course.layers import B, C, T, layer_norm, norm, random
@@ -79,6 +80,7 @@ sum of values. Two of the three steps are products of matrices; the softmax is t
             hints=("∂p_i/∂s_j = p_i (δ_ij - p_j)", "p * (dp - (dp * p).sum(-1, keepdim=True))"),
             terms=_softmax_terms,
             faults=SOFTMAX_FAULTS,
+            rule=softmax_backward,
         ),
         Blank(solution=dq, hints=("A product, and the factor of the forward pass.",)),
         Blank(solution=dk, hints=("A product, one of the two transposed, and the factor of the forward pass.",)),
@@ -156,17 +158,18 @@ their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5."""
             Blank(solution=dW2, hints=("(8, C): batch and time are summed.", "flatten(0, 1) makes rows of both")),
             Blank(solution=dhidden, hints=("Where is ReLU's slope 1?",)),
             Blank(solution=db1, hints=("It was broadcast over two axes.",)),
-            Blank(solution=dx1, hints=("Two steps read x1.", "dx2, plus dn2 through LayerNorm"), rule=dx1),
+            Blank(solution=dx1, hints=("Two steps read x1.", "dx2, plus dn2 through LayerNorm"), rule=norms.layer_norm),
             Blank(solution=dmixed, hints=("(B, T, C) out of (B, T, C) and (C, C).",)),
             Blank(
                 solution=dscores,
                 hints=("As in the exercise attention.",),
                 terms=_softmax_terms,
                 faults=SOFTMAX_FAULTS,
+                rule=softmax_backward,
             ),
             Blank(solution=dn1, hints=("Three steps read n1.", "A product each: add all three")),
             Blank(solution=dWk, hints=("As dW2.",)),
-            Blank(solution=dx, hints=("Two steps read x.", "As dx1")),
+            Blank(solution=dx, hints=("Two steps read x.", "As dx1"), rule=norms.layer_norm),
         ),
     )
 

@@ -161,6 +161,11 @@ def _first_line(node: Any) -> int:
 
 
 def reveal(blank: Blank) -> str:
-    """Return the derivation and the solution's code."""
-    function = blank.rule or blank.solution
-    return f"{inspect.getdoc(function)}\n\n{textwrap.indent(body(function), '    ')}"
+    """Return the derivation and the solution's code, or that of the product's rule which it calls."""
+    parts = [inspect.getdoc(blank.solution) or ""]
+    if blank.rule is not None:
+        parts += [
+            f"The product's own, {blank.rule.__module__}.{blank.rule.__name__}:",
+            inspect.getdoc(blank.rule) or "",
+        ]
+    return "\n\n".join([*parts, textwrap.indent(body(blank.rule or blank.solution), "    ")])

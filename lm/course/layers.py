@@ -78,8 +78,16 @@ Bessel's correction, and ε is 1e-5. It is exercise 3 with the other axis.""",
         inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,), beta=(C,)),
         steps={"y": norm},
         blanks=(
-            Blank(solution=dgamma, hints=("γ met every row of the batch.", "Σ dy x̂ over the axes 0 and 1")),
-            Blank(solution=dbeta, hints=("β met every row of the batch.", "Σ dy over the axes 0 and 1")),
+            Blank(
+                solution=dgamma,
+                hints=("γ met every row of the batch.", "Σ dy x̂ over the axes 0 and 1"),
+                rule=norms.layer_norm,
+            ),
+            Blank(
+                solution=dbeta,
+                hints=("β met every row of the batch.", "Σ dy over the axes 0 and 1"),
+                rule=norms.layer_norm,
+            ),
             Blank(
                 solution=dx,
                 hints=(
@@ -120,7 +128,11 @@ def _rms_norm_exercise() -> Exercise:
         inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,)),
         steps={"y": lambda x, gamma: gamma * x * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5},
         blanks=(
-            Blank(solution=dgamma, hints=("γ met every row of the batch.", "Σ dy x r over the axes 0 and 1")),
+            Blank(
+                solution=dgamma,
+                hints=("γ met every row of the batch.", "Σ dy x r over the axes 0 and 1"),
+                rule=norms.rms_norm,
+            ),
             Blank(
                 solution=dx,
                 hints=("Two ways: directly, and through r.", "dr/dx = -r³ x / C", "r (g - x̂ mean(g x̂)), g = γ dy"),

@@ -1,7 +1,6 @@
 """A user's own rules, in a file that the command line names."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,7 @@ def mine(layer, grads, x):
 """
 
 
-@pytest.fixture(autouse=True)
-def ours() -> Iterator[None]:
-    """Put our rules back: the command runs in this process."""
-    before = rules.registered()
-    yield
-    rules._rules.clear()
-    rules._rules.update(before)
+pytestmark = pytest.mark.usefixtures("our_rules")
 
 
 def test_rules_are_compared_and_train(lm, workplace: Path) -> None:

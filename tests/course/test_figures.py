@@ -8,17 +8,18 @@ import torch
 
 from lm.course import diagrams, figures
 from lm.models import GPT, LSTM, MLP, WaveNet
+from tests.support.cases import often
 
 SYMBOLS = list(".abcdefghij")
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
 
 
-@pytest.mark.parametrize(("net", "fixed", "names"), [
+@pytest.mark.parametrize(("net", "fixed", "names"), often([
     (MLP(11, 3, n_hidden=20, bias=True), True, {"forward-and-backward", "activations-hidden.2", "dlogits", "updates"}),
     (WaveNet(11, 8, n_hidden=9), True, {"activations-h.0.3", "fusion-tree", "dlogits", "embedding", "updates"}),
     (GPT(11, 8, n_layer=2, n_head=2, n_embd=8), False, {"attention-block-1", "averages", "dlogits"}),
     (LSTM(11, 8), False, {"dlogits", "embedding", "updates"}),
-])  # fmt: skip
+], 1))  # fmt: skip
 def test_a_network_has_pictures(net: torch.nn.Module, fixed: bool, names: set[str]) -> None:
     tokens = torch.randint(11, (6, net.block_size))
     targets = torch.randint(11, (6,) if fixed else tokens.shape)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from lm.training.loggers.curve import HEIGHT, WIDTH, drawing
 
 
@@ -17,6 +19,7 @@ def test_points_are_where_their_numbers_are() -> None:
     assert drawing([]) == [] and len(drawing([{"step": "1", "train/loss": "2.0"}])) == HEIGHT + 3
 
 
+@pytest.mark.slow
 def test_fit_draws_it_where_it_is_asked_to(lm, workplace: Path) -> None:
     words = ["fit", "--config", "tiny.yaml"]
     code, out, err = lm(*words, "--name", "drawn", "--plot")
