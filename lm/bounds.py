@@ -137,6 +137,7 @@ BOUNDS = {
     "node": COUNT_OR_NONE,
     "workers": Bound(1, 1024, whole=True),
     "tokenizer.vocab_size": Bound(256, 2**20, whole=True, note=": the 256 single bytes are tokens, too"),
+    "exercises.seconds": POSITIVE,
     # what a run keeps and shows
     **dict.fromkeys(("every_n_steps", "keep_last", "keep_every"), COUNT),
     "Figures.every_n_steps": COUNT_OR_NONE,

@@ -3,7 +3,7 @@
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,3 +160,14 @@ def parser_of(command: str) -> jsonargparse.ArgumentParser:
         with pytest.raises(FoundError) as found:
             cli.main([command, "--help"])
     return found.value.args[0]
+
+
+@pytest.fixture
+def our_rules() -> Iterator[None]:
+    """Put the product's rules back after a test in which a user's own may have taken their place."""
+    from lm.backprop import rules
+
+    before = rules.registered()
+    yield
+    rules._rules.clear()
+    rules._rules.update(before)

@@ -13,7 +13,20 @@ from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, distinct
 
 def test_there_are_recipes() -> None:
     names = {path.stem for path in (ROOT / "configs/names").glob("*")}
-    assert {"mlp", "mlp-by-hand", "mlp-context8", "record", "wavenet", "wavenet-large", "wavenet-per-position"} == names
+    assert {
+        "mlp",
+        "mlp-by-hand",
+        "mlp-context8",
+        "record",
+        "rnn",
+        "gru",
+        "lstm",
+        "bag-of-words",
+        "gated-wavenet",
+        "wavenet",
+        "wavenet-large",
+        "wavenet-per-position",
+    } == names
     assert {
         "bigram",
         "finetune",

@@ -19,7 +19,8 @@ from benchmarks import figures, house
 from lm.cli import COMMANDS
 from tests.conftest import MISSING, REFERENCE, ROOT
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+pytestmark = pytest.mark.usefixtures("our_rules")
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
@@ -57,7 +58,18 @@ def cases() -> list[Any]:
 def test_there_are_blocks() -> None:
     assert sum(len(python_blocks(page)) for page in PAGES) >= 25
     ran = {page.stem for page in PAGES if bash_blocks(page, titled=False)}
-    assert {"README", "usage", "data", "resume", "clusters", "gradients", "extending", "attention", "weights"} <= ran
+    assert {
+        "README",
+        "usage",
+        "data",
+        "resume",
+        "clusters",
+        "gradients",
+        "extending",
+        "attention",
+        "weights",
+        "teaching",
+    } <= ran
     shown_only = {"figures", "faults", "log", "container", "security", "lightning", "backprop", "generation"}
     assert {page.stem for page in PAGES} == ran | shown_only, "a page without a command says here that it has none"
 
@@ -165,7 +177,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
         goal = page.parent / target if target else page
         assert goal.exists(), target
-        assert page not in DOCS or goal in (*DOCS, ROOT / "docs/curve.svg"), f"{target} is not on the site"
+        assert page not in DOCS or goal.resolve() in (*DOCS, ROOT / "docs/curve.svg"), f"{target} is not on the site"
         if anchor:
             headings = re.findall(r"^#+ (.*)", goal.read_text(), flags=re.MULTILINE)
             assert anchor in map(slug, headings), f"{target}#{anchor}"

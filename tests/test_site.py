@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md"))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_page_is_there_and_in_the_map(site: Path) -> None:
-    assert {path.stem for path in site.glob("*.html")} == {*PAGES, "404"}
+    assert {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")} == {*PAGES, "404"}
     front = (site / "index.html").read_text()
     assert [page for page in PAGES if page != "index" and f'href="./{page}.html"' not in front] == []
 
@@ -42,7 +42,7 @@ def test_search_finds_each_page(site: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     """A link to another server is for the reader to follow; scripts, styles, fonts and pictures are the site's own."""
     loaded = []
-    for page in site.glob("*.html"):
+    for page in site.rglob("*.html"):
         for tag in re.findall(r"<(?!a\b)\w+ [^>]*>", page.read_text()):
             loaded += re.findall(r"(?:src|href|srcset|data)=[\"']?((?:https?:)?//[^\"' >]+)", tag)
     for style in site.rglob("*.css"):
@@ -50,5 +50,5 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     assert loaded == []
     # the theme's script loads these on pages that have a diagram or a formula
     assert [
-        page.name for page in site.glob("*.html") if re.search(r'class="(mermaid|arithmatex)', page.read_text())
+        page.name for page in site.rglob("*.html") if re.search(r'class="(mermaid|arithmatex)', page.read_text())
     ] == []

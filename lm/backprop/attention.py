@@ -61,7 +61,7 @@ def attend(
         dy_ = dy.reshape(q_.shape).to(v.dtype)
         dv = torch.bmm(used.mT, dy_)  # (B H, S, T) @ (B H, T, D) -> (B H, S, D)
         dweights = backward_drop(torch.bmm(dy_, v_.mT))  # (B H, T, S)
-        dscores = _softmax_backward(weights, dweights, torch.linalg.vecdot(dy_, y))
+        dscores = softmax_backward(weights, dweights, torch.linalg.vecdot(dy_, y))
         dq, dk = torch.bmm(dscores, k_) * (1 / math.sqrt(D)), torch.bmm(dscores.mT, q_)
         return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
@@ -73,7 +73,7 @@ def _future(scores: Tensor) -> Tensor:
     return torch.full(scores.shape[-2:], -math.inf, device=scores.device, dtype=scores.dtype).triu(1)
 
 
-def _softmax_backward(p: Tensor, dp: Tensor, inner: Tensor) -> Tensor:
+def softmax_backward(p: Tensor, dp: Tensor, inner: Tensor) -> Tensor:
     """ds = p (dp - Σ dp p), in dp's place; p and dp (…, T, S), the sums (…, T)."""
     return dp.sub_(inner.unsqueeze(-1)).mul_(p)
 
@@ -100,7 +100,7 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Backward]:
             q_, dy_ = (t[some, :, start:stop].flatten(0, 1) for t in (q, dy))  # (b H, t, D)
             k_, v_ = (t[some, :, :stop].flatten(0, 1) for t in (k, v))  # (b H, s, D)
             weights = _block_weights(q[some, :, start:stop], k[some, :, :stop], start)  # (b H, t, s)
-            dscores = _softmax_backward(weights, torch.bmm(dy_, v_.mT), inner[some, :, start:stop].flatten(0, 1))
+            dscores = softmax_backward(weights, torch.bmm(dy_, v_.mT), inner[some, :, start:stop].flatten(0, 1))
             dq[some, :, start:stop] = torch.bmm(dscores, k_).mul_(scale).unflatten(0, (-1, H))
             for total, part in ((dk, torch.bmm(dscores.mT, q_)), (dv, torch.bmm(weights.mT, dy_))):  # (b H, s, D)
                 place, part = total[some, :, :stop], part.unflatten(0, (-1, H))

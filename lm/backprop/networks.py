@@ -14,8 +14,10 @@ from lm.backprop.linear import chained, convolution, positions
 from lm.backprop.loss import cross_entropy, head_and_loss
 from lm.backprop.rules import Backward, Gradients, once, rule, run
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models.bag_of_words import BagOfWords, CausalAverage, counts
 from lm.models.gpt import Block
 from lm.models.layers import check_length, padded
+from lm.models.recurrent import GRU, LSTM, RNN
 from lm.models.seq2seq import DecoderBlock, EncoderBlock
 from lm.models.wavenet import GatedBlock
 
@@ -202,6 +204,53 @@ def gated_wavenet(net: GatedWaveNet, grads: Gradients, tokens: Tensor) -> tuple[
         backward_wte(dstream.mT)
 
     return y, backward
+
+
+@rule(CausalAverage)
+def causal_average(layer: CausalAverage, grads: Gradients, x: Tensor) -> tuple[Tensor, Backward]:
+    """y_t = Σ_{s ≤ t} x_s / (t + 1): x_s is in every average from s on, so dx_s = Σ_{t ≥ s} dy_t / (t + 1)."""
+
+    def backward(dy: Tensor) -> Tensor:
+        shares = dy / counts(dy, dy.shape[1])  # (B, T, C) / (T, 1)
+        return shares.flip(1).cumsum(1).flip(1)  # sums from the end
+
+    return layer(x), backward
+
+
+@body(BagOfWords)
+def bag_of_words(net: BagOfWords, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Two residual sums; token and position embeddings add up."""
+    check_length(tokens, net.block_size)
+    wpe, backward_wpe = positions(net.wpe, grads, tokens.shape[1])
+    e, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    e = e + wpe  # (B, T, C) + (T, C)
+    mean, backward_average = run(net.average, grads, e)
+    x = e + mean
+    y, backward_mlp = run(net.mlp, grads, x)
+
+    @once
+    def backward(dy: Tensor) -> None:
+        dx = residual(grads, net.mlp, dy, backward_mlp(dy))
+        de = residual(grads, net.average, dx, backward_average(dx))
+        backward_wpe(de)
+        backward_wte(de)
+
+    return x + y, backward
+
+
+@body(RNN)
+@body(GRU)
+@body(LSTM)
+def recurrent(net: RNN, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Layer upon layer; what goes through time is in each layer's rule."""
+    check_length(tokens, net.block_size)
+    x, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    backwards = [backward_wte]
+    for layer in net.h:
+        x, backward = run(layer, grads, x)  # (B, T, C) -> (B, T, H)
+        x, backward_drop = run(net.drop, grads, x)
+        backwards += [backward, backward_drop]
+    return x, chained(backwards)
 
 
 def residual(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -> Tensor:

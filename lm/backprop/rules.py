@@ -106,6 +106,11 @@ def rule(*kinds: type) -> Callable[[Rule], Rule]:
     return register
 
 
+def registered() -> dict[type, Rule]:
+    """Return the rules by the types of their layers."""
+    return dict(_rules)
+
+
 def run(layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward]:
     """Compute a layer's output by its rule.
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "validate": ("lm.cli.evaluate:validate", "evaluate a checkpoint on the whole of a split"),
     "test": ("lm.cli.evaluate:test", "evaluate a checkpoint on the test split"),
     "gradients": ("lm.cli.gradients:gradients", "compare gradients by hand with autograd's"),
+    "inspect": ("lm.cli.inspect:inspect", "show a recipe's layers, a batch of its data, a text in tokens"),
+    "exercises": ("lm.cli.exercises:exercises", "write workbooks of gradients to derive, and check them"),
     "plan": ("lm.cli.plan:plan", "say what a recipe needs of a cluster: memory, hours, strategy"),
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),

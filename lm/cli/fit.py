@@ -1,6 +1,7 @@
 """`lm fit`: train a network."""
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
 from lm.checkpoints import checkpoint, disk, runs, sharded
-from lm.cli import common, parsing, streams
+from lm.cli import common, parsing, rules, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.experiments.about import About
@@ -27,11 +28,11 @@ from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCo
 from lm.training.callbacks.signals import StopSignals
 from lm.training.checkpoint_io import AtomicCheckpointIO, restored
 from lm.training.distributed.sharding import Sharded
-from lm.training.loggers import log_files
+from lm.training.loggers import curve, log_files
 from lm.training.manual import check_precision
 
 
-class Fit(parsing.FromWeights):
+class Fit(rules.WithRules):
     """Parses a recipe and makes its parts, with the run's checkpoints, logs and signals attached."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -43,9 +44,11 @@ class Fit(parsing.FromWeights):
             default=None,
             help="last continues the run, auto continues or starts it, a path starts from that checkpoint.",
         )
+        parser.add_argument("--plot", action="store_true", help="Draw the losses in the terminal at the end.")
 
     def before_instantiate_classes(self) -> None:
         """Find the run's folders and the checkpoint to start from, before anything costs time."""
+        super().before_instantiate_classes()
         config = self.config
         name = parsing.run_name(config)
         root = Path(config.trainer.default_root_dir or "")
@@ -147,19 +150,18 @@ class Fit(parsing.FromWeights):
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
         """Turn val_check_interval from the recipe's steps into Lightning's batches.
 
-        Raises:
-            UserError: Something is due at a step inside a call that takes several.
+        Nothing can be done inside a call that takes several steps, so calls are cut to the largest number of steps that
+        divides all intervals.
         """
-        steps = getattr(self.config_init.model, "steps_per_call", 1)
-        intervals = {
-            "trainer.val_check_interval": settings["val_check_interval"],
-            "checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps,
-        }
-        for name, interval in intervals.items():
-            if isinstance(interval, int) and interval % steps:
-                raise UserError(
-                    f"{name} {interval} is not a multiple of model.steps_per_call {steps}: change one of them"
-                )
+        model = self.config_init.model
+        steps = getattr(model, "steps_per_call", 1)
+        intervals = [settings["val_check_interval"], self.config_init.checkpoint.every_n_steps]
+        cut = math.gcd(steps, *(one for one in intervals if isinstance(one, int)))
+        if cut < steps:
+            self.say(
+                f"note: model.steps_per_call {steps} is cut to {cut}: evaluations and checkpoints fall between calls"
+            )
+            model.steps_per_call = steps = cut
         if isinstance(settings["val_check_interval"], int):
             batches = settings["val_check_interval"] * settings["accumulate_grad_batches"]
             settings["val_check_interval"] = batches // steps
@@ -274,6 +276,9 @@ def _done(cli: Fit, result: dict[str, Any]) -> None:
         common.print_json(result)
     else:
         saved = result["ckpt_path"] or "no checkpoint is kept"
+        if cli.config.plot:
+            rows = log_files.read_csv(cli.logs / "metrics.csv")[1]
+            print(*curve.drawing(rows), sep="\n", file=cli.stream, flush=True)
         cli.say(f"done: step {result['step']}, {result['seconds']:.0f} s; {saved}{cli.where_metrics_are()}", **result)
     lost = sys.stdout.error  # type: ignore[union-attr]
     if isinstance(lost, BrokenPipeError):

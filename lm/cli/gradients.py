@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -10,7 +10,7 @@ from torch import nn
 
 from lm import log
 from lm.backprop import NoRuleError, atomic, check, compare
-from lm.cli import common, parsing
+from lm.cli import common, gradient_values, parsing, rules
 from lm.data.module import IGNORED
 from lm.errors import CheckError, CommandError, UserError
 from lm.training import audit
@@ -30,7 +30,7 @@ TOKENS = {  # compared at a time, in total
 }
 
 
-class Compare(parsing.Untrained):
+class Compare(rules.WithRules, parsing.Untrained):
     """Parses a recipe, and what to compare."""
 
     command = "gradients"
@@ -57,6 +57,12 @@ class Compare(parsing.Untrained):
             default="autograd",
             help="differences are slopes of the loss along a random direction of each parameter, in float64.",
         )
+        parser.add_argument(
+            "--values",
+            action="store_true",
+            help="Print a corner of each tensor and of its gradient, the largest element and the norm.",
+        )
+        parser.add_argument("--tensor", type=str | None, default=None, help="Print those of one tensor alone.")
         parser.add_argument("--mode", type=Literal["train", "eval"], default="train", help="Of the network.")
 
     def batches(self, dtype: torch.dtype) -> tuple[nn.Module, list[audit.Batch]]:
@@ -87,6 +93,13 @@ class Compare(parsing.Untrained):
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches
 
+    def take_values(self, net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        """Find the numbers of the first batch."""
+        of = gradient_values.of_atoms if self.config.level == "atomic" else gradient_values.of_parameters
+        with compare.undisturbed(net):
+            self.numbers = gradient_values.chosen(of(net, tokens, targets), self.config.tensor)
+        self.targets = targets
+
     def run(self) -> dict[str, list[compare.Row]]:
         """Compare, in each way that training computes gradients."""
         config = self.config
@@ -95,6 +108,8 @@ class Compare(parsing.Untrained):
             raise UserError("--against differences needs --dtype float64 and --level fused: fewer digits show nothing")
         if config.level == "atomic" and (config.mode != "train" or config.dtype == "bfloat16"):
             raise UserError("--level atomic is for --mode train and --dtype float64 or float32")
+        if config.tensor is not None and not config["values"]:
+            raise UserError(f"--tensor {config.tensor[:60]} is for --values: say that, too")
         net, batches = self.batches(torch.float32 if dtype == torch.bfloat16 else dtype)
         compiled = None
         if self.model.compiled:
@@ -104,6 +119,8 @@ class Compare(parsing.Untrained):
         low = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
         try:
             with low:
+                if config["values"]:
+                    self.take_values(net, *batches[0])
                 if config.against == "differences":
                     return {"one step": audit.against_differences(net, batches, compiled)}
                 if config.level == "fused":
@@ -142,8 +159,11 @@ def gradients(arguments: list[str]) -> None:
             file=stream,
         )
     wrong = [row.name for row in table if not row.approximate]
+    if cli.config["values"]:
+        gradient_values.show(cli.numbers, cli.targets, stream)
     if cli.config.json:
-        common.print_json({"ok": not wrong, "rows": [log.finite(asdict(row)) for row in table]})
+        result: dict[str, Any] = {"ok": not wrong, "rows": [log.finite(asdict(row)) for row in table]}
+        common.print_json(result | ({"values": gradient_values.described(cli.numbers)} if cli.config["values"] else {}))
     if wrong:
         ways = [way for way, found in tables.items() if not all(row.approximate for row in found)]
         raise CheckError(

@@ -17,7 +17,8 @@ COMMON = """\
   --print_config                      print the recipe, all settings filled in, and stop
   --json                              the result as one line of JSON; progress goes to stderr"""
 NET = """\
-  --model.init_args.net CLASS         Bigram, MLP, WaveNet, GatedWaveNet, GPT, Seq2Seq of lm.models, or your own"""
+  --model.init_args.net CLASS         Bigram, BagOfWords, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
+                                      lm.models, or your own"""
 DATA = """\
   --data CLASS                        [lm.data.TextData]; or LinesData, ArithmeticData, ReverseData of lm.data
   --data.init_args.corpus PATH        a text, a folder, a prepared corpus; python-docs, shakespeare, names
@@ -41,6 +42,7 @@ the run
   --ckpt_path last|auto|PATH          last continues, auto continues or starts, a path starts from that checkpoint
   --init_from CHECKPOINT              begin with these weights, or a Hugging Face folder's, at step 0; symbols that it
                                       lacks begin untrained, and a recipe without a net has its network
+  --plot                              draw the losses in the terminal at the end
   --seed_everything N                 [1337]
 the training
   --trainer.max_steps N               how many optimizer steps
@@ -53,6 +55,7 @@ the training
   --checkpoint.every_n_steps N        steps between checkpoints
 the network and its data
   --model CLASS                       [lm.training.LanguageModel]; lm.training.ManualLanguageModel: gradients by hand
+  --rules FILE                        with the latter: Python with rules of your own, see docs/gradients.md
 {NET}
   --model.init_args.optimizer CLASS   [torch.optim.AdamW]; the learning rate is its init_args.lr
 {DATA}
@@ -86,6 +89,9 @@ what is compared
   --against KIND                      [autograd], or differences: slopes of the loss along random directions
   --mode KIND                         [train] or eval, of the network
   --init_from CHECKPOINT              of these weights, and this network where the recipe names none
+  --rules FILE                        Python with rules of your own, under @lm.backprop.rule(Layer)
+  --values                            the numbers, too: a corner of each tensor and its gradient, largest element, norm
+  --tensor NAME                       of one tensor alone
   --seed N                            of weights and batch
 {NET}
 {DATA}
@@ -112,12 +118,28 @@ what changes the answer most
 {DATA}
 
 {REST}"""
+INSPECT = f"""
+Show what a recipe is made of: layers with shapes and parameters, a batch, what a text becomes. Nothing is trained.
+
+  lm inspect --config configs/names/wavenet.yaml
+  lm inspect --config configs/quickstart.yaml --text "def f(x): return x"
+
+{COMMON}
+what is shown
+  --text TEXT                         in tokens of the recipe's tokenizer, in bytes, in those of the published ones
+  --figures FOLDER                    pictures of the network and its first batch, PNG
+  --init_from CHECKPOINT              of these weights, and this network where the recipe names none
+{NET}
+{DATA}
+
+{REST}"""
 PAGES = {
     "fit": FIT,
     "validate": EVALUATE.replace("COMMAND", "validate").replace("SPLIT", "val"),
     "test": EVALUATE.replace("COMMAND", "test").replace("SPLIT", "test"),
     "gradients": GRADIENTS,
     "plan": PLAN,
+    "inspect": INSPECT,
 }
 
 

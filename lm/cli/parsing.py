@@ -147,7 +147,7 @@ class Recipes(LightningCLI):
         return {
             key: value
             for key, value in yaml.safe_load(text).items()
-            if key not in ("config", "ckpt_path", "init_from", "json", "split")
+            if key not in ("config", "ckpt_path", "init_from", "json", "split", "rules", "plot")
         }
 
 

@@ -39,28 +39,10 @@ class Plan(parsing.Untrained):
             raise UserError(f"--gpu {config.gpu}: {hint}")
         return needs.DEVICES[known[config.gpu.lower()]], config.num_nodes * config.devices
 
-    def recipe(self, processes: int) -> needs.Recipe:
-        """Return the parts of the recipe that decide what it needs, for a micro-batch of each process."""
-        data, trainer = self.datamodule, self.config.trainer
-        size = data.divided(processes, trainer.accumulate_grad_batches)
-        self.set_up_data()
-        module = parsing.language_model(self.model)
-        tokens, targets = data.training_examples()(0, 1)
-        make_net: Any = module.make_net
-        return needs.Recipe(
-            partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),
-            module.make_optimizer,
-            (size, *tokens.shape[1:]),
-            (size, *targets.shape[1:]),
-            str(trainer.precision or "32-true"),
-            trainer.accumulate_grad_batches,
-            getattr(make_net, "keywords", {}).get("n_layer"),
-        )
-
     def run(self) -> dict[str, Any]:
         """Return the plan."""
         device, processes = self.cluster()
-        recipe, config = self.recipe(processes), self.config
+        recipe, config = recipe_of(self, processes), self.config
         try:
             count, flops = needs.parameters(recipe), needs.flops_per_token(recipe)
             table = needs.strategies(recipe, processes)
@@ -95,6 +77,25 @@ class Plan(parsing.Untrained):
             "strategy": chosen or "none fits",
             "remedy": None if chosen else needs.remedy(recipe, room),
         }
+
+
+def recipe_of(cli: parsing.Untrained, processes: int) -> needs.Recipe:
+    """Return the parts of a recipe that decide what it needs, for a micro-batch of each process."""
+    data, trainer = cli.datamodule, cli.config.trainer
+    size = data.divided(processes, trainer.accumulate_grad_batches)
+    cli.set_up_data()
+    module = parsing.language_model(cli.model)
+    tokens, targets = data.training_examples()(0, 1)
+    make_net: Any = module.make_net
+    return needs.Recipe(
+        partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),
+        module.make_optimizer,
+        (size, *tokens.shape[1:]),
+        (size, *targets.shape[1:]),
+        str(trainer.precision or "32-true"),
+        trainer.accumulate_grad_batches,
+        getattr(make_net, "keywords", {}).get("n_layer"),
+    )
 
 
 def gigabytes(size: float) -> float:

@@ -54,6 +54,13 @@ def make_parser() -> ArgumentParser:
         help="A smaller checkpoint of the same vocabulary, or the word repetition for the text's own: it guesses "
         "tokens, which are checked several at a time. Texts are as likely as without.",
     )
+    parser.add_argument(
+        "--compare",
+        type=str | None,
+        default=None,
+        metavar="CORPUS",
+        help="Say how many lines of the samples stand in this text: a path, or a name such as names.",
+    )
     parser.add_argument("--json", action="store_true", help="Print the result as JSON; the text goes to stderr.")
     return parser
 
@@ -67,6 +74,7 @@ def sample(arguments: list[str]) -> None:
     if "" in options.stop:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
+    known = None if options.compare is None else _lines(options.compare)
     fitted = load_network(options.ckpt_path, _device(options.device))
     task = _task(fitted.data)
     try:
@@ -79,6 +87,7 @@ def sample(arguments: list[str]) -> None:
     device = next(net.parameters()).device
     began = time.monotonic()
     tokens = _tokens(options, sampler, fitted, net, torch.tensor([ids] * options.num_samples, device=device))
+    separator = "" if _has_lines(fitted.data) else "---\n"  # a document is a line: one below the other
     streams = [TextStream(fitted.tokenizer, options.stop) for _ in range(options.num_samples)]
     out = common.output(options.json)
     print(prompt, end="", file=out, flush=True)
@@ -97,11 +106,14 @@ def sample(arguments: list[str]) -> None:
     print(rest if answer is str else answer(streams[0].text), file=out, flush=True)
     for stream in streams[1:]:
         stream.finish()
-        print(f"---\n{prompt}{answer(stream.text)}", file=out, flush=True)
+        print(f"{separator}{prompt}{answer(stream.text)}", file=out, flush=True)
+    texts = [prompt + answer(stream.text) for stream in streams]
+    novelty = {} if known is None else _compared(texts, known)
+    if known is not None:
+        print(f"{novelty['known']} of {novelty['lines']} lines stand in {options.compare}", file=out)
     if options.json:
-        texts = [prompt + answer(stream.text) for stream in streams]
         speed = {"tokens": made, "seconds": round(seconds, 3), "tokens_per_second": round(made / seconds, 1)}
-        common.print_json({"text": texts, **speed})
+        common.print_json({"text": texts, **speed, **novelty})
 
 
 def _tokens(
@@ -129,6 +141,31 @@ def _tokens(
     if not all(isinstance(one, GPT) for one in networks):
         raise UserError("--draft is for GPTs: their caches can forget a wrong guess")
     return (torch.tensor([token]) for token in speculate(net, prompt, guesser, **draws))  # type: ignore[arg-type]
+
+
+def _has_lines(data: Any) -> bool:
+    return isinstance(data, dict) and data.get("class_path") == "lm.data.LinesData"
+
+
+def _lines(corpus: str) -> set[str]:
+    """Return the lines of a corpus.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    from lm.corpus import sources
+
+    try:
+        return {line.strip() for line in sources.find(corpus).read().splitlines()}
+    except UserError as error:
+        raise UserError(f"--compare {corpus}: {error.text}") from error
+
+
+def _compared(texts: list[str], known: set[str]) -> dict[str, Any]:
+    """Return how many of some texts' lines are known; lines without a word do not count."""
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    there = sum(line in known for line in lines)
+    return {"lines": len(lines), "known": there, "known_share": round(there / len(lines), 4) if lines else None}
 
 
 def _task(data: Any) -> "TaskData | None":

@@ -92,6 +92,14 @@ class Cache:
         """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""
         return tuple(store[..., :length, :] for store in self._kept[layer])
 
+    def state(self, layer: nn.Module) -> tuple[Tensor, ...]:
+        """Return the state that a layer kept after its last call; empty before its first one."""
+        return self._kept.get(layer, ())
+
+    def keep_state(self, layer: nn.Module, state: tuple[Tensor, ...]) -> None:
+        """Keep a layer's state for its next call."""
+        self._kept[layer] = state
+
     def follow(self, layer: nn.Module, x: Tensor, size: int, before: Tensor | None = None) -> Tensor:
         """Return the last `size` positions that a layer has read, and x; keep the last ones for its next call.
 

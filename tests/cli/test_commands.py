@@ -38,7 +38,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help.all"])
     assert stop.value.code == 0
-    others = {"doctor": "--lock"} | dict.fromkeys(("gradients", "plan"), "--config")
+    others = {"doctor": "--lock", "exercises": "--check"} | dict.fromkeys(("gradients", "plan", "inspect"), "--config")
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
     others |= {"report": "--output", "sweep": "--config"}
     option = others.get(command, "--ckpt_path")
@@ -178,6 +178,15 @@ def test_sample(lm, fitted: Path) -> None:
     assert again == "\n---\n".join(result["text"]) + "\n"
     other = lm("sample", *LAST, "--max_new_tokens", 30, "--num_samples", 3, "--prompt", "1 times ", "--seed", 2)[1]
     assert other != again
+    result["text"].append("gone")
+    Path("known.txt").write_text("\n".join(line for text in result["text"][1:] for line in text.splitlines()))
+    words = ("sample", *LAST, "--max_new_tokens", 30, "--num_samples", 3, "--prompt", "1 times ")
+    code, out, err = lm(*words, "--compare", "known.txt", "--json")
+    compared = json.loads(out.splitlines()[-1])
+    assert f"{compared['known']} of {compared['lines']} lines stand in known.txt" in err
+    lines = [line.strip() for text in result["text"][:3] for line in text.splitlines() if line.strip()]
+    known = {line.strip() for text in result["text"][1:] for line in text.splitlines()}
+    assert (compared["lines"], compared["known"]) == (len(lines), sum(line in known for line in lines))
 
 
 def test_a_draft_changes_no_greedy_text(lm, fitted: Path) -> None:

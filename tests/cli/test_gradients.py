@@ -61,28 +61,35 @@ def test_the_lectures_table(lm, workplace: Path, bessel: bool, bias: bool) -> No
     code, out, err = lm("gradients", "--config", "net.yaml", "--level", "atomic", "--json")
     assert code == 0, err
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["name"] for row in rows] == [name for name in atomic.NAMES if bias or name != "b1"]
+    assert [row["name"] for row in rows] == [name for name in atomic.GRADIENTS if bias or name != "b1"]
     assert all(row["relative"] <= 1e-10 for row in rows)
 
 
 SOURCE = Path(atomic.__file__).read_text()
-LINES = [ast.unparse(node) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.stmt)]
-ZERO = ("d['logit_maxes'] =", "d['b1'] =")  # no factor breaks these
-LINES = [line for line in LINES if line.startswith("d['") and not line.startswith(ZERO)]
+ZERO = ("dlogit_maxes", "db1")  # no factor breaks these
+LINES = [
+    (node.name, ast.unparse(line))
+    for node in ast.parse(SOURCE).body
+    if isinstance(node, ast.FunctionDef) and node.name[1:] in atomic.GRADIENTS and node.name not in ZERO
+    for line in node.body[1:]
+]
 BREAKS = {
     "/ n": "* n",
-    "* v[": "+ v[",
+    "/ m": "* m",
+    "1 / len": "2 / len",
+    " * ": " + ",
     ".sum(": ".mean(",
-    "+=": "-=",
-    "-d[": "d[",
+    ".sum_to_size(bngain.shape)": ".mean(0)",
+    " + ": " - ",
+    "-d": "d",
     "** 3": "** 2",
     ".mT": "",
     "(1 -": "(2 -",
 }
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("]")[0][3:-1])
-def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
+@pytest.mark.parametrize(("function", "line"), LINES)
+def test_a_wrong_line_of_the_table_is_seen(function: str, line: str) -> None:
     """Every line of the atomic backward pass that has something to break, broken."""
     from lm.models import MLP
 
@@ -97,7 +104,7 @@ def test_a_wrong_line_of_the_table_is_seen(line: str) -> None:
         if old not in line:
             continue
         space: dict = {"__name__": "broken"}
-        changed = Mutant("atomic", line, line.replace(old, new, 1), f"{old} is {new}").changed(SOURCE)
+        changed = Mutant(f"atomic:{function}", line, line.replace(old, new, 1), f"{old} is {new}").changed(SOURCE)
         exec(compile(changed, "broken", "exec"), space)
         try:
             good = all(row.approximate for row in space["against_autograd"](net, tokens, targets))
@@ -178,3 +185,35 @@ def test_a_layer_without_rule(lm, workplace: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(_rules, GELU)
     code, _, err = lm("gradients", "--config", "net.yaml")
     assert code == 2 and "GELU: write a rule for it" in err
+
+
+def test_values_are_shown_as_the_lecture_looks_at_them(lm, workplace: Path) -> None:
+    recipe("MLP")
+    text = yaml.safe_load(Path("net.yaml").read_text())
+    text["model"]["init_args"]["net"]["init_args"] = {"n_hidden": 16, "bias": True, "bessel": True}
+    Path("net.yaml").write_text(yaml.safe_dump(text))
+    words = ["gradients", "--config", "net.yaml", "--level", "atomic", "--values"]
+    code, out, err = lm(*words, "--tensor", "dlogits", "--json")
+    assert code == 0, err
+    (one,) = json.loads(out.splitlines()[-1])["values"]
+    assert one["name"] == "logits" and one["shape"] == [8, 27] and len(one["gradient_corner"]) == 4
+    assert 0 < one["gradient_largest"] <= 1 / 8
+    rows = [line.split() for line in err.splitlines() if line.endswith("the probability - 1")]
+    assert len(rows) == 1 and float(rows[0][1]) - 1 == pytest.approx(float(rows[0][2]), abs=2e-4)
+    code, out, err = lm(*words, "--json")
+    found = {one["name"]: one for one in json.loads(out.splitlines()[-1])["values"]}
+    assert list(found) == list(atomic.GRADIENTS)
+    assert found["logit_maxes"]["gradient_largest"] < 1e-15 < found["h"]["gradient_largest"]  # float64
+    code, _, err = lm("gradients", "--config", "net.yaml", "--values", "--tensor", "nothing")
+    assert code == 2 and "--tensor nothing: there is none of that name: say one of wte.weight" in err
+    code, _, err = lm("gradients", "--config", "net.yaml", "--tensor", "wte.weight")
+    assert code == 2 and "is for --values" in err
+
+
+def test_values_of_parameters_are_the_gradients(lm, workplace: Path) -> None:
+    recipe("GPT")
+    code, out, err = lm("gradients", "--config", "net.yaml", "--values", "--tensor", "wte.weight", "--json")
+    assert code == 0, err
+    (one,) = json.loads(out.splitlines()[-1])["values"]
+    assert one["gradient_norm"] >= one["gradient_largest"] > 0
+    assert f"norm {one['gradient_norm']:.3e}" in err

@@ -12,7 +12,7 @@ from lm.errors import CheckError, UserError
 from lm.generation import Sampler, generate
 from lm.generation.engine import Engine, Request, Text, steady_rows
 from lm.generation.packed import packed
-from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models import GPT, LSTM, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.tokenizers import CharTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,;:'\n"
@@ -109,6 +109,7 @@ NETS: dict[str, Any] = {
     "wavenet": lambda: WaveNet(V, 8),
     "dense": lambda: WaveNet(V, BLOCK, depth=3, dense=True),
     "gated": lambda: GatedWaveNet(V, BLOCK),
+    "lstm": lambda: LSTM(V, BLOCK),
     "source and target": lambda: Seq2Seq(V, BLOCK, start_token=1),
 }
 

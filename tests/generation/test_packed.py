@@ -8,7 +8,7 @@ from lm.errors import UserError
 from lm.generation import Sampler, generate
 from lm.generation.engine import Engine, Request
 from lm.generation.packed import Int8Linear, PackedLinear, packed
-from lm.models import GPT, MLP, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models import GPT, GRU, MLP, GatedWaveNet, Seq2Seq, WaveNet
 from lm.tokenizers import ByteTokenizer
 
 
@@ -48,6 +48,7 @@ NETS = {
     "wavenet": lambda: WaveNet(256, 8),
     "dense": lambda: WaveNet(256, 8, n_embd=32, n_hidden=64, dense=True),
     "gated": lambda: GatedWaveNet(256, 64, n_embd=32),
+    "gru": lambda: GRU(256, 64),
 }
 
 

@@ -1,5 +1,6 @@
 """A network that reads its text in pieces, with a cache, computes what it computes from the whole."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.generation import Sampler, generate
-from lm.models import GPT, GatedWaveNet, Seq2Seq, WaveNet
+from lm.models import GPT, GRU, LSTM, RNN, BagOfWords, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.cache import Cache
 
 V, T = 11, 24
@@ -65,6 +66,8 @@ def test_logits_of_the_last_tokens_alone() -> None:
 
 
 OTHERS: dict[str, Any] = {
+    **{kind.__name__: partial(kind, V, T, n_embd=6, n_hidden=8, n_layer=2) for kind in (RNN, GRU, LSTM)},
+    "bag of words": lambda: BagOfWords(V, T, n_embd=6, n_hidden=8),
     "gated": lambda: GatedWaveNet(V, T, n_embd=8, n_layer=3, n_stack=2),
     "dense": lambda: WaveNet(V, T, n_embd=6, n_hidden=10, fuse=2, depth=3, dense=True),
     "dense by threes": lambda: WaveNet(V, T, n_embd=6, n_hidden=10, fuse=3, depth=2, dense=True),

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lm.backprop import Gradients, loss_and_gradients, run
 from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
+from lm.models import GPT, GRU, LSTM, MLP, RNN, BagOfWords, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
 from lm.models.dropout import Dropout
 from lm.models.feed_forward import GELU, ReLUSquared
 from lm.models.layers import BatchNorm
@@ -41,6 +41,10 @@ NETWORKS = {
     "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1, key_dropout=True),
     "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
     "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),
+    "rnn": lambda: RNN(V, T, n_embd=3, n_hidden=5, n_layer=2, dropout=0.2),
+    "gru": lambda: GRU(V, T, n_embd=3, n_hidden=5, n_layer=2),
+    "lstm": lambda: LSTM(V, T, n_embd=3, n_hidden=5, n_layer=2),
+    "bag of words": lambda: BagOfWords(V, T, n_embd=4, n_hidden=5),
     "seq2seq": lambda: Seq2Seq(V, T, **SMALL, start_token=1, pad_token=2, dropout=0.2),
 }
 LAYERS = {

@@ -69,11 +69,6 @@ def test_what_is_not_finite_stops_inside_a_call_before_the_weights_are_touched(l
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (
-            ["--trainer.val_check_interval", 6],
-            "trainer.val_check_interval 6 is not a multiple of model.steps_per_call 4",
-        ),
-        (["--checkpoint.every_n_steps", 6], "checkpoint.every_n_steps 6 is not a multiple of model.steps_per_call 4"),
         (["--trainer.precision", "bf16-mixed"], "model.steps_per_call 4 is for one process without accumulation"),
         (["--trainer.accumulate_grad_batches", 2], "model.steps_per_call 4 is for one process"),
         (["--model.init_args.steps_per_call", 0], "model.steps_per_call is 0: it must be at least 1"),
@@ -84,3 +79,14 @@ def test_what_does_not_go_with_it(lm, workplace: Path, extra: list, message: str
     assert code == 2
     assert err.startswith("error: ") and message in err, err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("interval", ["--trainer.val_check_interval", "--checkpoint.every_n_steps"])
+def test_calls_are_cut_so_that_nothing_is_due_inside_one(lm, workplace: Path, interval: str) -> None:
+    """The largest number of steps that divides all: 2 for 4 and 6."""
+    constant = [*RECIPE, "--trainer.max_steps", 9, interval, 6]
+    assert lm(*constant, "--name", "one")[0] == 0
+    code, out, err = lm(*constant, "--name", "many", "--model.init_args.steps_per_call", 4)
+    assert code == 0, err
+    assert "steps_per_call 4 is cut to 2" in out
+    assert_equal(state("one"), state("many"))

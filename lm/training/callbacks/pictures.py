@@ -24,8 +24,8 @@ def attention(weights: Tensor, tokens: Sequence[str]) -> Pixels:
         weights: (H, T, T), each row sums to one.
         tokens: T texts.
     """
-    panels = [_panel(one, tokens, tokens, f"head {i}", 1.0) for i, one in enumerate(weights)]
-    return np.asarray(_beside([*panels, _bar(panels[0].height, "1", "0", signed=False)]))
+    panels = [matrix(one, tokens, tokens, f"head {i}", 1.0) for i, one in enumerate(weights)]
+    return np.asarray(beside([*panels, colour_bar(panels[0].height, "1", "0", signed=False)]))
 
 
 def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
@@ -37,8 +37,8 @@ def dlogits(rows: Tensor, symbols: Sequence[str]) -> Pixels:
     """
     largest = max(float(rows.abs().max()), 1e-30)
     title = "gradient of the loss by each logit: red is pulled down, blue up"
-    panel = _panel(rows, [str(i) for i in range(len(rows))], symbols, title, largest)
-    return np.asarray(_beside([panel, _bar(panel.height, f"{largest:.1e}", f"-{largest:.1e}", signed=True)]))
+    panel = matrix(rows, [str(i) for i in range(len(rows))], symbols, title, largest)
+    return np.asarray(beside([panel, colour_bar(panel.height, f"{largest:.1e}", f"-{largest:.1e}", signed=True)]))
 
 
 def stuck_units(stuck: Tensor, title: str) -> Pixels:
@@ -49,10 +49,10 @@ def stuck_units(stuck: Tensor, title: str) -> Pixels:
         title: What is shown.
     """
     units = [str(i) if i % 10 == 0 else "" for i in range(stuck.shape[1])]
-    return np.asarray(_beside([_panel(stuck.float(), [""] * len(stuck), units, title, 1.0)]))
+    return np.asarray(beside([matrix(stuck.float(), [""] * len(stuck), units, title, 1.0)]))
 
 
-def _panel(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, largest: float) -> Image.Image:
+def matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, largest: float) -> Image.Image:
     """Return a picture of one matrix, its rows and columns labelled where there is room."""
     share = (values.detach().float().cpu().numpy() / largest).clip(-1, 1)[..., None]
     colours = WHITE + np.where(share < 0, BLUE - WHITE, (RED if (share < 0).any() else BLUE) - WHITE) * np.abs(share)
@@ -94,7 +94,7 @@ def _upwards(panel: Image.Image, name: str, x: int, y: int, font: ImageFont.Free
     panel.paste(turned, (x, y - turned.height))
 
 
-def _bar(height: int, high: str, low: str, *, signed: bool) -> Image.Image:
+def colour_bar(height: int, high: str, low: str, *, signed: bool) -> Image.Image:
     """Return a colour bar with its ends' values."""
     font = ImageFont.load_default(FONT)
     tall = max(40, height - 60)
@@ -110,7 +110,7 @@ def _bar(height: int, high: str, low: str, *, signed: bool) -> Image.Image:
     return bar
 
 
-def _beside(panels: Sequence[Image.Image]) -> Image.Image:
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
     """Return panels side by side."""
     width = sum(one.width + MARGIN for one in panels) + MARGIN
     picture = Image.new("RGB", (width, max(one.height for one in panels) + 2 * MARGIN), "white")
