@@ -28,6 +28,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
+LONGEST_HEADERS = 32 << 10
 CLOSED = "default-src 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of all that is no page."""
 
@@ -122,6 +123,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > LONGEST_HEADERS:
+            raise ApiError(f"the headers have more than {LONGEST_HEADERS} bytes: shorten them", status=431)
         if self.names_only and not is_loopback(host_of(headers.get("host", "localhost"))):
             raise ApiError("the Host header names another machine: use localhost, or start with a key", status=403)
         if not self.keys or scope["path"] in OPEN or scope["method"] == "OPTIONS":

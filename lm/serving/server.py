@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -44,14 +45,10 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and (
             self.cycle is None or self.cycle.response_complete
         ):
-            body = json.dumps(error.body).encode()
-            head = f"HTTP/1.1 {error.status} Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            body, phrase = json.dumps(error.body).encode(), HTTPStatus(error.status).phrase
+            head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
-
-    def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Take no upgrades."""
-        self._refuse(ApiError("there is no protocol to upgrade to: send HTTP/1.1"))
 
 
 class Server(uvicorn.Server):
