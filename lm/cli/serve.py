@@ -1,20 +1,16 @@
 """`lm serve`: an OpenAI-compatible server, and a page."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 
-from lm import storage
 from lm.checkpoints.restore import load_network
-from lm.cli import devices, plain_help, values
+from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError
 from lm.generation.packed import Dtype, packed
-
-NEEDED = ("starlette", "uvicorn", "jinja2")
 
 
 def make_parser() -> ArgumentParser:
@@ -64,8 +60,7 @@ def make_parser() -> ArgumentParser:
 def serve(arguments: list[str]) -> None:
     """Run `lm serve`."""
     options = values.parse(make_parser(), joined(arguments))
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise UserError(f"lm serve needs {' and '.join(missing)}: pip install 'lm[serve]'")
+    common.need_packages("serve", "starlette", "uvicorn", "jinja2")
     from lm.serving import guard, server
     from lm.serving.app import make_app
     from lm.serving.calls import Limits
@@ -80,7 +75,7 @@ def serve(arguments: list[str]) -> None:
         )
     origins = [_origin(one) for one in options.cors_origin]
     named = names(options.ckpt_path)
-    template = None if options.chat_template is None else _text(options.chat_template)
+    template = None if options.chat_template is None else common.text_of("chat_template", options.chat_template)
     socket = server.bind(options.host, options.port)
     metrics = Metrics()
     workers = [_worker(name, path, options, template, metrics) for name, path in named.items()]
@@ -148,10 +143,3 @@ def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-f:]+\](:\d+)?", text):
         raise UserError(f"--cors_origin {text[:100]}: no origin: say one like https://example.org")
     return text
-
-
-def _text(path: Path) -> str:
-    try:
-        return storage.plain(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat_template {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error

@@ -41,7 +41,7 @@ class Templates:
                 await self.close()
                 raise _refused("it takes more than its budget of time, memory or output") from error
             except asyncio.CancelledError:  # what it answers now is nobody's
-                await self.close()
+                self._drop()
                 raise
         if "error" in answer:
             raise _refused(answer["error"])
@@ -63,11 +63,16 @@ class Templates:
 
     async def close(self) -> None:
         """End the process."""
+        if (process := self._drop()) is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 2)
+
+    def _drop(self) -> asyncio.subprocess.Process | None:
+        """Let the process end, which it does when its input has, or its time."""
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        return process
 
 
 def _refused(why: str) -> ApiError:

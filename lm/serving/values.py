@@ -37,8 +37,12 @@ def loads(body: bytes) -> dict[str, Any]:
             raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:60]!r} stands there twice")
         return found
 
+    def number(text: str) -> float:
+        value = float(text)
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value  # 16.0 is a whole number in JSON
+
     try:
-        values = json.loads(body.decode(), parse_constant=constant, object_pairs_hook=named)
+        values = json.loads(body.decode(), parse_constant=constant, parse_float=number, object_pairs_hook=named)
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are no text
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not UTF-8 at byte {error.start}: send JSON in UTF-8") from error

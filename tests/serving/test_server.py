@@ -1,5 +1,7 @@
 """The whole server, in a process of its own, by the client that people use: the openai package."""
 
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from lm.checkpoints.restore import load_network
 from lm.generation import Sampler
 from lm.generation.engine import Engine, Request
 from lm.tokenizers import ByteTokenizer
+from tests.conftest import ROOT
 from tests.support.served import served, windowed, written
 
 Client = openai.OpenAI
@@ -46,6 +49,24 @@ def chatted(client: Client, **more: Any) -> Any:
     return client.chat.completions.create(
         **{"model": "tiny", "messages": HI, "max_tokens": 12, "seed": 5, **more}
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bash", "python"])
+def test_the_documents_examples(place: Path, tmp_path: Path, kind: str) -> None:
+    """The blocks of docs/serving.md that are for a server which runs; its port is another one here."""
+    text = (ROOT / "docs/serving.md").read_text()
+    blocks = re.findall(rf'^```{kind} title="(curl|the openai package)"\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    folder = place / "checkpoints/quickstart"
+    with served("--ckpt_path", written(folder / "best.ckpt"), cwd=tmp_path) as (url, _):
+        code = blocks[0][1].replace("http://127.0.0.1:8000", url)
+        if kind == "python":
+            exec(compile(code, "docs/serving.md", "exec"), {})
+        else:
+            code = code.replace("curl -s", "curl --fail-with-body -s")
+            done = subprocess.run(["bash", "-ec", code], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stdout
+            assert done.stdout.rstrip().endswith("}") and "data: [DONE]" in done.stdout
 
 
 def test_models(client: Client) -> None:
