@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 
+from lm import log
 from lm.checkpoints.restore import load_network
 from lm.cli import common, devices, plain_help, values
-from lm.errors import UserError
+from lm.errors import UserError, as_user_error
 from lm.generation.packed import Dtype, packed
 
 
@@ -83,7 +83,7 @@ def serve(arguments: list[str]) -> None:
     service = Service(workers, limits, metrics)
     app = make_app(service, keys=keys, loopback=loopback, origins=origins)
     url, told = server.url_of(socket), ", ".join(named)
-    server.serve(app, service, socket, lambda: print(f"serving {told} at {url}", flush=True))
+    server.serve(app, service, socket, lambda: print(log.line(f"serving {told} at {url}", url=url), flush=True))
 
 
 def joined(arguments: list[str]) -> list[str]:
@@ -135,8 +135,10 @@ def _worker(name: str, path: Path, options: Any, template: str | None, metrics: 
     net = packed(fitted.net, options.dtype)
     try:
         return Worker(name, net, fitted.tokenizer, slots=options.slots, metrics=metrics)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--slots {options.slots}: their caches do not fit into the device's memory: fewer") from error
+    except (RuntimeError, MemoryError) as error:
+        if as_user_error(error) is None:
+            raise
+        raise UserError(f"--slots {options.slots}: memory does not suffice for their caches: say fewer") from error
 
 
 def _origin(text: str) -> str:

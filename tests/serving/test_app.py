@@ -227,12 +227,13 @@ def test_keys(place: Path) -> None:
         (("--ckpt_path", "tiny.ckpt", "--api_key_file", "none"), "--api_key_file none"),
         (("--ckpt_path", "tiny.ckpt", "--cors_origin", "a.example"), "--cors_origin a.example"),
         (("--ckpt_path", "tiny.ckpt", "--port", 70000), "--port"),
+        (("--ckpt_path", "long.ckpt", "--slots", 60000), "--slots 60000"),
         ((), "ckpt_path"),
     ],
 )
 def test_a_start_that_fails_is_one_line(place: Path, words: tuple[object, ...], said: str) -> None:
     (place / "text.txt").write_text("no checkpoint")
-    (place / "empty").write_text("\n")
+    written(place / "long.ckpt", block=1 << 20)
     process = start("serve", *words, *(() if "--port" in words else ("--port", 0)), cwd=place)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
