@@ -209,7 +209,9 @@ def test_the_best_of_several(client: Client) -> None:
 
 def test_a_network_that_reads_windows(client: Client) -> None:
     found = completed(client, model="named", prompt="abc " * 10, max_tokens=9, logprobs=1, echo=True)
-    assert len(found.choices[0].text) == 49 and len(found.choices[0].logprobs.tokens) == 49
+    told = found.choices[0].logprobs
+    assert len(found.choices[0].text) == 49 and told.text_offset == list(range(49))
+    assert "".join(told.tokens) == found.choices[0].text
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
