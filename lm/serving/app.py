@@ -129,15 +129,8 @@ def _event_stream() -> dict[str, Any]:
     }
 
 
-def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins: Sequence[str]) -> ASGIApp:
-    """Return the application.
-
-    Args:
-        service: What it serves.
-        keys: Of which clients must show one, if there are any.
-        loopback: Whether only this machine reaches it.
-        origins: Of pages of other sites that may call it.
-    """
+def _routes(service: Service) -> list[Route]:
+    """Return the paths and what answers them."""
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": service.models()})
@@ -169,14 +162,7 @@ def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins
 
         return endpoint
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        for worker in service.workers.values():
-            worker.start()
-        yield
-        await service.templates.close()
-
-    routes = [
+    return [
         Route("/v1/completions", Generation(service, chat=False), methods=["POST"]),
         Route("/v1/chat/completions", Generation(service, chat=True), methods=["POST"]),
         Route("/v1/models", models),
@@ -189,6 +175,24 @@ def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins
         Route("/", front),
     ]
 
+
+def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins: Sequence[str]) -> ASGIApp:
+    """Return the application.
+
+    Args:
+        service: What it serves.
+        keys: Of which clients must show one, if there are any.
+        loopback: Whether only this machine reaches it.
+        origins: Of pages of other sites that may call it.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        for worker in service.workers.values():
+            worker.start()
+        yield
+        await service.templates.close()
+
     async def api_error(request: Request, error: Any) -> Response:
         return respond(error)
 
@@ -196,7 +200,7 @@ def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins
         return failed(request, error)
 
     app: ASGIApp = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={ApiError: api_error, HTTPException: http_error}
+        routes=_routes(service), lifespan=lifespan, exception_handlers={ApiError: api_error, HTTPException: http_error}
     )
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
     app = Guard(app, keys=keys, loopback=loopback, metrics=service.metrics)
