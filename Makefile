@@ -47,7 +47,7 @@ lint: .venv/installed-dev
 	$(BIN)/hadolint Dockerfile
 
 # torch's CPU wheels are in an index of their own: UV_INDEX or UV_FIND_LINKS says where, for the first lock alone
-LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --constraint constraints.txt --python-version 3.11 \
+LOCK = $(BIN)/uv pip compile --quiet --extra serve --generate-hashes --constraint constraints.txt --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 --index-strategy unsafe-best-match \
 	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock"
 

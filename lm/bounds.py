@@ -152,6 +152,14 @@ BOUNDS = {
     "top_p": PART,
     "min_p": SHARE,
     "repetition_penalty": POSITIVE,
+    # a server
+    **dict.fromkeys(("slots", "max_requests", "max_choices"), FEW),
+    "max_tokens": COUNT,
+    "max_prompt_tokens": COUNT,
+    "max_body_bytes": COUNT,
+    "body_timeout": Bound(0, 10**9, open_low=True, note=" seconds"),
+    "grace": Bound(0, 10**9, note=" seconds"),
+    "port": Bound(0, 2**16 - 1, whole=True),
     # a cluster
     **dict.fromkeys(("num_nodes", "devices"), Bound(1, 2**20, whole=True)),
     "mfu": PART,

@@ -21,6 +21,7 @@ from tests.conftest import MISSING, REFERENCE, ROOT
 
 pytestmark = pytest.mark.usefixtures("our_rules")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PICTURES = sorted(path for path in (ROOT / "docs").iterdir() if path.suffix in (".svg", ".png"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
@@ -70,7 +71,7 @@ def test_there_are_blocks() -> None:
         "weights",
         "teaching",
     } <= ran
-    shown_only = {"figures", "faults", "log", "container", "security", "lightning", "backprop", "generation"}
+    shown_only = {"figures", "faults", "log", "container", "security", "lightning", "backprop", "generation", "serving"}
     assert {page.stem for page in PAGES} == ran | shown_only, "a page without a command says here that it has none"
 
 
@@ -177,7 +178,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
         goal = page.parent / target if target else page
         assert goal.exists(), target
-        assert page not in DOCS or goal.resolve() in (*DOCS, ROOT / "docs/curve.svg"), f"{target} is not on the site"
+        assert page not in DOCS or goal.resolve() in (*DOCS, *PICTURES), f"{target} is not on the site"
         if anchor:
             headings = re.findall(r"^#+ (.*)", goal.read_text(), flags=re.MULTILINE)
             assert anchor in map(slug, headings), f"{target}#{anchor}"

@@ -19,7 +19,14 @@ BELOW = [path for path in (ROOT / "lm").rglob("*.py") if path.parent.name != "cl
 OPTION = re.compile(r"(?<![\w-])(?<!docker run )--[a-z]")  # docker's own are no options of lm
 
 WITHOUT = {
-    "lightning": ("lm.generation", "lm.checkpoints.safetensors", "lm.cli.sample", "lm.cli.export"),
+    "lightning": (
+        "lm.generation",
+        "lm.checkpoints.safetensors",
+        "lm.cli.sample",
+        "lm.cli.export",
+        "lm.cli.chat",
+        "lm.cli.serve",
+    ),
     "torch": ("lm.corpus.prepare", "lm.corpus.token_cache", "lm.corpus.tokenizer_training", "lm.cli.prepare"),
 }
 

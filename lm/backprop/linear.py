@@ -25,13 +25,14 @@ def linear(layer: nn.Linear, grads: Gradients, x: Tensor) -> tuple[Tensor, Backw
     """
     x = for_products(x)
     y = F.linear(x, layer.weight, layer.bias)  # (…, I) -> (…, O)
+    return y, lambda dy: linear_backward(layer, grads, x, dy)
 
-    def backward(dy: Tensor) -> Tensor:
-        dy = for_products(dy)
-        linear_gradients(layer, grads, x, dy)
-        return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
 
-    return y, backward
+def linear_backward(layer: nn.Linear, grads: Gradients, x: Tensor, dy: Tensor) -> Tensor:
+    """Add dW and db of a linear layer, and return dx."""
+    dy = for_products(dy)
+    linear_gradients(layer, grads, x, dy)
+    return dy @ layer.weight  # (…, O) @ (O, I) -> (…, I)
 
 
 def linear_gradients(layer: nn.Linear, grads: Gradients, x: Tensor, dy: Tensor) -> None:

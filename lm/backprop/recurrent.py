@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lm.backprop.linear import linear_backward
-from lm.backprop.rules import Backward, Gradients, precise, rows_of, rule
+from lm.backprop.rules import Backward, Gradients, rule
+from lm.models.parts import precise, rows_of
 from lm.models.recurrent import GRULayer, LSTMLayer, Recurrent, RNNLayer, State
 
 Slopes = tuple[Tensor, Tensor, State]

@@ -25,6 +25,8 @@ COMMANDS = {
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
+    "chat": ("lm.cli.chat:chat", "talk with a network in the terminal"),
+    "serve": ("lm.cli.serve:serve", "serve checkpoints by OpenAI's protocol, with a page"),
     "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
     "import": ("lm.cli.export:import_", "make a checkpoint of what was exported"),
     "sweep": ("lm.cli.sweep:sweep", "search the settings of a recipe for those that train best"),

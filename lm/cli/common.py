@@ -6,11 +6,13 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import IO, Any
 
 from jsonargparse import ArgumentParser
 
-from lm import log
+from lm import log, storage
 from lm.errors import UserError, causes
 
 
@@ -76,6 +78,24 @@ def text_options(source: list[str]) -> Iterator[None]:
 def known_names(parser: ArgumentParser) -> list[str]:
     """Return the options that a parser knows."""
     return sorted({action.dest for action in parser._actions if not action.dest.endswith("help")})
+
+
+def need_packages(command: str, *names: str) -> None:
+    """Raise a UserError where a package is missing that a command needs beyond lm's own."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise UserError(f"lm {command} needs {' and '.join(missing)}: pip install 'lm[serve]'")
+
+
+def text_of(option: str, path: Path) -> str:
+    """Return the text of the file that an option names.
+
+    Raises:
+        UserError: It cannot be read as UTF-8.
+    """
+    try:
+        return storage.plain(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{option} {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
 
 
 TOKENIZERS = "char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file."

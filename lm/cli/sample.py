@@ -11,8 +11,7 @@ from torch import nn
 
 from lm import storage
 from lm.checkpoints.restore import Fitted, deny_what_runs_code, load_network
-from lm.cli import common, plain_help, values
-from lm.cli.messages import shortened
+from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError
 from lm.generation.packed import Dtype, packed
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
@@ -75,7 +74,7 @@ def sample(arguments: list[str]) -> None:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
     known = None if options.compare is None else _lines(options.compare)
-    fitted = load_network(options.ckpt_path, _device(options.device))
+    fitted = load_network(options.ckpt_path, devices.device(options.device))
     task = _task(fitted.data)
     try:
         prompt, asked = task.question(prompt) if task and prompt else (prompt, prompt)  # a task has a form of its own
@@ -195,22 +194,3 @@ def _prompt(prompt: str, file: Path | None) -> str:
         raise UserError(f"--prompt_file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt_file {file}: not UTF-8 at byte offset {error.start}") from error
-
-
-def _device(name: str) -> torch.device:
-    """Return a device by name, checked to be there.
-
-    Raises:
-        UserError: It is not, or it does not work.
-    """
-    there = dict.fromkeys(("auto", "cpu"), torch.device("cpu"))
-    if torch.accelerator.is_available() and (fastest := torch.accelerator.current_accelerator()):
-        there |= {"auto": fastest, fastest.type: fastest}
-        there |= {f"{fastest.type}:{i}": torch.device(fastest.type, i) for i in range(torch.accelerator.device_count())}
-    if name not in there:
-        raise UserError(f"--device {shortened(name, 60)}: there is none here: say {' or '.join(there)}")
-    try:
-        torch.zeros(1, device=there[name]).item()
-    except RuntimeError as error:  # a GPU that is full, or broken
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return there[name]

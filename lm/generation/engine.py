@@ -8,8 +8,8 @@ Shapes: B rows, T tokens of a piece, V vocabulary.
 """
 
 import itertools
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.errors import CheckError, UserError
-from lm.generation.sampling import Sampler, TextStream, choose, generate
+from lm.generation.sampling import Reading, Sampler, TextStream, choose
 from lm.generation.slots import Slots
 from lm.models import GPT
 from lm.tokenizers import Tokenizer
@@ -42,7 +42,10 @@ class Request:
         max_new_tokens: Longest continuation.
         stop: Strings that end it; they are not part of it.
         logprobs: For each new token, of how many likeliest tokens the log-probability is kept beside its own; None for
-            none, not even its own. They are the network's: samplers change them no more.
+            none, not even its own. They are the network's: neither samplers nor what follows change them.
+        logit_bias: Ids, and what is added to their logits; an id stands there once.
+        presence_penalty: Subtracted from the logit of each token that the continuation has.
+        frequency_penalty: Subtracted from it as often as the continuation has it.
     """
 
     prompt: Sequence[int]
@@ -51,6 +54,9 @@ class Request:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -66,6 +72,11 @@ class Request:
         if not -(2**63) <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}: it must fit into 64 bits")
 
+    @property
+    def follows_its_text(self) -> bool:
+        """Whether the choice of a token depends on those before, other than through the network."""
+        return self.sampler.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
 
 class Text:
     """A request in work, and what has come of it.
@@ -73,17 +84,18 @@ class Text:
     Attributes:
         tokens: Its new tokens so far.
         logprobs: If asked for, each new token's log-probability, and those of the likeliest ones by their ids.
+        starts: Where each new token begins in the continuation, in characters.
         finished: Why it has ended: "stop" at a stop string or the end of text, "length", or "cancelled"; None where it
             goes on.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.request, self.tokens = request, list[int]()
+        self.request, self.tokens, self.starts = request, list[int](), list[int]()
         self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.finished: Reason | None = None
         self.slot: int | None = None
         self.read = 0  # tokens of the prompt, but for its last
-        self.alone: Iterator[Tensor] | None = None  # its tokens, where it cannot share a step
+        self.alone: Reading | None = None  # where it cannot share a step
         self.generator = torch.Generator().manual_seed(request.seed)
         self._stream, self._new = TextStream(tokenizer, list(request.stop)), ""
 
@@ -100,6 +112,7 @@ class Text:
     def add(self, token: int) -> None:
         """Add a token; the text may end with it."""
         self.tokens.append(token)
+        self.starts.append(len(self._stream.text))
         self._new += self._stream.add(token)
         if self._stream.done:
             self.finished = "stop"
@@ -124,7 +137,7 @@ class Engine:
     def __init__(self, net: nn.Module, tokenizer: Tokenizer, *, slots: int = 16, piece: int = PIECE) -> None:
         if slots < 1 or piece < 1:
             raise UserError(f"slots is {slots}, piece is {piece}: both must be at least 1")
-        self.net, self.tokenizer, self.piece = net, tokenizer, piece
+        self.net, self.tokenizer, self.slots, self.piece = net, tokenizer, slots, piece
         self.block_size: int = net.block_size  # type: ignore[assignment]
         self.waiting: deque[Text] = deque()
         self.running: list[Text] = []
@@ -187,7 +200,8 @@ class Engine:
         grown = self._decode(ready) if ready else []
         for text in self.running:
             if text.alone is not None:
-                text.add(int(next(text.alone)))
+                so_far = torch.tensor([[*text.request.prompt, *text.tokens]], device=self.device)  # (1, T)
+                self._choose([text], text.alone.logits(so_far))
                 grown.append(text)
         self._leave()
         if not self.waiting:
@@ -209,7 +223,7 @@ class Engine:
             text.slot = self._free.pop(0)
             self.running.append(text)
             if self.cache is None or len(text.request.prompt) > self.block_size:
-                self._go_alone(text)
+                text.alone = Reading(self.net)
             else:
                 self.cache.lengths[text.slot] = 0
                 self._prompts[text.slot] = []
@@ -278,30 +292,27 @@ class Engine:
                     (float(logs[token]), dict(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)))
                 )
             text.add(token)
-            if len(text.request.prompt) + len(text.tokens) > self.block_size and text.finished is None:
-                self._go_alone(text)
+            grown = len(text.request.prompt) + len(text.tokens)
+            if grown > self.block_size and text.alone is None and text.finished is None:
+                text.alone = Reading(self.net)
 
     def _draw(self, texts: list[Text], logits: Tensor) -> list[int]:
         """Return a token of each text, from logits (B, V); texts of equal samplers are drawn together."""
         groups: dict[Any, list[int]] = {}
         for i, text in enumerate(texts):
-            sampler = text.request.sampler
-            groups.setdefault(sampler if sampler.repetition_penalty == 1 else text, []).append(i)
+            request = text.request
+            own = request.follows_its_text or request.logit_bias
+            groups.setdefault(text if own else request.sampler, []).append(i)
         tokens = torch.empty(len(texts), 1, dtype=torch.int64)
         for members in groups.values():
-            request, seen = texts[members[0]].request, None
-            if request.sampler.repetition_penalty != 1:
-                seen = torch.tensor([[*request.prompt, *texts[members[0]].tokens]])  # (1, T)
-            probabilities = request.sampler.probabilities(logits[members], seen)  # (b, V)
+            first = texts[members[0]]
+            rows, seen = logits[members], None  # (b, V)
+            if first.request.follows_its_text or first.request.logit_bias:
+                rows, seen = _adjusted(first, rows), torch.tensor([[*first.request.prompt, *first.tokens]])  # (1, T)
+            probabilities = first.request.sampler.probabilities(rows, seen)  # (b, V)
             draws = [torch.rand(1, 1, dtype=torch.float64, generator=texts[i].generator) for i in members]
             tokens[members] = choose(probabilities, torch.cat(draws))
         return tokens.squeeze(1).tolist()
-
-    def _go_alone(self, text: Text) -> None:
-        """Let a text make its tokens by itself from here on."""
-        request = text.request
-        so_far = torch.tensor([[*request.prompt, *text.tokens]], device=self.device)
-        text.alone = generate(self.net, so_far, sampler=request.sampler, generator=text.generator)
 
     def _ready(self, text: Text) -> bool:
         return text.alone is None and text.read == len(text.request.prompt) - 1
@@ -324,6 +335,21 @@ class Engine:
                 self.cache.copy(old, text.slot, int(self.cache.lengths[old]))
                 self._prompts[text.slot] = self._prompts.pop(old, [])
             self._free = sorted([*self._free, old])
+
+
+def _adjusted(text: Text, logits: Tensor) -> Tensor:
+    """Return a text's logits (1, V) with what its request adds and subtracts."""
+    request = text.request
+    change = {
+        token: -request.presence_penalty - n * request.frequency_penalty for token, n in Counter(text.tokens).items()
+    }
+    for token, bias in request.logit_bias:
+        change[token] = change.get(token, 0) + bias
+    if not change:
+        return logits
+    logits = logits.clone()
+    logits[0, list(change)] += torch.tensor(list(change.values()))
+    return logits
 
 
 @torch.inference_mode()

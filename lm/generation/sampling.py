@@ -95,6 +95,35 @@ def choose(probabilities: Tensor, draws: Tensor) -> Tensor:
     return torch.searchsorted(ends, draws * ends[:, -1:], right=True)
 
 
+class Reading:
+    """Reads a batch of texts that grow; a network that takes a cache reads each token once, within its context.
+
+    Args:
+        net: A network of `lm.models`, in eval mode.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.block_size = net, int(net.block_size)  # type: ignore[arg-type]
+        takes_cache = "cache" in inspect.signature(net.forward).parameters
+        self._cache, self._read = Cache(self.block_size, last=1) if takes_cache else None, 0
+
+    def logits(self, text: Tensor) -> Tensor:
+        """Return the logits (B, V) after texts (B, T), which begin with those of the call before.
+
+        Raises:
+            CheckError: A logit is not finite.
+        """
+        whole = self._cache is None or text.shape[1] > self.block_size
+        new, self._read = text[:, self._read :], text.shape[1]
+        logits: Tensor = (
+            self.net(text[:, -self.block_size :]) if whole else self.net(new, self._cache)
+        )  # (B, T, V) or (B, V)
+        logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu()  # (B, V)
+        if not logits.amax().isfinite():  # NaN is the largest of all
+            raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
+        return logits
+
+
 @torch.inference_mode()
 def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the next token of every sample, without end.
@@ -116,19 +145,12 @@ def generate(net: nn.Module, prompt: Tensor, *, sampler: Sampler, generator: tor
     Raises:
         CheckError: A logit is not finite.
     """
-    text, block_size = prompt, int(net.block_size)  # type: ignore[arg-type]
-    takes_cache = "cache" in inspect.signature(net.forward).parameters
-    cache, new = Cache(block_size, last=1) if takes_cache else None, prompt
+    text, reading = prompt, Reading(net)
     while True:
-        whole = cache is None or text.shape[1] > block_size
-        logits = net(text[:, -block_size:]) if whole else net(new, cache)  # (B, T, V), or (B, V) of a fixed context
-        logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu()  # (B, V)
-        if not logits.amax().isfinite():  # NaN is the largest of all
-            raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
+        logits = reading.logits(text)  # (B, V)
         probabilities = sampler.probabilities(logits, text.cpu())  # (B, V)
         token = choose(probabilities, torch.rand(len(text), 1, dtype=torch.float64, generator=generator))  # (B, 1)
-        new = token.to(text.device)
-        text = torch.cat([text, new], dim=1)
+        text = torch.cat([text, token.to(text.device)], dim=1)
         yield token.squeeze(1)
 
 

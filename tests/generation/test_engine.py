@@ -41,6 +41,7 @@ def drawn(draw: random.Random, *, longest: int = 40) -> Request:
     return Request(
         prompt=prompt, sampler=sampler, seed=draw.randrange(10**6), max_new_tokens=draw.randint(1, longest),
         stop=draw.choice([(), ("ab",), (".", "qz")]), logprobs=draw.choice([0, 3]),
+        logit_bias=draw.choice([(), ((5, 2.0),)]), presence_penalty=draw.choice([0.0, 0.0, 0.7]),
     )  # fmt: skip
 
 
@@ -274,3 +275,35 @@ def test_log_probabilities_are_the_networks() -> None:
         assert own == pytest.approx(float(row[token]), rel=1e-5)
         assert list(likeliest) == row.topk(4).indices.tolist()
         assert list(likeliest.values()) == pytest.approx(row.topk(4).values.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "window", "beyond"])
+@torch.inference_mode()
+def test_what_requests_add_to_logits(kind: str) -> None:
+    """Counts are of the continuation alone, with a cache, without one, and where the context has moved on."""
+    torch.manual_seed(5)
+    net = made(dtype=torch.float64) if kind != "window" else MLP(V, 8).double().eval()
+    prompt = [3, 4, 5] if kind != "beyond" else [i % V for i in range(BLOCK - 3)]
+    bias = ((7, 2.5), (8, -100.0))
+    request = Request(
+        prompt=prompt, sampler=Sampler(temperature=0), max_new_tokens=30, logit_bias=bias, presence_penalty=1.25,
+        frequency_penalty=0.5, logprobs=0,
+    )  # fmt: skip
+    text = Engine(net, TOKENIZER, slots=2).run([request, Request(prompt=[1], max_new_tokens=9)])[0]
+    tokens = list(prompt)
+    for i in range(30):
+        out = net(torch.tensor([tokens[-net.block_size :]]))
+        logits = (out[0, -1] if out.ndim == 3 else out[0]).float()
+        expected = float(logits.log_softmax(0)[text.tokens[i]])
+        assert text.logprobs[i][0] == pytest.approx(expected, rel=1e-4), "the network's, whatever is added"
+        for token, value in bias:
+            logits[token] += value
+        for token in set(text.tokens[:i]):
+            logits[token] -= 1.25 + 0.5 * text.tokens[:i].count(token)
+        assert int(logits.argmax()) == text.tokens[i], i
+        tokens.append(text.tokens[i])
+
+
+def test_where_tokens_begin() -> None:
+    text = Engine(made(), TOKENIZER).run([Request(prompt=[1], max_new_tokens=20, stop=("a",), seed=3)])[0]
+    assert text.starts == list(range(len(text.tokens)))

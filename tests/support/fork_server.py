@@ -36,6 +36,7 @@ import lm.cli.gradients
 import lm.cli.plan
 import lm.cli.prepare
 import lm.cli.sample
+import lm.cli.serve
 import lm.cli.tokenizer
 import lm.data.text  # noqa: F401
 from tests.support.processes import NEWS

@@ -1,0 +1,1 @@
+"""The server: OpenAI's protocol over `lm.generation.engine`, and a page; no Lightning."""

@@ -1,0 +1,121 @@
+"""Chat templates: from a conversation to the ids of a prompt.
+
+A template is a program that came with somebody's weights. It runs in jinja2's sandbox, in a process of its own
+(`template_process`), within a budget of processor time, memory and output; what exceeds it ends that process alone.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import secrets
+import sys
+from typing import Any
+
+from lm.serving.errors import ApiError
+from lm.tokenizers import BytePairTokenizer, Tokenizer
+
+WAIT = 30.0
+"""Seconds of the clock for what may take a second of processor time."""
+
+
+class Templates:
+    """Runs templates, one at a time."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+
+    async def render(self, template: str, variables: dict[str, Any]) -> str:
+        """Return a template's text.
+
+        Raises:
+            ApiError: It refuses the conversation, is no template, or exceeds its budget.
+        """
+        asked = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
+        async with self._lock:
+            try:
+                answer = await asyncio.wait_for(self._ask(asked), WAIT)
+            except (OSError, ValueError, TimeoutError) as error:  # the process has ended, or does not answer
+                await self.close()
+                raise _refused("it takes more than its budget of time, memory or output") from error
+            except asyncio.CancelledError:  # what it answers now is nobody's
+                self._drop()
+                raise
+        if "error" in answer:
+            raise _refused(answer["error"])
+        text: str = answer["text"]
+        return text
+
+    async def _ask(self, line: bytes) -> Any:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "lm.serving.template_process"),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+                env={name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+                limit=1 << 24, start_new_session=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(line)
+        await self._process.stdin.drain()
+        return json.loads(await self._process.stdout.readline())
+
+    async def close(self) -> None:
+        """End the process."""
+        if (process := self._drop()) is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 2)
+
+    def _drop(self) -> asyncio.subprocess.Process | None:
+        """Let the process end, which it does when its input has, or its time."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        return process
+
+
+def _refused(why: str) -> ApiError:
+    return ApiError(f"the chat template does not take these messages: {why[:300]}", "messages", code="chat_template")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the names of special tokens, as templates write them, and their ids."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        return dict(tokenizer.special_ids)
+    empty = [i for i, one in enumerate(tokenizer.token_bytes()) if not one]
+    return {"<|endoftext|>": empty[-1]} if empty else {}
+
+
+async def prompt_of(
+    templates: Templates, tokenizer: Tokenizer, chat: dict[str, str], messages: list[dict[str, str]]
+) -> list[int]:
+    """Return the ids of a conversation, up to where the assistant answers.
+
+    The template's own special tokens become ids; the same characters in a message stay text, so that nobody can write
+    another's turn.
+
+    Raises:
+        ApiError: The template does not take the messages.
+        UserError: The vocabulary lacks a symbol.
+    """
+    special = special_ids(tokenizer)
+    mark = "\ue000" + secrets.token_hex(8) + "\ue001"
+    names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    template = chat["chat_template"]
+
+    def guarded(name: str, value: str) -> str:
+        if name == "role":
+            return "system" if value == "developer" and "developer" not in template else value
+        return names.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+
+    variables: dict[str, Any] = {name: value for name, value in chat.items() if name != "chat_template"}
+    variables["messages"] = [{name: guarded(name, value) for name, value in one.items()} for one in messages]
+    text = await templates.render(template, {**variables, "add_generation_prompt": True})
+    ids: list[int] = []
+    for part in re.split(f"({names.pattern})", text):
+        if part in special:
+            ids.append(special[part])
+        elif part:
+            ids += tokenizer.encode(part.replace(mark, "")).tolist()
+    return ids
