@@ -43,8 +43,11 @@ class Tokenizer(ABC):
         return self.token_bytes()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the UTF-8 bytes of ids; they may end inside a character."""
-        return b"".join(self._table[i] for i in ids)
+        """Return the UTF-8 bytes of ids; they may end inside a character.
+
+        An id beyond the vocabulary stands for nothing: a network may have more of them, as a padded head has.
+        """
+        return b"".join(self._table[i] for i in ids if i < len(self._table))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""

@@ -51,11 +51,10 @@ BASES = {
     "sample": ("sample", "--ckpt_path", "checkpoints/old/last.ckpt", "--max_new_tokens", "2"),
     "export": ("export", "--ckpt_path", "checkpoints/old/last.ckpt", "--output", "exported"),
     "import": ("import", "--source", "safe", "--output", "made.ckpt"),
-    "sweep": ("sweep", "--config", "none.yaml"),
     "report": ("report", "old", "--output", "made.html"),
     "doctor": ("doctor",),
 }
-"""All commands but chat and serve, which wait for who talks to them."""
+"""All commands but chat and serve, which wait for who talks to them, and sweep, which trains for minutes."""
 PARTS = {
     "model.init_args": training.LanguageModel,
     "model.init_args.net.init_args": models.GPT,

@@ -132,3 +132,8 @@ def test_a_file_that_is_no_tokenizer_is_refused(text: str, tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="not a tokenizer"):
         tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_an_id_beyond_the_vocabulary_stands_for_nothing() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([65, tokenizer.n_vocab, 66]) == "AB"
