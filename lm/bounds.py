@@ -256,6 +256,9 @@ def checked(prefix: str = "", error: type[Exception] = ValueError) -> Callable[[
         def check_and_init(*args: P.args, **kwargs: P.kwargs) -> None:
             given = signature.bind(*args, **kwargs).arguments
             own = {name: value for name, value in given.items() if bound(owner, name)}  # parts have checked theirs
+            for name, value in own.items():
+                if value is None and signature.parameters[name].annotation in (int, float):
+                    raise error(f"{prefix}{name} has no value: say a number")
             check(own, owner, prefix, error)
             init(*args, **kwargs)
 
