@@ -47,6 +47,7 @@ TEXT = "".join(f"{i} times {i + 1} is {i * (i + 1)}; naïve? no: “exact”.\n"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server of processes where pytest is about to start workers, which import meanwhile."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and what a test starts would inherit that
     if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
         share_server()
 

@@ -17,7 +17,6 @@ from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.bag_of_words import BagOfWords, CausalAverage, counts
 from lm.models.gpt import Block
 from lm.models.layers import check_length, padded
-from lm.models.recurrent import GRU, LSTM, RNN
 from lm.models.seq2seq import DecoderBlock, EncoderBlock
 from lm.models.wavenet import GatedBlock
 
@@ -236,21 +235,6 @@ def bag_of_words(net: BagOfWords, grads: Gradients, tokens: Tensor) -> tuple[Ten
         backward_wte(de)
 
     return x + y, backward
-
-
-@body(RNN)
-@body(GRU)
-@body(LSTM)
-def recurrent(net: RNN, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
-    """Layer upon layer; what goes through time is in each layer's rule."""
-    check_length(tokens, net.block_size)
-    x, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
-    backwards = [backward_wte]
-    for layer in net.h:
-        x, backward = run(layer, grads, x)  # (B, T, C) -> (B, T, H)
-        x, backward_drop = run(net.drop, grads, x)
-        backwards += [backward, backward_drop]
-    return x, chained(backwards)
 
 
 def residual(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rules of recurrent layers: backpropagation through time.
+"""Rules of recurrent layers, backpropagation through time, and of networks of them.
 
 Shapes: B batch, T time, C channels read, H channels of a state, G gates.
 """
@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lm.backprop.linear import linear_backward
-from lm.backprop.rules import Backward, Gradients, rule
+from lm.backprop.linear import chained, linear_backward
+from lm.backprop.networks import body
+from lm.backprop.rules import Backward, Gradients, rule, run
+from lm.models.layers import check_length
 from lm.models.parts import precise, rows_of
-from lm.models.recurrent import GRULayer, LSTMLayer, Recurrent, RNNLayer, State
+from lm.models.recurrent import GRU, LSTM, RNN, GRULayer, LSTMLayer, Recurrent, RNNLayer, State
 
 Slopes = tuple[Tensor, Tensor, State]
 Cell = Callable[[Tensor, Tensor, State, State, State], Slopes]
@@ -106,3 +108,18 @@ def lstm(layer: LSTMLayer, grads: Gradients, x: Tensor) -> tuple[Tensor, Backwar
         return d, d, (torch.zeros_like(dh), dc * f)
 
     return through_time(layer, grads, x, cell)
+
+
+@body(RNN)
+@body(GRU)
+@body(LSTM)
+def recurrent(net: RNN, grads: Gradients, tokens: Tensor) -> tuple[Tensor, Backward]:
+    """Layer upon layer; what goes through time is in each layer's rule."""
+    check_length(tokens, net.block_size)
+    x, backward_wte = run(net.wte, grads, tokens)  # (B, T) -> (B, T, C)
+    backwards = [backward_wte]
+    for layer in net.h:
+        x, backward = run(layer, grads, x)  # (B, T, C) -> (B, T, H)
+        x, backward_drop = run(net.drop, grads, x)
+        backwards += [backward, backward_drop]
+    return x, chained(backwards)

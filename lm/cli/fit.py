@@ -29,6 +29,8 @@ from lm.training.callbacks.signals import StopSignals
 from lm.training.checkpoint_io import AtomicCheckpointIO, restored
 from lm.training.distributed.sharding import Sharded
 from lm.training.loggers import curve, log_files
+from lm.training.loggers.events import Events
+from lm.training.loggers.removed import Removed
 from lm.training.manual import check_precision
 
 
@@ -95,9 +97,9 @@ class Fit(rules.WithRules):
         if isinstance(self.config_init.model, ManualLanguageModel):
             check_precision(settings["precision"])
         if settings["logger"] in (None, True):
-            removed = log_files.Removed()
+            removed = Removed()
             settings["logger"] = [
-                log_files.Events(self.logs, self.first_step, opened=False, removed=removed),
+                Events(self.logs, self.first_step, opened=False, removed=removed),
                 *(kind(self.logs, removed) for kind in (log_files.MetricsCSV, log_files.MetricsProm)),
             ]
         if settings["strategy"] == "fsdp2":
@@ -227,7 +229,7 @@ class Fit(rules.WithRules):
         if aside := log_files.forget(self.logs, self.first_step):
             self.say(f"note: {self.logs} has an earlier run's logs: they are kept in {aside}", level="warning")
         for logger in self.trainer.loggers:
-            if isinstance(logger, log_files.Events):
+            if isinstance(logger, Events):
                 logger.opened = True
         number = 1 + len(list(self.logs.glob("config*.yaml")))
         names = itertools.chain(["config.yaml"] * (number == 1), (f"config-{k}.yaml" for k in itertools.count(number)))

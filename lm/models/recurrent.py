@@ -6,6 +6,8 @@ Elman, "Finding Structure in Time" (1990); Hochreiter and Schmidhuber, "Long Sho
 Shapes: B batch, T time, C channels that a layer reads, H channels of its state (n_hidden), G gates, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from lm.models.layers import check_length
 State = tuple[Tensor, ...]
 
 
-class Recurrent(nn.Module):
+class Recurrent(nn.Module, ABC):
     """A recurrent layer: `cell` makes each state of the one before it, and of what is read.
 
     Args:
@@ -36,6 +38,7 @@ class Recurrent(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(n_hidden**-0.5), n_hidden**-0.5)
 
+    @abstractmethod
     def cell(self, a: Tensor, b: Tensor, state: State) -> State:
         """Return the next state.
 
@@ -44,7 +47,6 @@ class Recurrent(nn.Module):
             b: (B, G H), a linear map of the state's first part.
             state: Each (B, H).
         """
-        raise NotImplementedError
 
     def start(self, a: Tensor) -> State:
         """Return the state before the first token, zeros, for inputs a (B, T, G H)."""

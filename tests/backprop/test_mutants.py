@@ -26,6 +26,7 @@ from tests.support.gradients import (
     assert_same,
     batch,
     make,
+    seed,
 )
 from tests.support.mutants import Mutant, broken
 from tests.support.networks import recipe
@@ -199,7 +200,7 @@ def test_the_checks_accept_the_rules_and_reject_every_mutant() -> None:
     width = max(map(len, verdicts))
     print(*(f"{name:<{width}}  {text}" for name, text in verdicts.items()), sep="\n")
     assert [name for name, text in verdicts.items() if text == "accepted"] == []
-    torch.manual_seed(0)
+    seed(0)
     assert verdict() == "accepted"  # all is as before
 
 
@@ -212,7 +213,7 @@ def sequence(layer: nn.Module, shape: tuple[int, ...]) -> nn.Sequential:
 
 def checked(dtype: torch.dtype) -> Iterator[str]:
     """Yield what `lm gradients` would find wrong, network after network."""
-    torch.manual_seed(1)
+    seed(1)
     layers = [sequence(build(), shape) for build, shape in LAYERS.values()]
     nets = [make(name, torch.float32) for name in (*FIRST, *(name for name in NETWORKS if name not in FIRST))]
     for net in [*nets[: len(FIRST)], *layers, *nets[len(FIRST) :]]:

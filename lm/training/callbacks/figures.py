@@ -69,7 +69,7 @@ class Figures(Callback):
         self.every_n_steps = every_n_steps
         self.activations, self.gradients, self.saturation = activations, gradients, saturation
         self.updates, self.attention, self.embedding = updates, attention, embedding
-        self._boards: list[Any] = []
+        self._loggers: list[TensorBoardLogger] = []
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}  # each layer's output
         self._saturated: dict[str, Tensor] = {}
@@ -81,14 +81,15 @@ class Figures(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find where to write: on rank 0 alone, and nowhere for a sharded network, of which it has only a shard."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self._boards = (
-            [logger.experiment for logger in loggers]
-            if trainer.is_global_zero and self.every_n_steps and not is_sharded(trainer)
-            else []
-        )
-        if self._boards:
+        writes = trainer.is_global_zero and self.every_n_steps and not is_sharded(trainer)
+        self._loggers = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)] if writes else []
+        if self._loggers:
             self._lay_out(pl_module.tokenizer)
+
+    @property
+    def _boards(self) -> list[Any]:
+        """The loggers' writers, asked for each time: a logger whose file was removed has a new one."""
+        return [logger.experiment for logger in self._loggers]
 
     @harmless
     def _lay_out(self, tokenizer: Any) -> None:
@@ -99,7 +100,7 @@ class Figures(Callback):
 
     def due(self, step: int) -> bool:
         """Return whether the step of that number, counted from 1, is shown."""
-        return bool(self._boards) and (step == 1 or step % self.every_n_steps == 0)
+        return bool(self._loggers) and (step == 1 or step % self.every_n_steps == 0)
 
     @harmless
     def before_step(self, net: Any) -> None:
@@ -199,7 +200,7 @@ class Figures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the attention maps of one validation sequence."""
         net: Any = pl_module.net
-        if not (self._boards and self.attention and hasattr(net, "attention_maps")) or trainer.state.fn != "fit":
+        if not (self._loggers and self.attention and hasattr(net, "attention_maps")) or trainer.state.fn != "fit":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokens = data.eval_dataset("val")[0][0][:1, :MOST_POSITIONS].to(pl_module.device)  # (1, T)
@@ -216,7 +217,7 @@ class Figures(Callback):
         """Write the token embedding into the projector, each row under its token."""
         net: Any = pl_module.net
         tables = [m.weight for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == net.vocab_size]
-        if not (self._boards and self.embedding and tables):
+        if not (self._loggers and self.embedding and tables):
             return
         rows = tables[0].detach().float().cpu()[:MOST_ROWS]  # (V, C)
         for board in self._boards:

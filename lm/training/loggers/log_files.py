@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard events and metrics.csv, no step missing or doubled after a resume; metrics.prom."""
+"""Where metrics go: metrics.csv and metrics.prom; and that no step is missing or doubled in a log after a resume."""
 
 import csv
 import hashlib
@@ -6,91 +6,22 @@ import io
 import itertools
 import os
 import re
-import struct
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from lm import log, storage
+from lm import storage
 from lm.errors import UserError
+from lm.training.loggers.events import end_of, own_events
+from lm.training.loggers.removed import Removed, is_file
 
-VERSION = b"brain.Event:"  # in the first record of every event file
-SUFFIX = ".lm"  # of lm's event files
-_EARLIER = (b"train/loss_step", b"train/skipped", b"train/loss$", b"val/bits_per_byte")  # in those of earlier releases
 _STEP = re.compile(rb'^lm_step\{run="', re.MULTILINE)  # in metrics.prom
-
-
-class Removed:
-    """Says, once in a run, that a log was removed while training went on."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def __call__(self, path: Path) -> None:
-        """Say it of a file."""
-        if not self._said:
-            text = f"note: {path} was removed while training went on: it is made again, earlier lines are lost"
-            print(log.line(text, level="warning"), file=sys.stderr, flush=True)
-        self._said = True
-
-
-class Events(TensorBoardLogger):
-    """TensorBoard events in one fixed folder.
-
-    Args:
-        folder: The run's log folder.
-        step: The step that training resumes from; what an earlier process logged after it is removed.
-        opened: Whether anything may be written yet: a start that is refused leaves no file.
-        removed: Called with a file that somebody removed.
-    """
-
-    def __init__(self, folder: Path, step: int = 0, *, opened: bool = True, removed: Removed | None = None) -> None:
-        # purge_step makes a running TensorBoard hide later steps; `forget` also cuts them off the files
-        purge: dict[str, Any] = {"purge_step": step + 1} if step else {}
-        place: dict[str, Any] = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
-        super().__init__(**place, default_hp_metric=False, filename_suffix=SUFFIX, **purge)
-        self.opened, self._removed = opened, removed or Removed()
-        self._file: tuple[Path, bytes] | None = None  # and its first bytes, which hold its creation time
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The SummaryWriter: a new one where its file was removed, as the old one would write to a deleted file."""
-        if not self.opened:
-            return DummyLogger().experiment
-        if self._experiment is not None and self._file and _head(self._file[0]) != self._file[1]:
-            self._removed(self._file[0])
-            writers: Any = self._experiment.all_writers  # what is there now is not ours
-            for writer in writers.values():
-                writer.event_writer._general_file_writer.filename = os.devnull
-            with suppress(OSError):
-                self._experiment.close()
-            self._experiment = None
-            self._kwargs.pop("purge_step", None)
-        if self._experiment is None:
-            before = {*_event_files(Path(self.log_dir))}
-            _ = super().experiment
-            made = {*_event_files(Path(self.log_dir))} - before
-            self._file = next(((path, _head(path)) for path in made), None)
-        return self._experiment
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Flush all to the disk; the parent's hparams.yaml is left out, as it would repeat the run's config."""
-        if self._experiment is not None:
-            self.experiment.flush()
-            if self._file:
-                storage.flush(self._file[0])
-                storage.flush(self._file[0].parent)
 
 
 class _File(Logger):
@@ -168,7 +99,7 @@ class MetricsCSV(_File):
             return False
         if self._file is not None and _unchanged(self.path, self._file):
             return True
-        data = self.path.read_bytes() if _is_file(self.path) else b""
+        data = self.path.read_bytes() if is_file(self.path) else b""
         if data[self._offset :] != self._tail or hashlib.sha256(data[: self._offset]).digest() != self._sum.digest():
             raise UserError(f"{self.path} is not the table that lm wrote: it is left alone, move it away")
         self._file = self.path.stat()  # an editor rewrote it as it was, or it was touched
@@ -244,7 +175,7 @@ class MetricsProm(_File):
             self._values[re.sub(r"\W", "_", name, flags=re.ASCII)] = float(value)
         if self._written and not os.path.lexists(self.path):
             self._removed(self.path)
-        elif self._written and not (_is_file(self.path) and self.path.read_bytes() == self._written):
+        elif self._written and not (is_file(self.path) and self.path.read_bytes() == self._written):
             raise UserError(f"{self.path} is not what lm wrote: it is left alone, move it away")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = generate_latest(self)
@@ -261,7 +192,7 @@ def check(folder: Path) -> None:
     """
     _own_table(folder)
     path = folder / "metrics.prom"
-    if os.path.lexists(path) and not (_is_file(path) and (not (data := path.read_bytes()) or _STEP.search(data))):
+    if os.path.lexists(path) and not (is_file(path) and (not (data := path.read_bytes()) or _STEP.search(data))):
         raise UserError(f"{path} was not written by lm: move it away")
 
 
@@ -282,7 +213,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """
     if not os.path.lexists(path):
         return ["step"], []
-    if not _is_file(path):
+    if not is_file(path):
         raise UserError(f"{path} is not the table that lm wrote (it is no file): move it away")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -312,43 +243,12 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> byt
     return data
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
 def _unchanged(path: Path, stat: os.stat_result) -> bool:
     """Return whether a file is the same one as before, and nothing was written to it since."""
     with suppress(OSError):
         now = path.lstat()
         return os.path.samestat(now, stat) and (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     return False
-
-
-def _head(path: Path) -> bytes:
-    """Return the first bytes of a file; none where it is not a regular file."""
-    with suppress(OSError):
-        if _is_file(path):
-            with path.open("rb") as file:
-                return file.read(64)
-    return b""
-
-
-def _event_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("events.out.tfevents.*"))
-
-
-def _own_events(folder: Path) -> list[Path]:
-    """Return the event files that lm wrote: by their suffix, those of earlier releases by their tags."""
-    return [path for path in _event_files(folder) if _is_file(path) and _is_own(path)]
-
-
-def _is_own(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(100)
-        if VERSION not in head or path.name.endswith(SUFFIX):
-            return VERSION in head
-        data = head + file.read()
-    return any(tag in data for tag in _EARLIER)
 
 
 def forget(folder: Path, step: int) -> Path | None:
@@ -362,12 +262,12 @@ def forget(folder: Path, step: int) -> Path | None:
     table = folder / "metrics.csv"
     columns, rows = _own_table(folder)
     kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
-    ends = {path: end for path in _own_events(folder) if (end := _end(path, step)) < path.stat().st_size}
+    ends = {path: end for path in own_events(folder) if (end := end_of(path, step)) < path.stat().st_size}
     if not step and (len(kept) < len(rows) or ends):
         names = (folder / f"earlier-{number}" for number in itertools.count(1))
         aside = next(path for path in names if not os.path.lexists(path))
         aside.mkdir()
-        for path in (table, folder / "metrics.prom", *_own_events(folder)):
+        for path in (table, folder / "metrics.prom", *own_events(folder)):
             if path.exists():
                 path.rename(aside / path.name)
         return aside
@@ -376,27 +276,3 @@ def forget(folder: Path, step: int) -> Path | None:
     for path, end in ends.items():
         os.truncate(path, end)
     return None
-
-
-def _end(path: Path, step: int) -> int:
-    """Return where an event file's first event past a step begins, or a torn one.
-
-    A record is its length (uint64), a checksum (uint32), the event, and a checksum (uint32).
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    data = path.read_bytes()
-    end = 0
-    while end + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, end)
-        stop = end + 12 + length + 4
-        if stop > len(data):
-            break
-        try:
-            event = Event.FromString(data[end + 12 : stop - 4])
-        except Exception:  # protobuf's DecodeError, which has no type stubs
-            break
-        if event.step > step and not event.HasField("session_log"):  # this start's session_log marks where it begins
-            break
-        end = stop
-    return end

@@ -1,5 +1,6 @@
 import math
 import re
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_a_dead_neuron_is_seen(workplace: Path) -> None:
     dead = {name: stuck.all(0).nonzero().flatten().tolist() for name, stuck in figures._stuck.items()}
     assert dead == {"1": [1], "3": [2]}
     with SummaryWriter("logs/dead") as board:
-        figures._boards = [board]
+        figures._loggers = [Namespace(experiment=board)]
         figures.after_step(net, 1)
     assert tags("dead")["dead_units/1"] == [1, 1]  # the number, and the picture
 
@@ -151,7 +152,7 @@ def test_ratios_and_shares_are_the_formulas(scale: float, share: float) -> None:
     net = MLP(5, 3, n_hidden=200, batch_norm=False)
     net.hidden[0].weight.data *= scale
     figures, board = Figures(), Board()
-    figures._boards = [board]
+    figures._loggers = [Namespace(experiment=board)]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.25)
     head = net.lm_head.weight.detach().clone()
     figures.before_step(net)

@@ -3,15 +3,18 @@
 import csv
 import errno
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from lm.errors import UserError
 from lm.training.loggers import log_files
-from lm.training.loggers.log_files import MetricsCSV, _event_files, forget
+from lm.training.loggers.events import Events, event_files
+from lm.training.loggers.log_files import MetricsCSV, forget
 from tests.support.cases import often
 
 LOGS = Path("logs/tiny")
@@ -74,7 +77,7 @@ def test_a_file_of_events_that_is_none_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.notes"
     path.write_text("years of work, nothing else\n" * 9)
     forget(tmp_path, 0)
-    assert path.read_text() == "years of work, nothing else\n" * 9 and _event_files(tmp_path) == [path]
+    assert path.read_text() == "years of work, nothing else\n" * 9 and event_files(tmp_path) == [path]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,24 @@ def test_the_users_bytes_in_a_log_are_never_changed(lm, workplace: Path, pattern
     assert ("was removed while training went on" in err) == (pattern == "events.*"), err
 
 
+def test_no_event_is_written_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RecordWriter.write
+
+    def slowly(self: RecordWriter, data: bytes) -> None:
+        time.sleep(0.01)  # in TensorBoard's thread, which appends to whatever has the file's name by then
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", slowly)
+    logger = Events(tmp_path / "run")
+    logger.log_metrics({"train/loss": 1.0, "val/loss": 1.0}, 1)
+    (path,) = event_files(tmp_path / "run")
+    path.write_bytes(THEIRS)
+    time.sleep(0.1)
+    logger.log_metrics({"train/loss": 2.0}, 2)
+    logger.finalize("success")
+    assert path.read_bytes() == THEIRS and len(event_files(tmp_path / "run")) == 2
+
+
 def test_a_table_that_an_editor_saved_as_it_was_is_gone_on_with(tmp_path: Path) -> None:
     table, path = MetricsCSV(tmp_path), tmp_path / "metrics.csv"
     table.log_metrics({"loss": 1.0}, 1)
@@ -207,7 +228,7 @@ def their_events() -> list[Path]:
         writer.add_scalar("other/reward", step / 50, step)
         writer.add_scalar("train/loss", step / 50, step)
     writer.close()
-    return _event_files(LOGS)
+    return event_files(LOGS)
 
 
 def test_another_programs_events_are_left_alone(lm, workplace: Path) -> None:
@@ -217,26 +238,26 @@ def test_another_programs_events_are_left_alone(lm, workplace: Path) -> None:
         assert code == 0, err
         assert {path: path.read_bytes() for path in theirs} == theirs
     assert steps() == [*map(str, range(1, 9))]
-    assert all(path.name.endswith(".lm") for path in {*_event_files(LOGS)} - theirs.keys())
+    assert all(path.name.endswith(".lm") for path in {*event_files(LOGS)} - theirs.keys())
 
 
 def test_a_run_that_starts_anew_keeps_an_earlier_ones_logs(lm, workplace: Path) -> None:
     for number in ("1", "2"):
         assert lm("fit", "--config", "tiny.yaml")[0] == 0
-        before = sorted(path.read_bytes() for path in [*LOGS.glob("metrics.*"), *_event_files(LOGS)])
+        before = sorted(path.read_bytes() for path in [*LOGS.glob("metrics.*"), *event_files(LOGS)])
         shutil.rmtree("checkpoints/tiny")
         code, out, _ = lm("fit", "--config", "tiny.yaml")
         assert code == 0 and f"note: {LOGS} has an earlier run's logs: they are kept in {LOGS}/earlier-{number}" in out
         assert sorted(path.read_bytes() for path in (LOGS / f"earlier-{number}").iterdir()) == before
-        assert steps() == [*map(str, range(1, 13))] and len(_event_files(LOGS)) == 1
+        assert steps() == [*map(str, range(1, 13))] and len(event_files(LOGS)) == 1
         shutil.rmtree("checkpoints/tiny")
-        for path in [*LOGS.glob("metrics.*"), *_event_files(LOGS)]:
+        for path in [*LOGS.glob("metrics.*"), *event_files(LOGS)]:
             path.unlink()
 
 
 def test_an_earlier_releases_events_are_cut_behind_the_checkpoint(lm, workplace: Path) -> None:
     assert lm("fit", "--config", "tiny.yaml")[0] == 0
-    (path,) = _event_files(LOGS)
+    (path,) = event_files(LOGS)
     earlier = path.rename(path.with_suffix(""))
     before = earlier.read_bytes()
     forget(LOGS, 5)
