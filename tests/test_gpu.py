@@ -28,7 +28,7 @@ ROWS = {  # what each row of a part has, and how many there are
 def run(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, object]]]:
     """Run it; return its exit code and what it wrote on the parts."""
     command = [sys.executable, "benchmarks/gpu/all.py", "--size", "small", "--output", str(folder), *words]
-    environment = {**os.environ, "LM_DATA_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "LM_DATA_HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     found = json.loads((folder / "all.json").read_text())
     assert list(found["parts"]) == [line[3:].split(":")[0] for line in done.stdout.splitlines() if line[:2] == "=="]

@@ -22,7 +22,7 @@ SMALL = [
     *("--model.init_args.net.init_args.n_embd", 32, "--data.init_args.block_size", 32),
     *("--data.init_args.corpus", "python-docs", "--data.init_args.batch_size", 4),
 ]
-STEPS = {"full": 120, "small": 60}
+STEPS = {"full": 120, "small": 30}
 RECIPES = ("shakespeare", "records/shakespeare-gpu")  # the second where there is one
 
 

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lm.checkpoints.restore import Fitted, load_network
 from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError
-from lm.generation.packed import Dtype, packed
+from lm.generation.packed import packed
 from lm.generation.sampling import Sampler, TextStream, generate
 
 
@@ -23,8 +23,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=500, help="Longest answer, in tokens.")
     parser.add_class_arguments(Sampler, None, as_group=True)
     parser.add_argument("--seed", type=int, default=1337, help="Of the random choices.")
-    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")
-    parser.add_argument("--dtype", type=Dtype, default="float32", help="Of the weights; see lm sample.")
+    devices.add_options(parser)
     return parser
 
 
@@ -32,8 +31,7 @@ def chat(arguments: list[str]) -> None:
     """Run `lm chat`."""
     options = values.parse(make_parser(), arguments)
     common.need_packages("chat", "jinja2")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampler = Sampler(**{name: options[name] for name in names})
+    sampler = Sampler(**{name: options[name] for name in Sampler.__dataclass_fields__})
     fitted = load_network(options.ckpt_path, devices.device(options.device))
     if options.chat_template is not None:
         template = common.text_of("chat_template", options.chat_template)

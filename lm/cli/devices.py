@@ -1,9 +1,22 @@
-"""The device that an option names."""
+"""Where a checkpoint's network runs, and in which numbers: the options, and the device that one names."""
 
 import torch
+from jsonargparse import ArgumentParser
 
 from lm.cli.messages import shortened
 from lm.errors import UserError
+from lm.generation.packed import Dtype
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add --device and --dtype."""
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")
+    parser.add_argument(
+        "--dtype",
+        type=Dtype,
+        default="float32",
+        help="Of the weights; smaller ones are read faster where the CPU has the instructions: see lm doctor.",
+    )
 
 
 def device(name: str) -> torch.device:

@@ -76,7 +76,7 @@ class Inspect(parsing.Untrained):
             return {
                 "context": context.tolist(),
                 "target": int(target),
-                "text": [text_of(tokenizer, context.tolist()), text_of(tokenizer, [int(target)])],
+                "text": [tokenizer.decode(context.tolist()), tokenizer.decode([int(target)])],
             }
 
         if targets.ndim == 1:  # a fixed context
@@ -119,7 +119,7 @@ def draw(cli: Inspect, folder: Path) -> list[Path]:
     if cli.config.init_from is not None:
         take_weights(net, module.make_net, data.text_tokenizer, cli.config.init_from, cli.resolved())
     tokens, targets = data.train_dataset(1)[0]
-    symbols = [text_of(data.text_tokenizer, [i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
+    symbols = [data.text_tokenizer.decode([i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, pixels in figures.draw(net.train(), tokens, targets, symbols, module.make_optimizer).items():
@@ -129,12 +129,6 @@ def draw(cli: Inspect, folder: Path) -> list[Path]:
         storage.write_whole(path, png.getvalue())
         written.append(path)
     return written
-
-
-def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return ids as text; bytes that are no whole characters are replaced."""
-    table = tokenizer.token_bytes()
-    return b"".join(table[i] if i < len(table) else b"" for i in ids).decode(errors="replace")
 
 
 def tokenized(text: str, own: Tokenizer) -> list[dict[str, Any]]:
@@ -150,7 +144,7 @@ def tokenized(text: str, own: Tokenizer) -> list[dict[str, Any]]:
             there = name not in PUBLISHED
             rows.append({"tokenizer": name, "error": error.text if there else f"{name}.tiktoken is not to be had here"})
             continue
-        rows.append({"tokenizer": name, "ids": ids, "pieces": [text_of(tokenizer, [i]) for i in ids]})
+        rows.append({"tokenizer": name, "ids": ids, "pieces": [tokenizer.decode([i]) for i in ids]})
     return rows
 
 

@@ -13,7 +13,7 @@ from lm import storage
 from lm.checkpoints.restore import Fitted, deny_what_runs_code, load_network
 from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError
-from lm.generation.packed import Dtype, packed
+from lm.generation.packed import packed
 from lm.generation.sampling import Sampler, TextStream, generate, start_tokens
 from lm.generation.speculation import Draft, Repetition, SmallerNetwork, speculate
 from lm.models import GPT
@@ -38,13 +38,7 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--num_samples", type=int, default=1, help="How many texts, made side by side.")
     parser.add_argument("--seed", type=int, default=1337, help="Of the random choices.")
-    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")
-    parser.add_argument(
-        "--dtype",
-        type=Dtype,
-        default="float32",
-        help="Of the weights; smaller ones are read faster where the CPU has the instructions: see lm doctor.",
-    )
+    devices.add_options(parser)
     parser.add_argument(
         "--draft",
         type=str | None,
@@ -68,8 +62,7 @@ def sample(arguments: list[str]) -> None:
     """Run `lm sample`."""
     parser = make_parser()
     options = values.parse(parser, arguments)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampler = Sampler(**{name: options[name] for name in names})
+    sampler = Sampler(**{name: options[name] for name in Sampler.__dataclass_fields__})
     if "" in options.stop:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)

@@ -10,7 +10,7 @@ from lm import log
 from lm.checkpoints.restore import load_network
 from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError, as_user_error
-from lm.generation.packed import Dtype, packed
+from lm.generation.packed import packed
 
 
 def make_parser() -> ArgumentParser:
@@ -47,13 +47,7 @@ def make_parser() -> ArgumentParser:
     add("--timeout", type=float, default=600.0, help="Seconds for a request.")
     add("--body_timeout", type=float, default=30.0, help="Seconds in which a request must arrive.")
     add("--grace", type=float, default=30.0, help="Seconds for what runs when the server is stopped.")
-    add("--device", type=str, default="auto", help="cpu, cuda, mps, or auto: the fastest there is.")
-    add(
-        "--dtype",
-        type=Dtype,
-        default="float32",
-        help="Of the weights; smaller ones are read faster where the CPU has the instructions: see lm doctor.",
-    )
+    devices.add_options(parser)
     return parser
 
 

@@ -95,7 +95,7 @@ def _block_inputs(generator: torch.Generator) -> Values:
     return values | {"one": ones, "zero": torch.zeros_like(ones)}
 
 
-def _block_exercise() -> Exercise:
+def _blanks() -> tuple[Blank, ...]:
     def dact(dx2: Tensor, W2: Tensor) -> Tensor:
         """A linear layer's input: dy Wᵀ, for W of (in, out)."""
         return dx2 @ W2.mT
@@ -132,46 +132,46 @@ def _block_exercise() -> Exercise:
         """As dx1: the stream, and the branch through the norm."""
         return dx1 + layer_norm(x, dn1, one)["x"]
 
-    return Exercise(
-        name="block",
-        title="A block of GPT",
-        story="""LayerNorm, attention, a sum; LayerNorm, a linear layer out, ReLU, one back, a sum. The residual
-stream is read twice at each sum. Weights are (in, out). The parts of attention and of LayerNorm are exercises of
-their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5.""",
-        inputs=_block_inputs,
-        steps={
-            "n1": lambda x, one, zero: norm(x, one, zero),  # (B, T, C)
-            "q": lambda n1, Wq: n1 @ Wq,
-            "k": lambda n1, Wk: n1 @ Wk,
-            "v": lambda n1, Wv: n1 @ Wv,
-            "scores": lambda q, k: q @ k.mT / math.sqrt(q.shape[-1]),  # (B, T, T)
-            "weights": _masked,
-            "mixed": lambda weights, v: weights @ v,  # (B, T, C)
-            "x1": lambda x, mixed, Wo: x + mixed @ Wo,
-            "n2": lambda x1, one, zero: norm(x1, one, zero),
-            "hidden": lambda n2, W1, b1: n2 @ W1 + b1,  # (B, T, 8)
-            "act": lambda hidden: torch.relu(hidden),
-            "x2": lambda x1, act, W2, b2: x1 + act @ W2 + b2,  # (B, T, C)
-        },
-        blanks=(
-            Blank(solution=dact, hints=("(B, T, 8) out of (B, T, C) and (8, C).",)),
-            Blank(solution=dW2, hints=("(8, C): batch and time are summed.", "flatten(0, 1) makes rows of both")),
-            Blank(solution=dhidden, hints=("Where is ReLU's slope 1?",)),
-            Blank(solution=db1, hints=("It was broadcast over two axes.",)),
-            Blank(solution=dx1, hints=("Two steps read x1.", "dx2, plus dn2 through LayerNorm"), rule=norms.layer_norm),
-            Blank(solution=dmixed, hints=("(B, T, C) out of (B, T, C) and (C, C).",)),
-            Blank(
-                solution=dscores,
-                hints=("As in the exercise attention.",),
-                terms=_softmax_terms,
-                faults=SOFTMAX_FAULTS,
-                rule=softmax_backward,
-            ),
-            Blank(solution=dn1, hints=("Three steps read n1.", "A product each: add all three")),
-            Blank(solution=dWk, hints=("As dW2.",)),
-            Blank(solution=dx, hints=("Two steps read x.", "As dx1"), rule=norms.layer_norm),
+    return (
+        Blank(solution=dact, hints=("(B, T, 8) out of (B, T, C) and (8, C).",)),
+        Blank(solution=dW2, hints=("(8, C): batch and time are summed.", "flatten(0, 1) makes rows of both")),
+        Blank(solution=dhidden, hints=("Where is ReLU's slope 1?",)),
+        Blank(solution=db1, hints=("It was broadcast over two axes.",)),
+        Blank(solution=dx1, hints=("Two steps read x1.", "dx2, plus dn2 through LayerNorm"), rule=norms.layer_norm),
+        Blank(solution=dmixed, hints=("(B, T, C) out of (B, T, C) and (C, C).",)),
+        Blank(
+            solution=dscores,
+            hints=("As in the exercise attention.",),
+            terms=_softmax_terms,
+            faults=SOFTMAX_FAULTS,
+            rule=softmax_backward,
         ),
+        Blank(solution=dn1, hints=("Three steps read n1.", "A product each: add all three")),
+        Blank(solution=dWk, hints=("As dW2.",)),
+        Blank(solution=dx, hints=("Two steps read x.", "As dx1"), rule=norms.layer_norm),
     )
 
 
-BLOCK = _block_exercise()
+BLOCK = Exercise(
+    name="block",
+    title="A block of GPT",
+    story="""LayerNorm, attention, a sum; LayerNorm, a linear layer out, ReLU, one back, a sum. The residual
+stream is read twice at each sum. Weights are (in, out). The parts of attention and of LayerNorm are exercises of
+their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5.""",
+    inputs=_block_inputs,
+    steps={
+        "n1": lambda x, one, zero: norm(x, one, zero),  # (B, T, C)
+        "q": lambda n1, Wq: n1 @ Wq,
+        "k": lambda n1, Wk: n1 @ Wk,
+        "v": lambda n1, Wv: n1 @ Wv,
+        "scores": lambda q, k: q @ k.mT / math.sqrt(q.shape[-1]),  # (B, T, T)
+        "weights": _masked,
+        "mixed": lambda weights, v: weights @ v,  # (B, T, C)
+        "x1": lambda x, mixed, Wo: x + mixed @ Wo,
+        "n2": lambda x1, one, zero: norm(x1, one, zero),
+        "hidden": lambda n2, W1, b1: n2 @ W1 + b1,  # (B, T, 8)
+        "act": lambda hidden: torch.relu(hidden),
+        "x2": lambda x1, act, W2, b2: x1 + act @ W2 + b2,  # (B, T, C)
+    },
+    blanks=_blanks(),
+)

@@ -80,6 +80,9 @@ class Layout:
     norm: Norm
     norm_position: NormPosition
     positions: Positions
+    base_width: int | None
+    tie_weights: bool
+    init_std: float | None
 
     def __post_init__(self) -> None:
         """Check them."""
@@ -95,6 +98,10 @@ class Layout:
             )
         if self.norm == "none" and self.norm_position == "post":
             raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")
+        if self.base_width is not None and (self.tie_weights or self.init_std is None):
+            raise ValueError(
+                f"base_width {self.base_width} needs tie_weights false and an init_std: head and embedding differ"
+            )
 
     def _check_separate(self) -> None:
         for name, off in {"n_kv_head": None, "qk_norm": False, "key_dropout": False, "document_end": None}.items():
@@ -199,7 +206,7 @@ class GPT(nn.Module):
         Layout(
             n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, qk_norm=qk_norm, norm=norm,
             key_dropout=key_dropout, document_end=document_end, feed_forward=feed_forward, norm_position=norm_position,
-            positions=positions,
+            positions=positions, base_width=base_width, tie_weights=tie_weights, init_std=init_std,
         )  # fmt: skip
         self.document_end = document_end
         self.vocab_size = vocab_size
@@ -207,10 +214,6 @@ class GPT(nn.Module):
         self.logit_soft_cap = logit_soft_cap
         self.init_std = init_std
         self.width = None if base_width is None else n_embd / base_width
-        if base_width is not None and (tie_weights or init_std is None):
-            raise ValueError(
-                f"base_width {base_width} needs tie_weights false and an init_std: head and embedding differ"
-            )
         rotary = None
         if positions == "rotary":
             rotary = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
