@@ -11,6 +11,7 @@ weights takes in that time. Below the table: the time to the first token after a
 """
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -24,11 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lm.checkpoints import checkpoint
+from lm.checkpoints.gguf import export_gguf
+from lm.checkpoints.schema import NET, Saved
 from lm.generation import Sampler, generate
 from lm.generation.engine import Engine, Request
 from lm.generation.packed import packed
 from lm.models import GPT
-from lm.tokenizers import ByteTokenizer
+from lm.tokenizers import ByteTokenizer, CharTokenizer, make
 
 SHAPES: dict[str, dict[str, int]] = {
     "10M": {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384},
@@ -149,6 +153,50 @@ def turn(converted: str, texts: int, tokens: int, threads: int) -> None:
     print(texts * tokens / (time.monotonic() - began))
 
 
+LLAMA = """
+const [folder, file, texts, tokens, threads] = process.argv.slice(2);
+const {getLlama} = await import(`${folder}/node_modules/node-llama-cpp/dist/index.js`);
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: +threads});
+const model = await llama.loadModel({modelPath: file});
+const context = await model.createContext({contextSize: +tokens + 8, sequences: +texts, threads: +threads});
+const sequences = Array.from({length: +texts}, () => context.getSequence());
+async function write(sequence) {
+  let made = 0;
+  for await (const id of sequence.evaluate([0], {temperature: 1, yieldEogToken: true})) if (++made == tokens) break;
+  await sequence.clearHistory();
+}
+let began;
+for (let i = 0; i < 2; i++) { // the first warms up
+  began = performance.now();
+  await Promise.all(sequences.map(write));
+}
+console.log(1000 * texts * tokens / (performance.now() - began));
+process.exit(0);
+"""
+
+
+def llama_cpp(shape: str, texts: int, tokens: int, folder: str) -> Speed:
+    """Return the same by llama.cpp, which npm installed in the folder NODE_LLAMA_CPP, from a file that lm exports."""
+    sizes = dict(SHAPES[shape])
+    shown = {"vocab_size": sizes.pop("vocab_size"), "block_size": sizes.pop("block_size")}
+    net = {"class_path": "lm.models.GPT", "init_args": {**sizes, "bias": shape != "10M"}}
+    tokenizer = CharTokenizer(map(chr, range(48, 48 + 65))) if shape == "10M" else make("gpt2", lambda: ())
+    saved = Saved(
+        step=0,
+        state={NET + name: value for name, value in network(shape).state_dict().items()},
+        config={"name": shape, "model": {"class_path": "lm.training.LanguageModel", "init_args": {"net": net}}},
+        tokenizer=tokenizer.state(),
+        **shown,
+    )
+    place = Path(folder)
+    checkpoint.write(saved.imported(), place / "net.ckpt")
+    export_gguf(place / "net.ckpt", place / "net.gguf", note=lambda line: None)
+    (place / "turn.mjs").write_text(LLAMA)
+    words = [os.environ["NODE_LLAMA_CPP"], place / "net.gguf", texts, tokens, torch.get_num_threads()]
+    command = ["node", str(place / "turn.mjs"), *map(str, words)]
+    return lambda: float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 def requests(count: int, longest: int) -> list[Request]:
     """Return requests of different lengths."""
     draw = random.Random(1)
@@ -199,6 +247,8 @@ def contestants(shape: str, texts: int, tokens: int, folder: str) -> dict[str, S
             found[f"ctranslate2, {dtype}, {many}"] = translated(shape, dtype, texts, tokens, folder)
     except ImportError as error:
         print(f"{error.name} is not installed: pip install 'lm[hf]' ctranslate2 to see them beside ours")
+    if "NODE_LLAMA_CPP" in os.environ:
+        found[f"llama.cpp, float32, {many}"] = llama_cpp(shape, texts, tokens, folder)
     for dtype in ("float32", "bfloat16", "int8"):
         found[f"generate, {dtype}, {many}"] = timed(ours(packed(network(shape), dtype), texts, tokens))  # type: ignore[arg-type]
     wanted = requests(4 * texts, min(256, 2 * tokens))

@@ -133,3 +133,39 @@ def test_a_trial_that_was_killed_where_it_was_to_stop_goes_no_further(workplace:
     sweeps.run(workplace)
     assert sweeps.picture(workplace) == before
     assert checkpoint.peek(workplace / "sweeps/sweep/checkpoints/trial-0000/last.ckpt").step == 20
+
+
+WAYS = {
+    "gp": {"sampler": "gp", "trials": 12},
+    "hyperband": {"pruner": "hyperband", "trials": 6},
+    "wilcoxon": {"pruner": "wilcoxon", "seeds": 3, "trials": 3},
+    "random": {"sampler": "random", "pruner": "median", "trials": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_a_sweep_in_two_parts_is_one_in_a_single(workplace: Path, name: str) -> None:
+    """By each sampler and pruner that no other test has."""
+    way = WAYS[name]
+    whole, parts = place(workplace, "whole"), place(workplace, "parts")
+    sweeps.write(whole, **way)
+    found = sweeps.run(whole)
+    assert found["trials"] == way["trials"] and found["failed"] == 0
+    for trials in (way["trials"] // 2, way["trials"]):
+        sweeps.write(parts, **{**way, "trials": trials})
+        sweeps.run(parts)
+    assert sweeps.picture(whole) == sweeps.picture(parts)
+    sweeps.assert_same_weights(whole / "sweeps/sweep", parts / "sweeps/sweep")
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_trial_stop_where_it_is_told_to(workplace: Path) -> None:
+    trainer = {**sweeps.RECIPE["trainer"], "devices": 2, "strategy": "ddp"}
+    sweeps.write(workplace, {**sweeps.RECIPE, "trainer": trainer}, at=20, trials=2)
+    found = sweeps.run(workplace)
+    assert (found["complete"], found["failed"]) == (2, 0)
+    for trial in sweeps.trials(workplace):
+        assert list(trial.intermediate_values) == [10, 20]
+        assert checkpoint.peek(workplace / f"sweeps/sweep/checkpoints/trial-{trial.number:04d}/last.ckpt").step == 20
+    assert not sweeps.processes_of(workplace)
