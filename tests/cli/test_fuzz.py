@@ -257,7 +257,8 @@ def fuzz(fuzzer: Fuzzer, options: list[tuple[str, str]], part: int, count: int) 
     assert not found, "\n".join(f"{fault}\n    {case}" for fault, case in found.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow if part < 2 else pytest.mark.long) for part in range(8)]
+)
 def test_two_thousand_inputs(part: int, fuzzer: Fuzzer, options: list[tuple[str, str]]) -> None:
     fuzz(fuzzer, options, part, int(os.environ.get("LM_FUZZ", "2000")) // 8)

@@ -133,15 +133,20 @@ def test_a_signal_to_the_whole_group_with_workers(workplace: Path) -> None:
     assert checkpoint.damage(workplace / "checkpoints/tiny/last.ckpt") is None
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(lm, workplace: Path) -> None:
-    """SIGKILL, 20 times, from the start of the process to its end; then the run is as if nothing had been."""
-    recipe = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", 3000, "--trainer.val_check_interval", 50]
+@pytest.mark.parametrize(
+    ("times", "steps"),
+    [pytest.param(6, 1000, marks=pytest.mark.slow), pytest.param(20, 3000, marks=pytest.mark.long)],
+)
+def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(
+    lm, workplace: Path, times: int, steps: int
+) -> None:
+    """SIGKILL, from the start of the process to its end; then the run is as if nothing had been."""
+    recipe = ["fit", "--config", "tiny.yaml", "--trainer.max_steps", steps, "--trainer.val_check_interval", 50]
     recipe += ["--checkpoint.every_n_steps", 20, "--checkpoint.keep_last", 3]
     assert lm(*recipe, "--name", "whole")[0] == 0
     draw, kills, lost = random.Random(1), 0, []
     folder, logs = workplace / "checkpoints/parts", workplace / "logs/parts"
-    while kills < 20:
+    while kills < times:
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = start(*recipe, "--name", "parts", "--ckpt_path", "auto", cwd=workplace, **silent)
         before = len(list(logs.glob("config*.yaml")))
@@ -149,7 +154,7 @@ def test_killed_at_random_moments_loses_an_interval_and_what_was_being_written(l
             time.sleep(0.01)  # importing takes the longest: count from the moment that training begins
         time.sleep(draw.uniform(0, 1.2))
         process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run ended before the twentieth kill: make it longer"
+        assert process.wait() == -signal.SIGKILL, "the run ended before the last kill: make it longer"
         kills += 1
         rows = read_csv(logs / "metrics.csv")[1]
         reached = max((int(row["step"]) for row in rows if (row["step"] or "").isdigit()), default=0)

@@ -63,8 +63,10 @@ def test_a_stop_in_the_last_step_is_made_up_for(lm, workplace: Path, evaluation:
     goes_on_to_the_same(lm, recipe, passes - evaluated)  # the last step's own
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize(
+    "evaluation",
+    [pytest.param(name, marks=pytest.mark.long if i % 2 else pytest.mark.slow) for i, name in enumerate(EVALUATIONS)],
+)
 def test_a_stop_at_any_forward_pass_is_made_up_for(lm, workplace: Path, evaluation: str) -> None:
     recipe = [*FIT, *EVALUATIONS[evaluation]]
     assert lm(*recipe, "--name", "whole", *at_forward(0))[0] == 0
