@@ -2,8 +2,9 @@
 
     LM_DATA_HOME=... python benchmarks/ablation.py [--seeds 1337 …] [--jobs 2] [--folder FOLDER]
 
-configs/shakespeare-cpu.yaml, 2,000 steps of 768 tokens of tiny Shakespeare, with one setting changed at a time, and
-with several together. The loss is of the whole validation split after the last step.
+GPT-2's layout and AdamW at the shape and length of configs/shakespeare-cpu.yaml, 2,000 steps of 768 tokens of tiny
+Shakespeare, with one setting changed at a time, and with several together. The loss is of the whole validation split
+after the last step.
 """
 
 import argparse
@@ -16,6 +17,10 @@ from pathlib import Path
 from reproduce import CONFIGS, parameters, run
 
 NET, OPTIMIZER = "--model.init_args.net.init_args", "--model.init_args.optimizer"
+BASE = [  # what the recipe has changed itself
+    *(f"{NET}.positions", "learned", f"{NET}.norm", "layer", f"{NET}.qk_norm", "false", f"{NET}.feed_forward", "gelu"),
+    *(OPTIMIZER, "torch.optim.AdamW"),
+]
 MUON = [OPTIMIZER, "lm.training.optimizers.MuonAdamW", f"{OPTIMIZER}.init_args.muon_lr", 0.02]
 LLAMA = [f"{NET}.positions", "rotary", f"{NET}.norm", "rms", f"{NET}.feed_forward", "swiglu"]
 VARIANTS: dict[str, list[object]] = {
@@ -51,7 +56,7 @@ def main() -> None:
         for seed in options.seeds:
             name = f"{list(VARIANTS).index(variant)}-{seed}"
             words = ["fit", "--config", config, "--name", name, "--ckpt_path", "auto", "--seed_everything", seed]
-            run(*words, *VARIANTS[variant], folder=folder)
+            run(*words, *BASE, *VARIANTS[variant], folder=folder)
             path = folder / "checkpoints" / name / "last.ckpt"
             losses.append(run("validate", "--ckpt_path", path, folder=folder)["loss"])
         return parameters(path), statistics.median(losses)
