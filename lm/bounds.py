@@ -114,7 +114,7 @@ BOUNDS = {
     "clip_norm": Bound(0, note="; 0 or null never scales"),
     "spike": Bound(1, open_low=True, note="; null for none"),
     "steps_per_call": SIZE,
-    "audit_every": COUNT,
+    **dict.fromkeys(("audit_every", "steps"), COUNT),
     "warmup_steps": COUNT_OR_NONE,
     "min_factor": SHARE,
     "factor": NOT_NEGATIVE,

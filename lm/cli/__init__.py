@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("lm.cli.inspect:inspect", "show a recipe's layers, a batch of its data, a text in tokens"),
     "exercises": ("lm.cli.exercises:exercises", "write workbooks of gradients to derive, and check them"),
     "plan": ("lm.cli.plan:plan", "say what a recipe needs of a cluster: memory, hours, strategy"),
+    "bench": ("lm.cli.bench:bench", "time a recipe's training steps, or the text it writes, on this machine"),
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),

@@ -133,6 +133,24 @@ what is shown
 {DATA}
 
 {REST}"""
+BENCH = f"""
+Time a recipe's training steps on this machine, by part, or the tokens of a text. No checkpoints, no logs.
+
+  lm bench --config configs/quickstart.yaml
+  lm bench --config configs/quickstart.yaml --model lm.training.LanguageModel --model lm.training.ManualLanguageModel
+
+{COMMON}
+what is timed
+  --model CLASS                       repeatable: side by side, by turns, each as it is and compiled
+  --model.init_args.compile true      compiled alone, or false: not at all
+  --generate                          the tokens of a text, in the dtypes of lm sample
+  --steps N                           of each; by default, half a second of them in each of nine turns
+  --trainer.precision KIND            32-true, bf16-mixed
+  --init_from CHECKPOINT              its network, where the recipe names none
+{NET}
+{DATA}
+
+{REST}"""
 PAGES = {
     "fit": FIT,
     "validate": EVALUATE.replace("COMMAND", "validate").replace("SPLIT", "val"),
@@ -140,6 +158,7 @@ PAGES = {
     "gradients": GRADIENTS,
     "plan": PLAN,
     "inspect": INSPECT,
+    "bench": BENCH,
 }
 
 

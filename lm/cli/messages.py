@@ -57,6 +57,7 @@ OTHER_COMMANDS = {  # options that only some commands have
     "num_nodes": "plan",
     "devices": "plan",
     "lock": "doctor",
+    "generate": "bench",
 }
 
 

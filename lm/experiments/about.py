@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lm import storage
+from lm.training import compute
 from lm.training.compatibility import versions
 from lm.training.harmless import harmless
 
@@ -58,10 +58,7 @@ class About(Callback):
     @harmless
     def _end(self, trainer: Trainer) -> None:
         if self.values:
-            device = trainer.strategy.root_device
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of the first rank
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(device) / 2**20
+            peak = compute.peak_memory(trainer.strategy.root_device) / 2**20  # of the first rank
             self.values |= {"step": trainer.global_step, "peak_memory_mb": round(peak, 1)}
             self._write()
 

@@ -172,13 +172,15 @@ def parameters(recipe: Recipe) -> int:
 
 
 @extrapolated
-def flops_per_token(recipe: Recipe) -> float:
-    """Return the multiplications and additions of a training step for a token: forward and backward pass."""
+def flops_per_token(recipe: Recipe, *, backward: bool = True) -> float:
+    """Return the multiplications and additions for a token: of the forward pass, and if wanted the backward pass."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net = recipe.make_net()
         tokens = torch.zeros(2, *recipe.tokens[1:], dtype=torch.long)  # BatchNorm has no variance over one
         targets = torch.zeros(2, *recipe.targets[1:], dtype=torch.long)
-        CrossEntropy()(net(tokens), targets, Division()).backward()
+        loss = CrossEntropy()(net(tokens), targets, Division())
+        if backward:
+            loss.backward()
     flops: int = counter.get_total_flops()
     return flops / tokens.numel()
 

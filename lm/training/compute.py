@@ -1,6 +1,7 @@
 """How a network computes, as opposed to what: compilation, activation checkpointing, memory, DDP's settings."""
 
 import math
+import resource
 import shutil
 from contextlib import suppress
 from functools import partial
@@ -79,6 +80,13 @@ def _used(path: Path) -> int:
         rows = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
         return max(0, int(path.read_text()) - int(rows.get("total_inactive_file", rows.get("inactive_file", 0))))
     return 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has had at once: of a GPU's memory, or else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def leave_constants(module: nn.Module) -> None:
