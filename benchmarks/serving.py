@@ -1,12 +1,12 @@
 """How much of the engine's speed is left to clients of `lm serve`, and what breaking off leaves behind.
 
     python benchmarks/serving.py [--clients 64] [--requests 192] [--rounds 3] [--shortest 16] [--longest 256]
-    python benchmarks/serving.py --peer http://127.0.0.1:8001 --model NAME      another server by the same requests
+    python benchmarks/serving.py --peer transformers                            beside transformers' server
+    python benchmarks/serving.py --peer http://127.0.0.1:8001 --model NAME      beside another that runs already
     python benchmarks/serving.py --faults [--requests 1000] [--minutes 10]      a third of the clients break off
 
-The network has random weights, 10.65M parameters and a context of twice --longest, so that no window moves. Server,
-clients and the engine alone are processes of their own, on loopback; server and engine take turns on the same requests.
-A peer is whatever speaks OpenAI's protocol and has been started already: transformers' `serve`, llama.cpp's server.
+The network has random weights, 10.65M parameters and a context of twice --longest, so that no window moves. Servers,
+clients and the engine alone are processes of their own, on loopback, and take turns on the same requests.
 """
 
 import argparse
@@ -14,11 +14,15 @@ import asyncio
 import json
 import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,13 +60,13 @@ def written(path: Path, shape: str, block_size: int) -> None:
     checkpoint.write(saved.imported(), path)
 
 
-def drawn(options: argparse.Namespace) -> list[dict[str, Any]]:
+def drawn(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Return the requests: prompts and answers of unequal lengths."""
     draw = random.Random(0)
     lengths = (options.shortest, options.longest)
     return [
         {
-            "model": options.model, "prompt": "".join(draw.choices(LETTERS, k=draw.randint(*lengths))),
+            "model": model, "prompt": "".join(draw.choices(LETTERS, k=draw.randint(*lengths))),
             "max_tokens": draw.randint(*lengths), "seed": i, "stream": True,
         }
         for i in range(options.requests)
@@ -77,12 +81,52 @@ def engine_alone(options: argparse.Namespace) -> float:
         Request(
             prompt=fitted.tokenizer.encode(one["prompt"]).tolist(), seed=one["seed"], max_new_tokens=one["max_tokens"]
         )
-        for one in drawn(options)
+        for one in drawn(options, "")
     ]
     engine.run(requests[:2])
     began = time.monotonic()
     made = sum(len(text.tokens) for text in engine.run(requests))
     return made / (time.monotonic() - began)
+
+
+class Answer(asyncio.Protocol):
+    """Keeps what comes, and when; nothing is done with it while other clients run: they take the server's processors.
+
+    Args:
+        request: Its bytes.
+        breaks: Whether to break off after a few pieces.
+    """
+
+    def __init__(self, request: bytes, *, breaks: bool) -> None:
+        self.request, self.breaks, self.parts = request, breaks, list[tuple[float, bytes]]()
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.began = transport, time.monotonic()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep what has come, or break off."""
+        self.parts.append((time.monotonic(), data))
+        if self.breaks and len(self.parts) == 5:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say that there is no more."""
+        self.ended.set_result(None)
+
+    def pieces(self) -> list[tuple[float, int]]:
+        """Return when each piece came, and how many tokens it had; a character is one."""
+        found, rest = list[tuple[float, int]](), b""
+        for when, data in self.parts:
+            *lines, rest = (rest + data).split(b"\n")
+            said = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+            texts = [one["text"] for event in said for one in event["choices"]]
+            found += [(when, len(text)) for text in texts if text]
+        assert found, b"".join(data for _, data in self.parts)
+        return found
 
 
 class Load:
@@ -102,39 +146,33 @@ class Load:
 
     def run(self, requests: list[dict[str, Any]]) -> float:
         """Ask all; return the seconds that it took."""
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close"
+        bodies = [json.dumps(request).encode() for request in requests]
+        asked = [f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
         began = time.monotonic()
-        asyncio.run(self._run(list(enumerate(requests))[::-1]))
-        return time.monotonic() - began
+        answers = asyncio.run(self._run(list(enumerate(asked))[::-1]))
+        seconds = time.monotonic() - began
+        for answer in answers:
+            pieces = answer.pieces()
+            self.first.append(pieces[0][0] - answer.began)
+            for (before, _), (now, made) in pairwise(pieces):
+                self.between += [(now - before) / made] * made
+            self.tokens += sum(made for _, made in pieces)
+        return seconds
 
-    async def _run(self, left: list[tuple[int, dict[str, Any]]]) -> None:
+    async def _run(self, left: list[tuple[int, bytes]]) -> list[Answer]:
+        answers, loop = list[Answer](), asyncio.get_running_loop()
+
         async def client() -> None:
             while left:
                 number, request = left.pop()
-                await self._ask(request, breaks=self.breaking and number % 3 == 0)
+                answer = Answer(request, breaks=self.breaking and number % 3 == 0)
+                answers.append(answer)
+                await loop.create_connection(lambda: answer, self.address.hostname, self.address.port)  # noqa: B023
+                await answer.ended
 
         await asyncio.gather(*(client() for _ in range(self.clients)))
-
-    async def _ask(self, request: dict[str, Any], *, breaks: bool) -> None:
-        body = json.dumps(request).encode()
-        reader, writer = await asyncio.open_connection(self.address.hostname, self.address.port)
-        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close"
-        began = last = time.monotonic()
-        writer.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-        status, pieces = await reader.readline(), 0
-        assert b" 200 " in status, status + await reader.read()
-        while line := await reader.readline():
-            if not line.startswith(b"data: {"):
-                continue
-            made = len(json.loads(line[6:])["choices"][0]["text"])  # a character is a token
-            now = time.monotonic()
-            if not pieces:
-                self.first.append(now - began)
-            elif made:
-                self.between += [(now - last) / made] * made
-            self.tokens, last, pieces = self.tokens + made, now, pieces + 1
-            if breaks and pieces == 4:
-                break
-        writer.close()
+        return answers
 
 
 def percentile(values: list[float], share: float) -> str:
@@ -142,37 +180,74 @@ def percentile(values: list[float], share: float) -> str:
     return f"{1000 * sorted(values)[int(share * (len(values) - 1))]:.0f}"
 
 
-def started(folder: Path, options: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
-    """Start a server; return its process and its URL."""
+@dataclass
+class Server:
+    """A server that clients ask: its name in the table, its URL, and its process, where it is ours to end."""
+
+    name: str
+    url: str
+    model: str
+    process: subprocess.Popen[str] | None = None
+
+    def end(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+
+def started(folder: Path, options: argparse.Namespace) -> Server:
+    """Start `lm serve`."""
     words = ("--slots", options.clients, "--max_requests", 4 * options.clients, "--port", 0)
     command = [sys.executable, "-m", "lm", "serve", "--ckpt_path", f"random={folder / 'random.ckpt'}", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    return process, process.stdout.readline().rsplit(" ", 1)[1].strip()
+    return Server("lm serve", process.stdout.readline().rsplit(" ", 1)[1].strip(), "random", process)
+
+
+def transformers_started(folder: Path, options: argparse.Namespace) -> Server:
+    """Start transformers' server with the same network; `pip install fastapi` brings what it needs beyond lm[test]."""
+    exported, log = str(folder / "exported"), (folder / "transformers.log").open("w")
+    words = ("--ckpt_path", str(folder / "random.ckpt"), "--format", "hf", "--output", exported)
+    subprocess.run([sys.executable, "-m", "lm", "export", *words], check=True, stdout=subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    main = "from transformers.cli.transformers import main; main()"
+    words = ("serve", exported, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *options.peer_options)
+    process = subprocess.Popen([sys.executable, "-c", main, *words], stdout=log, stderr=log, text=True)
+    server = Server("transformers serve", f"http://127.0.0.1:{port}", exported, process)
+    while process.poll() is None:
+        with suppress(OSError), urlopen(f"{server.url}/health"):
+            return server
+        time.sleep(0.5)
+    raise SystemExit((folder / "transformers.log").read_text()[-1000:])
 
 
 def speeds(folder: Path, options: argparse.Namespace) -> None:
-    """Print the table of speeds."""
-    process, url = started(folder, options) if not options.peer else (None, options.peer)
-    alone, load, rates = list[float](), Load(url, options.clients), list[float]()
+    """Print the table of speeds: the engine alone and the servers take turns."""
+    servers = [started(folder, options)]
+    if options.peer == "transformers":
+        servers.append(transformers_started(folder, options))
+    elif options.peer:
+        servers.append(Server(options.peer_name, options.peer, options.model))
+    alone, loads, rates = list[float](), list[Load](), list[list[float]]()
     for turn in range(options.rounds + 1):
-        if not options.peer:
-            words = [sys.executable, __file__, *sys.argv[1:], "--turn", str(folder / "random.ckpt")]
-            alone.append(float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout))
-        before = load.tokens
-        seconds = load.run(drawn(options))
-        rates.append((load.tokens - before) / seconds)
-        if not turn:  # the first warms up
-            alone, rates, load = [], [], Load(url, options.clients)
-    if process is not None:
-        process.terminate()
-        process.wait()
-    rate = statistics.median(rates)
-    share = f"{100 * rate / statistics.median(alone):.0f} %" if alone else "–"
+        if turn < 2:  # the first warms up
+            alone, rates = [], [[] for _ in servers]
+            loads = [Load(server.url, options.clients) for server in servers]
+        words = [sys.executable, __file__, *sys.argv[1:], "--turn", str(folder / "random.ckpt")]
+        alone.append(float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout))
+        for server, load, its in zip(servers, loads, rates, strict=True):
+            before = load.tokens
+            seconds = load.run(drawn(options, server.model))
+            its.append((load.tokens - before) / seconds)
     print("| server | tokens/s | of the engine's | first token, p50 (ms) | p95 | between tokens, p50 (ms) | p95 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    times = [percentile(values, q) for values in (load.first, load.between) for q in (0.5, 0.95)]
-    print(f"| {options.peer_name if options.peer else 'lm serve'} | {rate:,.0f} | {share} | {' | '.join(times)} |")
+    for server, load, its in zip(servers, loads, rates, strict=True):
+        server.end()
+        rate, share = statistics.median(its), statistics.median(its) / statistics.median(alone)
+        times = [percentile(values, q) for values in (load.first, load.between) for q in (0.5, 0.95)]
+        print(f"| {server.name} | {rate:,.0f} | {100 * share:.0f} % | {' | '.join(times)} |")
 
 
 def seen(process: subprocess.Popen[str], url: str) -> tuple[float, int, int]:
@@ -185,23 +260,23 @@ def seen(process: subprocess.Popen[str], url: str) -> tuple[float, int, int]:
 
 
 def faults(folder: Path, options: argparse.Namespace) -> None:
-    """Print what is left after load with clients that break off."""
-    process, url = started(folder, options)
-    requests = drawn(options)
-    Load(url, options.clients).run(requests[: 2 * options.clients])  # all that is allocated once
-    print("| after | memory (MB) | texts in work | open files |\n| --- | --- | --- | --- |")
-    until = time.monotonic() + 60 * options.minutes
-    rounds = 0
-    while rounds < 2 or time.monotonic() < until:
-        if rounds:
-            Load(url, options.clients, breaking=True).run(requests)
-            time.sleep(1)
-        memory, used, files = seen(process, url)
-        if rounds < 2 or time.monotonic() >= until:
-            print(f"| {rounds * len(requests):,} requests | {memory:.0f} | {used} | {files} |")
-        rounds += 1
-    process.terminate()
-    process.wait()
+    """Print what is left after load with clients that break off, and after minutes of it."""
+    server = started(folder, options)
+    assert server.process
+    requests = drawn(options, server.model)
+    Load(server.url, options.clients).run(requests[: 2 * options.clients])  # all that is allocated once
+    print("| requests | of them broken off | memory (MB) | texts in work | open files |")
+    print("| --- | --- | --- | --- | --- |")
+    until, asked = time.monotonic() + 60 * options.minutes, 0
+    while True:
+        memory, used, files = seen(server.process, server.url)
+        print(f"| {asked:,} | {-(-asked // 3):,} | {memory:.0f} | {used} | {files} |", flush=True)
+        if asked and time.monotonic() >= until:
+            break
+        Load(server.url, options.clients, breaking=True).run(requests)
+        asked += len(requests)
+        time.sleep(1)  # the last to break off are noticed
+    server.end()
 
 
 def main() -> None:
@@ -212,9 +287,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shortest", type=int, default=16)
     parser.add_argument("--longest", type=int, default=256)
-    parser.add_argument("--peer", default="", metavar="URL")
-    parser.add_argument("--peer_name", default="peer")
-    parser.add_argument("--model", default="random", help="How the peer calls it.")
+    parser.add_argument("--peer", default="", help="transformers, or the URL of a server that runs already.")
+    parser.add_argument("--peer_name", default="peer", help="What the table calls it.")
+    parser.add_argument("--peer_options", type=str.split, default=[], metavar="WORDS")
+    parser.add_argument("--model", default="random", help="How a peer calls the network.")
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--turn", default="", help=argparse.SUPPRESS)

@@ -156,7 +156,9 @@ def _routes(service: Service) -> list[Route]:
     def posted(probe: Callable[[Service, dict[str, Any]], Coroutine[Any, Any, Any]]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             try:
-                return JSONResponse(await probe(service, await read_json(request, service)))
+                body = await read_json(request, service)
+                with service.place():
+                    return JSONResponse(await probe(service, body))
             except Gone:
                 return Response(status_code=408)
 
@@ -199,11 +201,12 @@ def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins
     async def http_error(request: Request, error: Any) -> Response:
         return failed(request, error)
 
+    routes = _routes(service)
     app: ASGIApp = Starlette(
-        routes=_routes(service), lifespan=lifespan, exception_handlers={ApiError: api_error, HTTPException: http_error}
+        routes=routes, lifespan=lifespan, exception_handlers={ApiError: api_error, HTTPException: http_error}
     )
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
-    app = Guard(app, keys=keys, loopback=loopback, metrics=service.metrics)
+    app = Guard(app, keys=keys, loopback=loopback, metrics=service.metrics, paths={one.path for one in routes})
     if origins:
         headers = ["authorization", "content-type"]
         app = CORSMiddleware(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers)

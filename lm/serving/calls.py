@@ -51,6 +51,7 @@ class Call:
         chat: Whether it is a chat.
         prompts: Of a completion: texts, or ids.
         messages: Of a chat.
+        goes_on: Whether a chat's last message is the beginning of the answer.
         n: Choices for each prompt.
         best_of: Texts for each prompt, of which the n likeliest are returned.
         echo: Whether the prompt is part of the text.
@@ -70,6 +71,7 @@ class Call:
     chat: bool
     prompts: list[Prompt] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
+    goes_on: bool = False
     n: int
     best_of: int
     echo: bool
@@ -109,8 +111,8 @@ def parse(body: dict[str, Any], chat: bool, limits: Limits) -> Call:
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}: its texts cannot be streamed before the best is known", "best_of")
     call = Call(
-        model=model, chat=chat, prompts=prompts, messages=messages, n=n, best_of=best_of, echo=echo, stream=stream,
-        include_usage=include_usage, logprobs=_logprobs(values, chat),
+        model=model, chat=chat, prompts=prompts, messages=messages, goes_on=chat and _goes_on(values, messages),
+        n=n, best_of=best_of, echo=echo, stream=stream, include_usage=include_usage, logprobs=_logprobs(values, chat),
         max_tokens=_max_tokens(values, chat, echo, limits), sampler=_sampler(values),
         seed=values.whole("seed", -INT64, INT64 - 1), stop=_stops(values, limits), logit_bias=_bias(values),
         presence_penalty=values.number("presence_penalty", -2, 2) or 0.0,
@@ -159,6 +161,18 @@ def _messages(values: Values) -> list[dict[str, str]]:
         message.end()
         messages.append({"role": role, "content": content} | ({"name": name} if name else {}))
     return messages
+
+
+def _goes_on(values: Values, messages: list[dict[str, str]]) -> bool:
+    """Return whether the last message is the beginning of the answer: a pair of flags, as vLLM has them."""
+    goes_on, new = values.flag("continue_final_message"), values.take("add_generation_prompt", bool, "true or false")
+    if new is goes_on:
+        text = f"add_generation_prompt is {shown(new)}: it must be the opposite of continue_final_message"
+        raise ApiError(text, "add_generation_prompt")
+    if goes_on and messages[-1]["role"] != "assistant":
+        text = "continue_final_message: the last message is not the assistant's: leave it out"
+        raise ApiError(text, "continue_final_message")
+    return goes_on
 
 
 def _content(message: Values, path: str) -> str:

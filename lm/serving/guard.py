@@ -5,7 +5,7 @@ import ipaddress
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,13 @@ class Guard:
         loopback: Whether the server is on a loopback address: then only names of this machine are taken as Host, so
             that no page of another site comes in by a name of its own that leads here.
         metrics: Counts answers.
+        paths: Which it counts by name.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], loopback: bool, metrics: Metrics) -> None:
-        self.app, self.keys, self.metrics = app, keys, metrics
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[bytes], loopback: bool, metrics: Metrics, paths: Collection[str]
+    ) -> None:
+        self.app, self.keys, self.metrics, self.paths = app, keys, metrics, paths
         self.names_only = loopback and not keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,8 +121,7 @@ class Guard:
 
     def _known(self, path: str) -> str:
         """Return a path for the figures, of which there are but a few."""
-        first = path.split("/", 3)[1:3]
-        return "/" + "/".join(first) if path in OPEN or first[:1] in (["v1"], ["metrics"], ["tokenize"]) else "other"
+        return path if path in self.paths else "other"
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -148,7 +150,7 @@ def respond(error: ApiError) -> JSONResponse:
 def failed(request: Any, error: Any) -> JSONResponse:
     """Return starlette's own errors in the protocol's shape: no such path, no such method."""
     advice = {404: "see /openapi.json for what there is", 405: "use another method"}.get(error.status_code, "see docs")
-    text = f"{request.method} {request.url.path[:100]}: {error.detail}: {advice}"
+    text = f"{request.method[:20]} {request.url.path[:100]}: {error.detail}: {advice}"
     response = respond(ApiError(text, status=error.status_code))
     response.headers.update(error.headers or {})
     return response

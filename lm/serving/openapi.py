@@ -60,7 +60,10 @@ def _chat(limits: Limits) -> Json:
     content = {"anyOf": [TEXT, {"type": "array", "items": part}]}
     message = _object({"role": {"enum": list(ROLES)}, "content": content, "name": _or_null(TEXT)}, ["role", "content"])
     tokens = _whole(1, limits.max_tokens)
-    own = {"logprobs": FLAG, "top_logprobs": _whole(0, 20), "max_tokens": tokens, "max_completion_tokens": tokens}
+    own = {
+        "logprobs": FLAG, "top_logprobs": _whole(0, 20), "max_tokens": tokens, "max_completion_tokens": tokens,
+        "continue_final_message": FLAG, "add_generation_prompt": FLAG,
+    }  # fmt: skip
     messages = {"type": "array", "items": message, "minItems": 1}
     optional = {name: _or_null(schema) for name, schema in own.items()}
     return _object({**_common(limits), "messages": messages, **optional}, ["model", "messages"])

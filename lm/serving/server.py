@@ -5,9 +5,11 @@ import contextlib
 import errno
 import json
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -24,30 +26,68 @@ BACKLOG = 2048
 
 
 class Protocol(H11Protocol):
-    """HTTP as uvicorn has it; what is no HTTP is answered in OpenAI's shape, and headers must arrive in time."""
+    """HTTP as uvicorn has it; what is no HTTP is answered in OpenAI's shape, and headers must arrive in time.
 
-    HEADER_SECONDS = 30.0
+    Args:
+        seconds: How long a request's headers may take.
+        **settings: uvicorn's.
+    """
+
+    def __init__(self, *, seconds: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seconds = seconds
+        self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for a first request."""
         super().connection_made(transport)
-        self.loop.call_later(self.HEADER_SECONDS, self._too_late)
+        if len(self.connections) > most_connections():
+            self._refuse(ApiError("there are too many connections: ask again later", status=503, retry_after=1))
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come: of this request, or of one that follows on the same connection."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        self._unwatch()
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether no request is in work."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _watch(self) -> None:
+        """Set the time in which headers must have arrived, or what is left of a body that nobody reads."""
+        if not self._waiting:
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.seconds, self._too_late)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _too_late(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        if self._waiting and not self.transport.is_closing():
             self._refuse(ApiError("the headers did not arrive in time: send them faster", status=408))
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; within an answer, there is nothing left to say."""
+        """Answer what is no HTTP, or a body that is none; within an answer, there is nothing left to say."""
         self._refuse(ApiError(f"{msg.rstrip('.')}: send HTTP/1.1", status=400))
 
     def _refuse(self, error: ApiError) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and (
-            self.cycle is None or self.cycle.response_complete
-        ):
+        silent = self._waiting or not self.cycle.response_started
+        if silent and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body, phrase = json.dumps(error.body).encode(), HTTPStatus(error.status).phrase
-            head = f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            headers = {"content-type": "application/json", "connection": "close", "content-length": str(len(body))}
+            lines = [f"{name}: {value}\r\n" for name, value in {**headers, **error.headers}.items()]
+            self.transport.write(f"HTTP/1.1 {error.status} {phrase}\r\n{''.join(lines)}\r\n".encode() + body)
         self.transport.close()
 
 
@@ -57,6 +97,11 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Any:
         """Take none."""
         return contextlib.nullcontext()
+
+
+def most_connections() -> int:
+    """Return how many connections there may be at once; some files are for other things."""
+    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -100,9 +145,10 @@ def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).disabled = True  # what matters to people is said by `Guard`
     grace = service.limits.grace
+    http: Any = partial(Protocol, seconds=service.limits.body_timeout)  # uvicorn but calls it
     server = Server(
         uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+            app, http=http, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
             date_header=True, proxy_headers=False, h11_max_incomplete_event_size=32 << 10, backlog=BACKLOG,
             timeout_keep_alive=15, timeout_graceful_shutdown=int(grace) + 5,
         )
@@ -123,6 +169,11 @@ def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[
         def end() -> None:
             for worker in service.workers.values():
                 worker.end_all(ApiError("the server stops: ask another", status=503, code="stopping"))
+            loop.call_later(1, abort)
+
+        def abort() -> None:  # of clients that neither send nor read
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()
 
         before = take_stops(stop)
         try:

@@ -1,6 +1,8 @@
 """From a checked call to a job: names of models, limits of the moment, prompts as ids."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lm.errors import UserError
@@ -26,7 +28,7 @@ class Service:
     def __init__(self, workers: list[Worker], limits: Limits, metrics: Metrics) -> None:
         self.workers = {worker.name: worker for worker in workers}
         self.limits, self.metrics, self.templates = limits, metrics, Templates()
-        self.stopping = False
+        self.stopping, self._preparing = False, 0
         self.special = {worker.name: special_ids(worker.tokenizer) for worker in workers}
         self.names = {worker.name: Names(worker.tokenizer, self.special[worker.name]) for worker in workers}
 
@@ -58,9 +60,23 @@ class Service:
         if self.stopping:
             raise ApiError("the server is stopping: ask again", status=503, code="stopping", retry_after=5)
         most = self.limits.max_requests
-        if sum(len(worker.jobs) for worker in self.workers.values()) >= most:
+        if self._preparing + sum(len(worker.jobs) for worker in self.workers.values()) >= most:
             text = f"the queue is full, with {most} requests: ask again later"
             raise ApiError(text, status=429, code="queue_full", retry_after=1)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of the places for requests, until there is an answer, or a job, which has a place of its own.
+
+        Raises:
+            ApiError: There is none.
+        """
+        self.check_room()
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
 
     async def start(self, call: Call) -> tuple[Shape, Texts, Job | None]:
         """Return how a call is answered, and the job that makes its texts; None where only the prompt is wanted.
@@ -69,18 +85,22 @@ class Service:
             ApiError: The call does not suit the model.
         """
         worker = self.worker(call.model)
-        self.check_room()
+        with self.place():
+            prompts = await self._prompts(worker, call)
+            shape = (ChatShape if call.chat else Shape)(call, self.names[call.model], sum(map(len, prompts)))
+            texts = Texts([await self._echo(worker, call, i, ids) for i, ids in enumerate(prompts)], call.best_of)
+            requests = self._requests(worker, call, prompts)
+            if call.max_tokens == 0:
+                return shape, texts, None
+            self.metrics.prompt_tokens.labels(call.model).inc(shape.prompt_tokens)
+            return shape, texts, worker.submit(requests)
+
+    async def _prompts(self, worker: Worker, call: Call) -> list[list[int]]:
+        """Return the ids of a call's prompts."""
         prompts = [await self._chat_ids(worker, call)] if call.chat else [self.ids(worker, one) for one in call.prompts]
         for ids in prompts:
             self._check_length(worker, ids, "messages" if call.chat else "prompt")
-        shape = (ChatShape if call.chat else Shape)(call, self.names[call.model], sum(map(len, prompts)))
-        texts = Texts([await self._echo(worker, call, i, ids) for i, ids in enumerate(prompts)], call.best_of)
-        requests = self._requests(worker, call, prompts)
-        if call.max_tokens == 0:
-            return shape, texts, None
-        self.check_room()  # others came while this one was prepared
-        self.metrics.prompt_tokens.labels(call.model).inc(shape.prompt_tokens)
-        return shape, texts, worker.submit(requests)
+        return prompts
 
     def ids(self, worker: Worker, prompt: Prompt, name: str = "prompt") -> list[int]:
         """Return a prompt's ids.
@@ -104,7 +124,7 @@ class Service:
             text = f"model {call.model!r} has no chat template: use /v1/completions"
             raise ApiError(text, "model", code="no_chat_template")
         try:
-            ids = await prompt_of(self.templates, worker.tokenizer, chat, call.messages)
+            ids = await prompt_of(self.templates, worker.tokenizer, chat, call.messages, goes_on=call.goes_on)
         except UserError as error:
             raise ApiError(f"messages: {error}", "messages") from error
         if not ids:

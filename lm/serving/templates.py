@@ -68,10 +68,11 @@ class Templates:
                 await asyncio.wait_for(process.wait(), 2)
 
     def _drop(self) -> asyncio.subprocess.Process | None:
-        """Let the process end, which it does when its input has, or its time."""
+        """Kill the process; the next template gets a new one."""
         process, self._process = self._process, None
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         return process
 
 
@@ -88,9 +89,14 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 async def prompt_of(
-    templates: Templates, tokenizer: Tokenizer, chat: dict[str, str], messages: list[dict[str, str]]
+    templates: Templates,
+    tokenizer: Tokenizer,
+    chat: dict[str, str],
+    messages: list[dict[str, str]],
+    *,
+    goes_on: bool = False,
 ) -> list[int]:
-    """Return the ids of a conversation, up to where the assistant answers.
+    """Return the ids of a conversation, up to where the assistant answers, or goes on with the last message.
 
     The template's own special tokens become ids; the same characters in a message stay text, so that nobody can write
     another's turn.
@@ -100,7 +106,7 @@ async def prompt_of(
         UserError: The vocabulary lacks a symbol.
     """
     special = special_ids(tokenizer)
-    mark = "\ue000" + secrets.token_hex(8) + "\ue001"
+    mark, end = ("\ue000" + secrets.token_hex(8) + "\ue001" for _ in range(2))
     names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
     template = chat["chat_template"]
 
@@ -111,7 +117,13 @@ async def prompt_of(
 
     variables: dict[str, Any] = {name: value for name, value in chat.items() if name != "chat_template"}
     variables["messages"] = [{name: guarded(name, value) for name, value in one.items()} for one in messages]
-    text = await templates.render(template, {**variables, "add_generation_prompt": True})
+    if goes_on:
+        variables["messages"][-1]["content"] += end
+    text = await templates.render(template, {**variables, "add_generation_prompt": not goes_on})
+    if goes_on:
+        text, found, _ = text.rpartition(end)
+        if not found:
+            raise _refused("it leaves the last message out, so nothing can go on from it")
     ids: list[int] = []
     for part in re.split(f"({names.pattern})", text):
         if part in special:

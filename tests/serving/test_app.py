@@ -93,6 +93,9 @@ def test_a_full_queue_is_429_and_who_goes_away_makes_room(url: str) -> None:
             client.completions.create(**{**LONG, "max_tokens": 1})  # type: ignore[call-overload]
         assert error.value.response.headers["retry-after"] == "1"
         assert error.value.type == "rate_limit_error" and error.value.code == "queue_full"
+        for path, more in (("/tokenize", {}), ("/attention", {}), ("/v1/completions", {"echo": True, "max_tokens": 0})):
+            asks = {"model": "tiny", "prompt": "a", **more}
+            assert requests.post(url + path, json=asks, timeout=20).status_code == 429, path
         for stream in streams:
             next(iter(stream))
             stream.close()
@@ -101,6 +104,19 @@ def test_a_full_queue_is_429_and_who_goes_away_makes_room(url: str) -> None:
     made = figures(url)['lm_generated_tokens_total{model="tiny"}']
     assert client.completions.create(**{**LONG, "max_tokens": 5}).usage.completion_tokens == 5  # type: ignore[call-overload]
     assert figures(url)['lm_generated_tokens_total{model="tiny"}'] == made + 5
+
+
+def test_a_request_that_is_prepared_has_a_place(place: Path) -> None:
+    written(place / "slow.ckpt", chat="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    asks = {"model": "slow", "messages": [{"role": "user", "content": "a"}]}
+    with served("--ckpt_path", "slow.ckpt", "--max_requests", 1, cwd=place) as (url, _):
+        with raw(
+            url, asked(asks, "connection: close").replace(b"/v1/", b"/v1/chat/", 1)
+        ) as first:  # a second of processor time
+            text = {"model": "slow", "prompt": "a"}
+            until(lambda: requests.post(f"{url}/tokenize", json=text, timeout=20).status_code == 429)
+            assert answer(first)[0] == 400
+        until(lambda: requests.post(f"{url}/tokenize", json=text, timeout=20).status_code == 200)
 
 
 def test_a_slow_reader_does_not_hold_up_others(url: str) -> None:
@@ -117,6 +133,8 @@ def test_a_slow_reader_does_not_hold_up_others(url: str) -> None:
         (asked(b'{"model"', "content-length: 100"), 408, "in time"),
         (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx: \x00\r\n\r\n", 400, "HTTP"),
         (b"nonsense\r\n\r\n", 400, "HTTP"),
+        (asked(b"zz\r\n\r\n", "transfer-encoding: chunked"), 400, "HTTP"),
+        (b"X" * 20_000 + b" / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 405, "XXXX"),
         (
             b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 40_000 + b"\r\nconnection: close\r\n\r\n",
             431,
@@ -140,7 +158,28 @@ def test_errors_are_in_the_protocols_shape(url: str, data: bytes, status: int, s
         code, body = answer(connection)
     assert code == status and set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"} and said in body["error"]["message"]
+    assert len(body["error"]["message"]) < 1000
     assert requests.get(f"{url}/health", timeout=20).json() == {"status": "ok"}
+
+
+def test_headers_that_do_not_arrive(url: str) -> None:
+    with raw(url, b"POST /v1/comp") as connection:
+        assert answer(connection)[0] == 408
+    with raw(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n") as connection:  # a second request, kept alive
+        until(lambda: connection.recv(65536, socket.MSG_PEEK).endswith(b"}"))
+        connection.recv(65536)
+        connection.sendall(b"GET /health HT")
+        assert answer(connection)[0] == 408
+    with raw(url, asked(b"", "content-length: 9").replace(b"/v1/completions", b"/nowhere")) as connection:
+        until(lambda: connection.recv(65536, socket.MSG_PEEK).endswith(b"}"))
+        connection.sendall(b"{")  # of a body that nobody reads
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404") and connection.recv(65536) == b""
+
+
+def test_paths_that_are_not_there_leave_no_figures(url: str) -> None:
+    for path in ("/v1/one", "/metrics/two", "/tokenize/three", "/v1/models/four"):
+        requests.get(url + path, timeout=20)
+    assert not [name for name in figures(url) if any(word in name for word in ("one", "two", "three", "four"))]
 
 
 def test_only_a_named_origin_may_read_answers(url: str) -> None:
@@ -199,6 +238,14 @@ def test_two_stops_end_at_once(place: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         thread.join()
+
+
+def test_two_stops_end_who_does_not_send(place: Path) -> None:
+    with served("--ckpt_path", "tiny.ckpt", cwd=place) as (url, process), raw(url, asked(LONG)[:-5]):
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        assert process.wait(15) == 143  # the body may take 30 seconds
 
 
 def test_keys(place: Path) -> None:

@@ -120,6 +120,77 @@ def test_in_a_browser(tab: Any, place: Path) -> None:
         assert tab.locator("#map .token").count() == 9 and tab.locator("#layer option").count() == 2
 
 
+def focused(tab: Any) -> str:
+    """Return what describes the element that has the focus."""
+    about: str = tab.evaluate("(e => `${e.id || e.className} ${e.title}`)(document.activeElement)")
+    return about
+
+
+def tab_to(tab: Any, name: str, key: str = "Tab") -> None:
+    for _ in range(60):
+        if focused(tab).startswith(name):
+            return
+        tab.keyboard.press(key)
+    raise AssertionError(f"{key} does not lead to {name}")
+
+
+def take_another(tab: Any) -> None:
+    """Open the alternatives of the token that has the focus, and take one that is not the token itself."""
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("ArrowUp")  # the last
+    if tab.evaluate("picked.title.startsWith(document.activeElement.firstChild.textContent)"):
+        tab.keyboard.press("ArrowUp")
+    tab.keyboard.press("Enter")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_by_keyboard_alone_on_a_phone(tab: Any, place: Path) -> None:
+    press = tab.keyboard.press
+    with served("--ckpt_path", "letters.ckpt", cwd=place) as (url, _):
+        tab.set_viewport_size({"width": 360, "height": 640})
+        tab.goto(url)
+        tab.wait_for_selector("#model option", state="attached")
+        slide(tab, "max_tokens", 12)
+        tab_to(tab, "prompt")
+        tab.keyboard.type("To be")
+        press("Control+Enter")
+        tab.wait_for_selector("#more:not(:disabled)")
+        # the tokens are one stop; arrows move among them, Enter opens the alternatives, Esc leads back
+        tab_to(tab, "token")
+        press("ArrowRight")
+        press("ArrowRight")
+        before, third = [tab.locator("#text .token").nth(i).get_attribute("title") for i in range(2)], focused(tab)
+        press("Enter")
+        assert tab.is_visible("#choices") and tab.locator("#choices").bounding_box()["width"] <= 360
+        press("Escape")
+        assert tab.is_hidden("#choices") and focused(tab) == third
+        take_another(tab)
+        tab.wait_for_selector("#more:not(:disabled)")
+        after = [tab.locator("#text .token").nth(i).get_attribute("title") for i in range(3)]
+        assert after[:2] == before and f"token {after[2]}" != third and focused(tab) == f"token {after[2]}"
+        # the next tab; an answer goes on from an alternative of one of its tokens
+        tab_to(tab, "tab-complete", "Shift+Tab")
+        press("ArrowRight")
+        assert focused(tab).startswith("tab-chat") and tab.is_visible("#message")
+        tab_to(tab, "message")
+        tab.keyboard.type("hello")
+        press("Control+Enter")
+        tab.wait_for_selector("#send:not(:disabled)")
+        tokens = tab.locator(".message .token")
+        said = [tokens.nth(i).get_attribute("title") for i in range(3)]
+        tab_to(tab, "token", "Shift+Tab")
+        press("ArrowRight")
+        take_another(tab)
+        tab.wait_for_selector("#send:not(:disabled)")
+        now = [tokens.nth(i).get_attribute("title") for i in range(3)]
+        assert now[0] == said[0] and now[1] != said[1] and tab.locator(".message").count() == 2
+        assert tab.evaluate("talk.at(-1).content === written(talk.at(-1).tokens)")
+        press("Alt+Digit4")
+        assert focused(tab).startswith("sentence")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_with_a_key_and_on_a_phone(tab: Any, place: Path) -> None:

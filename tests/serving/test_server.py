@@ -166,6 +166,15 @@ def test_chats_streamed_are_as_whole(client: Client) -> None:
     assert completed(client, prompt=ids).choices[0].text == whole.choices[0].message.content
 
 
+def test_a_chats_answer_goes_on(client: Client) -> None:
+    begun = [*HI, {"role": "assistant", "content": "To be"}]
+    found = chatted(client, messages=begun, extra_body={"continue_final_message": True, "add_generation_prompt": False})
+    written_out = b"user: hi\n\0assistant: To be"
+    ids = [256, *(256 if byte == 0 else byte for byte in written_out)]
+    assert found.choices[0].message.content == completed(client, prompt=ids).choices[0].text
+    assert found.usage.prompt_tokens == len(ids)
+
+
 def test_what_is_counted(client: Client) -> None:
     found = completed(client, prompt=["abc", "de"], n=2, max_tokens=7)
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (5, 28, 33)
@@ -272,6 +281,8 @@ CHAT_WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ({"extra_body": {"continue_final_message": True}}, "continue_final_message"),
+    ({"extra_body": {"add_generation_prompt": False}}, "add_generation_prompt"),
     ({"messages": [{"role": "user", "content": "x" * 120}]}, "messages"),
 ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -27,11 +28,14 @@ def of_bytes() -> BytePairTokenizer:
     return BytePairTokenizer(to_text({bytes([i]): i for i in range(256)}), special=special, end_of_text="<|im_end|>")
 
 
-def ids(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], **names: str) -> list[int]:
+def ids(
+    tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, goes_on: bool = False, **names: str
+) -> list[int]:
     async def run() -> list[int]:
         templates = Templates()
         try:
-            return await prompt_of(templates, tokenizer, {"chat_template": template, **names}, messages)
+            chat = {"chat_template": template, **names}
+            return await prompt_of(templates, tokenizer, chat, messages, goes_on=goes_on)
         finally:
             await templates.close()
 
@@ -49,6 +53,14 @@ def test_the_templates_tokens_are_ids_and_a_messages_are_text() -> None:
         found = ids(tokenizer, template, talk, eos_token="<|endoftext|>")
         assert found[0] == tokenizer.eot and found.count(tokenizer.eot or 0) == 1
         assert tokenizer.decode(found) == "a<|endoftext|>"
+
+
+def test_an_answer_goes_on_from_its_beginning() -> None:
+    found = ids(of_bytes(), CHATML, [*TALK, {"role": "assistant", "content": "To <|im_end|> "}], goes_on=True)
+    assert [i for i in found if i > 255] == [256, 257, 256, 257, 256]
+    assert bytes(i for i in found if i < 256).decode().endswith("}}\nassistant\nTo <|im_end|> ")
+    with pytest.raises(ApiError, match="leaves the last message out"):
+        ids(of_bytes(), "{{ messages[0].content }}", [*TALK, {"role": "assistant", "content": "a"}], goes_on=True)
 
 
 def test_a_developer_is_the_system_to_templates_that_know_none() -> None:
@@ -92,6 +104,21 @@ def test_what_exceeds_its_budget_is_refused_and_the_next_is_served() -> None:
     asyncio.run(run())
     after = os.times()
     assert after.children_user - before.children_user < 15  # of processor time: two take their second
+
+
+def test_who_goes_away_leaves_no_process_at_work() -> None:
+    async def run() -> int:
+        templates = Templates()
+        await templates.render("", {})
+        process, task = templates._process, asyncio.create_task(templates.render(BOMBS["loops"], {}))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert process is not None
+        return await process.wait()
+
+    assert asyncio.run(run()) == -signal.SIGKILL  # not SIGPROF, which comes after a second of processor time
 
 
 def test_the_environment_is_not_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
