@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from PIL import Image, ImageChops, ImageStat
 
 from benchmarks import figures, house
 from lm.cli import COMMANDS
@@ -21,7 +22,7 @@ from tests.conftest import MISSING, REFERENCE, ROOT
 
 pytestmark = pytest.mark.usefixtures("our_rules")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PICTURES = sorted(path for path in (ROOT / "docs").iterdir() if path.suffix in (".svg", ".png"))
+PICTURES = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in (".svg", ".png"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
@@ -84,6 +85,10 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng():
         for code in blocks:
             exec(compile(code, str(page), "exec"), namespace)
+    for made in tmp_path.glob("*.png"):  # but for rounding on another processor
+        with Image.open(made) as new, Image.open(page.parent / made.name) as shown:
+            assert new.size == shown.size, made.name
+            assert max(ImageStat.Stat(ImageChops.difference(new, shown)).mean) < 2, made.name
 
 
 def lend(folder: Path) -> None:

@@ -83,14 +83,18 @@ def _write(folder: Path, as_json: bool) -> None:
 def _check(path: Path, seconds: float, as_json: bool) -> None:
     stream = common.output(as_json)
     rows = []
-    for book in check.workbooks(path):
+    books, left_out = check.workbooks(path)
+    for book in books:
         found = check.check(book, seconds)
         rows += [{"file": str(book), **asdict(row)} for row in found]
         print(f"{book}", *table.lines(found), sep="\n", end="\n\n", file=stream, flush=True)
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=stream)
     wrong = [row for row in rows if row["state"] != "right"]
     todo = sum(row["state"] == "blank" for row in wrong)
     if as_json:
-        common.print_json({"ok": not wrong, "right": len(rows) - len(wrong), "answers": len(rows), "rows": rows})
+        result = {"ok": not wrong, "right": len(rows) - len(wrong), "answers": len(rows), "rows": rows}
+        common.print_json(result | {"left_out": {str(book): reason for book, reason in left_out.items()}})
     if wrong:
         parts = [f"{len(wrong) - todo} wrong" * (len(wrong) > todo), f"{todo} to be done" * bool(todo)]
         first = wrong[0]

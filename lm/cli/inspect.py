@@ -1,19 +1,16 @@
 """`lm inspect`: what a recipe is made of: layers and shapes, a batch, and what a text becomes."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from PIL import Image
 from torch import Tensor, nn
 
 from lm import storage
-from lm.cli import common, parsing
+from lm.cli import common, parsing, pictures
 from lm.cli.messages import shortened
 from lm.cli.plan import FLOPS, recipe_of, spelled
-from lm.course import figures
 from lm.data.module import IGNORED
 from lm.errors import UserError
 from lm.planning import needs
@@ -111,22 +108,16 @@ def draw(cli: Inspect, folder: Path) -> list[Path]:
     Raises:
         UserError: The folder cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--figures {folder}: it is a file: name a folder")
     data, module = cli.datamodule, parsing.language_model(cli.model)
     torch.manual_seed(data.seed)
     net = make_net(module.make_net, data.vocab_size, data.block_size)
     if cli.config.init_from is not None:
         take_weights(net, module.make_net, data.text_tokenizer, cli.config.init_from, cli.resolved())
-    tokens, targets = data.train_dataset(1)[0]
-    symbols = [data.text_tokenizer.decode([i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, pixels in figures.draw(net.train(), tokens, targets, symbols, module.make_optimizer).items():
-        png = BytesIO()
-        Image.fromarray(pixels).save(png, format="PNG")
+    for name, png in pictures.draw(net, data, module.make_optimizer).items():
         path = folder / f"{name}.png"
-        storage.write_whole(path, png.getvalue())
+        storage.write_whole(path, png)
         written.append(path)
     return written
 
@@ -164,6 +155,8 @@ def inspect(arguments: list[str]) -> None:
     """Run `lm inspect`."""
     parsing.quiet()
     folder, arguments = _take(arguments, "--figures")
+    if folder is not None and not storage.nearest(Path(folder)).is_dir():
+        raise UserError(f"--figures {folder}: {storage.nearest(Path(folder))} is a file: name a folder")
     cli = Inspect(arguments, "Show what a recipe is made of: layers and shapes, a batch, what a text becomes.")
     result = cli.run()
     stream = common.output(cli.config.json)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from lm import outputs, storage
 from lm.cli import common, plain_help, values
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 from lm.experiments import page, runs, scaling_page, sweep_page, terminal
+from lm.experiments.runs import Run
 
 USUAL = Path("report.html")
+LARGEST = 50_000_000  # parameters of a network that is drawn: larger ones take long to load
 
 
 def report(arguments: list[str]) -> None:
@@ -48,6 +50,8 @@ def report(arguments: list[str]) -> None:
         title = f"Sweep {sweeps[0].folder.name}"
     sections = [part for one in sweeps for part in one.sections(notes)]
     sections += scaling_page.sections(found)
+    if found and not sweeps:
+        sections += _pictures(found[0], several=len(found) > 1, notes=notes)
     text = page.page(title, found, sections, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
     storage.write_whole(output, text.encode())
@@ -62,6 +66,25 @@ def _sweep(folder: Path) -> "sweep_page.SweepReport":
         return sweep_page.SweepReport(folder)
     except ModuleNotFoundError as error:
         raise UserError(f"{folder}: a report of a sweep needs Optuna: pip install 'lm[sweep]'") from error
+
+
+def _pictures(run: Run, *, several: bool, notes: list[str]) -> list[str]:
+    """Return a section of pictures of a run's network, from its best checkpoint; what hinders that is noted."""
+    paths = [path for name in ("best", "last") if (path := run.checkpoints / f"{name}.ckpt").is_file()]
+    if not paths:
+        return []
+    if run.about.get("parameters", 0) > LARGEST:
+        notes.append(f"{run.name}: no pictures of more than {LARGEST:,} parameters: lm inspect --figures draws them")
+        return []
+    from lm.cli import pictures  # imports torch, which takes seconds
+
+    try:
+        found = pictures.of_checkpoint(paths[0])
+    except (UserError, CheckError) as error:
+        notes.append(f"{run.name}: no pictures: {error.text}")
+        return []
+    title = f"Pictures of {paths[0].name} and the first batch{f' ({run.name})' * several}"
+    return [page.pictures(title, found)]
 
 
 def _ours(path: Path) -> bool:

@@ -29,7 +29,7 @@ def load(path: Path) -> list[str]:
         loader.exec_module(importlib.util.module_from_spec(spec))
     except SyntaxError as error:
         raise UserError(f"--rules {path}: line {error.lineno}: {error.msg}: mend the file") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error).splitlines()[0] if str(error) else ""
         raise UserError(f"--rules {path}: {type(error).__name__}: {text}: mend the file") from error
     new = [kind.__qualname__ for kind, one in registered().items() if before.get(kind) is not one]

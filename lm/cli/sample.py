@@ -102,7 +102,8 @@ def sample(arguments: list[str]) -> None:
     texts = [prompt + answer(stream.text) for stream in streams]
     novelty = {} if known is None else _compared(texts, known)
     if known is not None:
-        print(f"{novelty['known']} of {novelty['lines']} lines stand in {options.compare}", file=out)
+        share = f" ({novelty['known_share']:.0%})" if novelty["lines"] else ""
+        print(f"{novelty['known']} of {novelty['lines']} lines stand in {options.compare}{share}", file=out)
     if options.json:
         speed = {"tokens": made, "seconds": round(seconds, 3), "tokens_per_second": round(made / seconds, 1)}
         common.print_json({"text": texts, **speed, **novelty})

@@ -4,12 +4,12 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm.backprop import norms
 from lm.backprop.attention import softmax_backward
 from lm.course.exercise import Blank, Exercise, Terms, Values
-from lm.course.layers import B, C, T, layer_norm, norm, random
+from lm.course.layers import B, C, T, layer_norm, random, through_norm
 
 
 def _masked(scores: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ def dk(dscores: Tensor, q: Tensor) -> Tensor:
 
 def _softmax_terms(dweights: Tensor, weights: Tensor) -> Terms:
     product = dweights * weights
-    return {"p dp": (product, None), "-p Σ dp p": (-weights * product.sum(-1, keepdim=True), -weights * product)}
+    bare = {"missing sum: there is no sum": -weights * product}
+    return {"p dp": (product, {}), "-p Σ dp p": (-weights * product.sum(-1, keepdim=True), bare)}
 
 
 SOFTMAX_FAULTS = {
@@ -114,7 +115,7 @@ def _blanks() -> tuple[Blank, ...]:
 
     def dx1(dx2: Tensor, dn2: Tensor, x1: Tensor, one: Tensor) -> Tensor:
         """x1 is read twice, by the sum and by the norm: the stream's gradient, plus what comes back by the branch."""
-        return dx2 + layer_norm(x1, dn2, one)["x"]
+        return dx2 + through_norm(nn.LayerNorm, x1, dn2, one)["x"]
 
     def dmixed(dx1: Tensor, Wo: Tensor) -> Tensor:
         """A linear layer's input."""
@@ -130,7 +131,7 @@ def _blanks() -> tuple[Blank, ...]:
 
     def dx(dx1: Tensor, dn1: Tensor, x: Tensor, one: Tensor) -> Tensor:
         """As dx1: the stream, and the branch through the norm."""
-        return dx1 + layer_norm(x, dn1, one)["x"]
+        return dx1 + through_norm(nn.LayerNorm, x, dn1, one)["x"]
 
     return (
         Blank(solution=dact, hints=("(B, T, 8) out of (B, T, C) and (8, C).",)),
@@ -160,7 +161,7 @@ stream is read twice at each sum. Weights are (in, out). The parts of attention 
 their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5.""",
     inputs=_block_inputs,
     steps={
-        "n1": lambda x, one, zero: norm(x, one, zero),  # (B, T, C)
+        "n1": lambda x, one, zero: layer_norm(x, one, zero),  # (B, T, C)
         "q": lambda n1, Wq: n1 @ Wq,
         "k": lambda n1, Wk: n1 @ Wk,
         "v": lambda n1, Wv: n1 @ Wv,
@@ -168,7 +169,7 @@ their own: copy them. LayerNorm's gain `one` is 1 and its bias 0, ε is 1e-5."""
         "weights": _masked,
         "mixed": lambda weights, v: weights @ v,  # (B, T, C)
         "x1": lambda x, mixed, Wo: x + mixed @ Wo,
-        "n2": lambda x1, one, zero: norm(x1, one, zero),
+        "n2": lambda x1, one, zero: layer_norm(x1, one, zero),
         "hidden": lambda n2, W1, b1: n2 @ W1 + b1,  # (B, T, 8)
         "act": lambda hidden: torch.relu(hidden),
         "x2": lambda x1, act, W2, b2: x1 + act @ W2 + b2,  # (B, T, C)

@@ -2,13 +2,16 @@
 
 import ast
 import json
+import os
 import re
-import selectors
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,17 @@ from lm.course import EXERCISES
 from lm.course.diagnosis import diagnose
 from lm.course.exercise import Blank, Exercise, Values
 from lm.course.lecture import PARAMETERS
+from lm.course.workbook import TO_DO
 from lm.errors import UserError
 
 SECONDS = 10.0
 """How long a blank may take; each is done in a moment."""
+STARTING = 60.0
+"""How long Python may take to import torch."""
 TOLERANCE = 1e-8
 SEEDS = (1, 2)
+BACKWARDS = [PARAMETERS.index(name) for name in ("b2", "W2", "bnbias", "bngain", "b1", "W1", "C")]
+"""What the backward pass comes to first: what is wrong there is wrong in all that follow."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,10 @@ class Answer:
     message: str = ""
 
 
-def workbooks(path: Path) -> list[Path]:
-    """Return a workbook, or those of a folder, sorted; of a .py and an .ipynb of a name, the one changed last.
+def workbooks(path: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return a workbook, or those of a folder, sorted; and what is left out of the folder, with the reason.
+
+    Of a .py and an .ipynb of a name counts the one in which more is done, and of equals the one changed last.
 
     Raises:
         UserError: There is none.
@@ -64,17 +74,24 @@ def workbooks(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder: name a workbook that lm exercises has written")
     if not path.is_dir():
-        return [path]
-    found: dict[str, Path] = {}
+        return [path], {}
+    best: dict[Path, tuple[int, int, Path]] = {}
+    left_out: dict[Path, str] = {}
     for one in sorted(path.rglob("*")):
-        if one.suffix in (".py", ".ipynb") and not any(part.startswith(".") for part in one.parts):
-            key = str(one.with_suffix(""))
-            if key not in found or one.stat().st_mtime_ns > found[key].stat().st_mtime_ns:
-                found[key] = one
-    kept = [one for one in found.values() if _named(source(one)) is not None]
-    if not kept:
+        hidden = any(part.startswith(".") for part in one.relative_to(path).parts)
+        if hidden or one.suffix not in (".py", ".ipynb") or one.is_dir():
+            continue
+        try:
+            text = source(one)
+            exercise_of(one, text)
+        except UserError as error:
+            left_out[one] = error.text
+            continue
+        found = (text.count(TO_DO), -one.stat().st_mtime_ns, one)
+        best[one.with_suffix("")] = min(found, best.get(one.with_suffix(""), found))
+    if not best:
         raise UserError(f"{path}: there is no workbook in it: write some with lm exercises, and name their folder")
-    return kept
+    return [one for _, _, one in best.values()], left_out
 
 
 def source(path: Path) -> str:
@@ -84,7 +101,7 @@ def source(path: Path) -> str:
         UserError: It cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}: name a workbook") from error
     if path.suffix != ".ipynb":
@@ -98,8 +115,8 @@ def source(path: Path) -> str:
 
 
 def _named(text: str) -> str | None:
-    found = re.search(r"^EXERCISE = \"([\w-]+)\"", text, flags=re.MULTILINE)
-    return found[1] if found else None
+    found = re.search(r"""^EXERCISE\s*=\s*(["'])([\w-]+)\1""", text, flags=re.MULTILINE)
+    return found[2] if found else None
 
 
 def exercise_of(path: Path, text: str) -> Exercise:
@@ -150,11 +167,8 @@ def _run(file: Path, exercise: Exercise, seconds: float) -> dict[str, list[dict[
     while left:
         begun, failed = _process(file, exercise.name, left, seconds, told)
         left = [name for name in left if name not in told]
-        if not left:
-            break
-        message = failed or f"it runs longer than {seconds:g} s: is there an endless loop?"
-        for name in [begun] if begun else left:
-            told[name] = [{"error": message}]
+        for name in [begun] if begun in left else left:
+            told[name] = [{"error": failed}]
         left = [name for name in left if name not in told]
     return told
 
@@ -165,53 +179,48 @@ def _process(
     """Let a process answer; return the blank that it was at when it ended, and why, where that is known."""
     words = [sys.executable, "-m", "lm.course.student", str(file), name, ",".join(map(str, SEEDS)), *blanks]
     begun, failed = "", ""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        assert process.stdout is not None and process.stderr is not None
-        noise = _Reader(process)
-        for line in noise.lines(limit=lambda: 60.0 if not noise.any else seconds):
-            fields = json.loads(line)
-            if "begun" in fields:
-                begun = fields["begun"]
-            elif "failed" in fields:
-                failed = fields["failed"]
-            else:
-                told[fields["name"]] = fields["answers"]
-        late = noise.late
-        process.kill()
-    if not late and not failed and any(blank not in told for blank in blanks):
-        failed = f"Python ended with exit code {process.returncode}: does it call exit()?"
-    return begun, failed
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(
+        words, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, start_new_session=True
+    ) as process:
+        try:
+            for fields in _read(process, seconds):
+                if "begun" in fields:
+                    begun = fields["begun"]
+                elif "failed" in fields:
+                    failed = fields["failed"]
+                else:
+                    told[fields["name"]] = fields["answers"]
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+        except TimeoutError:
+            return begun, f"it runs longer than {seconds:g} s: is there an endless loop?"
+        except (ValueError, KeyError, TypeError):
+            return begun, "it writes where its answers are written: let it print, or return a tensor"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what the file may have started
+    return begun, failed or f"Python ended with exit code {process.returncode}: does it call exit()?"
 
 
-class _Reader:
-    """Reads lines of a process as they come, until it is silent for too long; what it says beside is dropped."""
+def _read(process: "subprocess.Popen[bytes]", seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield each line of JSON that a process writes, until it ends.
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self.process, self.late, self.any = process, False, False
-
-    def lines(self, limit: Any) -> Iterable[str]:
-        """Yield each line."""
-        out, err = self.process.stdout, self.process.stderr
-        assert out is not None and err is not None
-        waiting = selectors.DefaultSelector()
-        waiting.register(out, selectors.EVENT_READ)
-        waiting.register(err, selectors.EVENT_READ)
-        rest, until = b"", time.monotonic() + limit()
-        while out in {key.fileobj for key in waiting.get_map().values()}:
-            ready = waiting.select(max(0.0, until - time.monotonic()))
-            if not ready and time.monotonic() >= until:
-                self.late = True
-                return
-            for key, _ in ready:
-                piece = key.fileobj.read1(1 << 16)  # type: ignore[union-attr]
-                if not piece:
-                    waiting.unregister(key.fileobj)
-                elif key.fileobj is out:
-                    *whole, rest = (rest + piece).split(b"\n")
-                    for line in whole:
-                        self.any = True
-                        until = time.monotonic() + limit()
-                        yield line.decode()
+    Raises:
+        TimeoutError: It is silent for longer than so many seconds; before the first line, than a minute.
+        ValueError: A line is no JSON.
+    """
+    assert process.stdout is not None
+    rest, until = b"", time.monotonic() + STARTING
+    while select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        if not piece:
+            return
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            until = time.monotonic() + seconds
+            yield json.loads(line)
+    raise TimeoutError
 
 
 def judge(exercise: Exercise, blank: Blank, values: Values, told: dict[str, Any]) -> Answer:
@@ -246,8 +255,13 @@ def judge(exercise: Exercise, blank: Blank, values: Values, told: dict[str, Any]
     }
     if all(good):
         return Answer(**row, state="right", **measured)
-    at = good.index(False)
-    message = diagnose(exercise, blank, values, found[at], expected[at]) + labels[at]
+    at = next(i for i in (BACKWARDS if len(good) > 1 else [0]) if not good[i])
+    digits = told["values"][at]["digits"].removeprefix("torch.")
+    if digits != "float64" and same[at] and torch.allclose(found[at], expected[at], rtol=1e-2, atol=1e-3 * largest):
+        message = f"rounded: it is {digits}, with fewer digits than the float64 of the values: leave its dtype as it is"
+    else:
+        message = diagnose(exercise, blank, values, found[at], expected[at])
+    message += labels[at]
     return Answer(**row, state="wrong", **measured, fault=message.partition(":")[0], message=message)
 
 

@@ -41,6 +41,7 @@ def diagnose(exercise: Exercise, blank: Blank, values: Values, found: Tensor, ex
         checks += [
             lambda: _places(exercise, blank, values, found, expected),
             lambda: _operand(exercise, blank, values, found, expected),
+            lambda: _product(exercise, blank, values, found),
             lambda: _terms(exercise, blank, values, found, expected),
             lambda: _factors(exercise, blank, values, found, expected),
             lambda: _slope(exercise, blank, values, found, expected),
@@ -121,20 +122,19 @@ def _parts(found: Tensor, expected: Tensor, parts: dict[str, Tensor], values: Va
 
 
 def _of_terms(found: Tensor, terms: Terms, values: Values) -> str | None:
-    """Compare with weighted sums of a formula's terms, or of what they are without the sums in them."""
-    names, summed = list(terms), [term for term, _ in terms.values()]
-    for bare in product(*[(False, True) if plain is not None else (False,) for _, plain in terms.values()]):
-        chosen = [plain if one else term for one, (term, plain) in zip(bare, terms.values(), strict=True)]
-        weights = _weights(found, [one for one in chosen if one is not None])
+    """Compare with weighted sums of a formula's terms, or of what they are with mistakes in them."""
+    for mistakes in product(*[("", *wrong) for _, wrong in terms.values()]):
+        chosen = [wrong.get(one, term) for one, (term, wrong) in zip(mistakes, terms.values(), strict=True)]
+        weights = _weights(found, chosen)
         if weights is None:
             continue
-        lost = [name for name, weight in zip(names, weights, strict=True) if weight == 0]
-        if any(bare):
-            return f"missing sum: there is no sum in the term {names[bare.index(True)]}"
-        if lost:
+        if made := [f"{one}, in the term {name}" for one, name in zip(mistakes, terms, strict=True) if one]:
+            return made[0]
+        factors = dict(zip(terms, weights, strict=True))
+        if lost := [name for name, factor in factors.items() if factor == 0]:
             return f"missing sum: a term is not there: {' and '.join(lost)}"
-        wrong = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 1]
-        if wrong and len(summed) > 1:
+        wrong = [(name, factor) for name, factor in factors.items() if factor != 1]
+        if wrong and len(terms) > 1:
             return f"{_named(wrong[0][1], values)}, in the term {wrong[0][0]}"
     return None
 
@@ -205,6 +205,20 @@ def _operand(exercise: Exercise, blank: Blank, values: Values, found: Tensor, ex
     return None
 
 
+def _product(exercise: Exercise, blank: Blank, values: Values, found: Tensor) -> str | None:
+    """Compare with products of the two matrices that the right one is made of, in any order, transposed or not."""
+    for reader in exercise.readers(blank.of):
+        for name in inspect.signature(exercise.steps[reader]).parameters:
+            if name == blank.of or not isinstance(values[name], Tensor) or values[name].ndim < 2:
+                continue
+            pair = {f"d{reader}": values[f"d{reader}"], name: values[name]}
+            forms = {f"{one}{turned * '.T'}": x.mT if turned else x for one, x in pair.items() for turned in (0, 1)}
+            for (a, x), (b, y) in product(forms.items(), repeat=2):
+                if a[:2] != b[:2] and x.ndim == y.ndim and x.shape[-1] == y.shape[-2] and close(x @ y, found):
+                    return f"transposed: it is {a} @ {b}: the order, or what is transposed, must be another"
+    return None
+
+
 def _terms(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
     """See whether each element has one term alone of a sum over an axis of another factor, such as a kernel's taps."""
     for reader in exercise.readers(blank.of):
@@ -233,7 +247,16 @@ def _each(value: Tensor, axis: int) -> list[Tensor]:
 
 
 def _factors(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expected: Tensor) -> str | None:
-    """Look for a forward value, or a power of it, that multiplies one of the two and not the other."""
+    """Look for a forward value, or a power of it, that multiplies the one and not the other, in a reader's part."""
+    readers = exercise.readers(blank.of)
+    for reader in readers:
+        part = exercise.part(blank.of, reader, values[f"d{reader}"], values)
+        if said := _factor(found - (expected - part), part, values):
+            return said + f", in the part that comes by {reader}" * (len(readers) > 1)
+    return None
+
+
+def _factor(found: Tensor, expected: Tensor, values: Values) -> str | None:
     for name, value in values.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or name.startswith("d"):
             continue
@@ -277,7 +300,11 @@ def _slope(exercise: Exercise, blank: Blank, values: Values, found: Tensor, expe
 
 
 def _elsewhere(found: Tensor, expected: Tensor) -> str:
-    wrong = (found - expected).abs() > CLOSE * expected.abs().max()
+    largest = expected.abs().max()
+    if (found - expected).abs().max() < 1e-3 * largest:
+        share = float((found - expected).abs().max() / largest)
+        return f"other: nearly right, but for {share:.0e} of the largest number: is an ε missing, or another?"
+    wrong = (found - expected).abs() > CLOSE * largest
     at = tuple(wrong.nonzero()[0].tolist())
     return (
         f"other: {int(wrong.sum())} of {wrong.numel()} numbers differ, first at {list(at)}: "

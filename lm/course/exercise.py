@@ -21,7 +21,7 @@ from lm.backprop.atomic import called
 
 Values = dict[str, Any]
 Step = Callable[..., Any]
-Terms = dict[str, tuple[Tensor, Tensor | None]]
+Terms = dict[str, tuple[Tensor, dict[str, Tensor]]]
 
 
 def total(terms: Terms) -> Tensor:
@@ -32,6 +32,34 @@ def total(terms: Terms) -> Tensor:
     return first
 
 
+def norm_terms(r: Tensor, hat: Tensor, g: Tensor, axis: int, m: int, *, centred: bool) -> Terms:
+    """Return the ways from x to the loss through a norm, as they are and with the usual mistakes.
+
+    Args:
+        r: One over the deviation.
+        hat: x after the norm.
+        g: The gradient from above, times the gain.
+        axis: That which is normalised.
+        m: By what the sum of squares was divided.
+        centred: Whether the mean was subtracted.
+    """
+    n = g.shape[axis]
+
+    def by_r(inner: Tensor, outer: Tensor) -> Tensor:
+        return -r * outer * inner.sum(axis, keepdim=True) / m
+
+    none = {"missing sum: there is no sum": -r * hat * g * hat / m}
+    lost = {"inside the sum": by_r(g, hat), "outside the sum": by_r(g * hat, torch.ones_like(hat))}
+    lost = {f"factor: x̂ is missing {place}": wrong for place, wrong in lost.items()}
+    bare = {"factor: x - mean stands where x̂, which is divided by the deviation, must": by_r(g * hat / r, hat / r)}
+    by_mean = (-r * g.sum(axis, keepdim=True) / n, {"missing sum: there is no sum": -r * g / n})
+    return {
+        "directly, r g": (r * g, {}),
+        **({"by the mean, -r Σg / n": by_mean} if centred else {}),
+        "by the squares, -r x̂ Σ(g x̂) / m": (by_r(g * hat, hat), none | lost | bare),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blank:
     """A gradient to be derived.
@@ -40,8 +68,8 @@ class Blank:
         solution: The product's own rule; its parameters name forward values, and gradients by a d in front. Its name
             is the blank's, its docstring the derivation.
         hints: The first says where to look, the last nearly all.
-        terms: Returns the terms that the right answer is a sum of, by what they are; each with what it would be without
-            the sum in it, or None.
+        terms: Returns the terms that the right answer is a sum of, by what they are; each with what it would be with
+            some mistakes, by what to say of those: the kind stands before the colon.
         faults: Wrong answers that are known, by what to say of them; the kind stands before the colon.
         expected: Returns the right answer where it is no gradient by a single tensor.
         rule: The function whose derivation is revealed, where that is not the solution.
@@ -143,7 +171,7 @@ class Exercise:
 def body(function: Step) -> str:
     """Return a function's code without its signature and its docstring; of a lambda, the expression."""
     code: CodeType = function.__code__
-    text = Path(code.co_filename).read_text()
+    text = Path(code.co_filename).read_text(encoding="utf-8")
     nodes = (one for one in ast.walk(ast.parse(text)) if _first_line(one) == code.co_firstlineno)
     names = list(inspect.signature(function).parameters)
     for node in nodes:

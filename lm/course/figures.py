@@ -19,21 +19,26 @@ from lm.training.callbacks.pictures import Pixels
 from lm.training.optimizers import parameter_groups
 
 MOST = 32  # rows of a picture, tokens of a sentence
+MOST_SYMBOLS = 300  # of a vocabulary whose symbols are drawn
 FEW = 8  # tokens where single numbers are to be seen
 HEALTHY = -3.0  # log10 of an update's size over its parameter's
 
 
 def draw(
-    net: Any, tokens: Tensor, targets: Tensor, symbols: Sequence[str], make_optimizer: Callable[..., Any]
+    net: Any,
+    tokens: Tensor,
+    targets: Tensor,
+    symbols: Sequence[str],
+    make_optimizer: Callable[..., Any] | None = None,
 ) -> dict[str, Pixels]:
     """Return the pictures that a network has something for, by name.
 
     Args:
-        net: A network in training mode. It takes one step at the end.
+        net: A network in training mode. With an optimizer, it takes a step at the end.
         tokens: int64 (B, T).
         targets: int64 (B, T) or (B,).
         symbols: A text for each of the V tokens.
-        make_optimizer: Returns the recipe's optimizer of parameter groups.
+        make_optimizer: Returns the recipe's optimizer of parameter groups, whose first step is shown; None for none.
     """
     found: dict[str, Pixels] = {}
     with undisturbed(net), torch.no_grad():
@@ -48,7 +53,9 @@ def draw(
         leaves = [symbols[i] for i in tokens[-1, -net.context :].tolist()]
         found["fusion-tree"] = diagrams.fusion_tree(leaves, round(net.context ** (1 / len(net.h))))
     found |= _embedding(net, symbols)
-    return found | _gradients(net, tokens, targets, symbols, make_optimizer)
+    with undisturbed(net):
+        found |= _dlogits(net, tokens, targets, symbols)
+    return found | (_updates(net, make_optimizer) if make_optimizer else {})
 
 
 def _passes(net: nn.Module, tokens: Tensor, targets: Tensor) -> dict[str, Pixels]:
@@ -107,7 +114,7 @@ def averages(head: Tensor, names: Sequence[str]) -> Pixels:
 def _embedding(net: nn.Module, symbols: Sequence[str]) -> dict[str, Pixels]:
     """Return the embedding's rows in the plane of their two largest principal components."""
     tables = [m.weight for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == len(symbols)]
-    if not tables or min(tables[0].shape) < 2 or len(symbols) > 300:
+    if not tables or min(tables[0].shape) < 2 or len(symbols) > MOST_SYMBOLS:
         return {}
     rows = tables[0].detach().float().cpu()  # (V, C)
     centred = rows - rows.mean(0)
@@ -115,10 +122,8 @@ def _embedding(net: nn.Module, symbols: Sequence[str]) -> dict[str, Pixels]:
     return {"embedding": diagrams.points(centred @ axes[:2].T, symbols, "the embedding, in two dimensions")}
 
 
-def _gradients(
-    net: nn.Module, tokens: Tensor, targets: Tensor, symbols: Sequence[str], make_optimizer: Callable[..., Any]
-) -> dict[str, Pixels]:
-    """Return the gradient by the logits, and the sizes of a step's updates beside the parameters'."""
+def _dlogits(net: nn.Module, tokens: Tensor, targets: Tensor, symbols: Sequence[str]) -> dict[str, Pixels]:
+    """Return the gradient by the logits; every parameter gets its own."""
     grads = Gradients()
     grads.keep_dlogits = True
     net.zero_grad()
@@ -127,9 +132,13 @@ def _gradients(
             loss_and_gradients(net, grads, tokens, targets)
     except NoRuleError:
         return {}
-    found: dict[str, Pixels] = {}
-    if grads.dlogits is not None and len(symbols) <= 300:
-        found["dlogits"] = pictures.dlogits(grads.dlogits[:MOST], symbols)
+    if grads.dlogits is None or len(symbols) > MOST_SYMBOLS:
+        return {}
+    return {"dlogits": pictures.dlogits(grads.dlogits[:MOST], symbols)}
+
+
+def _updates(net: nn.Module, make_optimizer: Callable[..., Any]) -> dict[str, Pixels]:
+    """Return the sizes of a step's updates beside the parameters'."""
     before = {name: p.detach().clone() for name, p in net.named_parameters() if p.ndim > 1}
     make_optimizer(parameter_groups(net)).step()
     ratios = {}
@@ -138,4 +147,4 @@ def _gradients(
         if update > 0 and size > 0:
             ratios[name] = float((update / size).log10())
     title = "log10 of the first update's size over the parameter's; about -3 is healthy"
-    return found | {"updates": diagrams.bars(ratios, title, best=HEALTHY)}
+    return {"updates": diagrams.bars(ratios, title, best=HEALTHY)} if ratios else {}

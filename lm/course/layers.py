@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lm.backprop import linear, norms
 from lm.backprop.attention import rotary
 from lm.backprop.rules import Gradients, run
-from lm.course.exercise import Blank, Exercise, Terms, Values, total
+from lm.course.exercise import Blank, Exercise, Step, Terms, Values, norm_terms, total
 from lm.models.rotary import Rotary
 
 B, T, C, V = 4, 5, 6, 11
@@ -31,14 +31,15 @@ def _by_rule(layer: nn.Module, x: Tensor, dy: Tensor, **weights: Tensor) -> dict
 
 # -- LayerNorm and RMSNorm
 
-
-def layer_norm(x: Tensor, dy: Tensor, gamma: Tensor) -> dict[str, Tensor]:
-    """Return LayerNorm's gradients: x, weight and bias."""
-    layer = nn.LayerNorm(C, eps=EPS).double()
-    return _by_rule(layer, x, dy, weight=gamma)
+Norm = type[nn.LayerNorm] | type[nn.RMSNorm]
 
 
-def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def through_norm(kind: Norm, x: Tensor, dy: Tensor, gamma: Tensor) -> dict[str, Tensor]:
+    """Return a norm's gradients: x, weight, and of LayerNorm bias."""
+    return _by_rule(kind(C, eps=EPS).double(), x, dy, weight=gamma)
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """LayerNorm."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)  # (B, T, 1)
     return gamma * (x - mean) * (var + EPS) ** -0.5 + beta
@@ -49,103 +50,91 @@ def _terms(dy: Tensor, x: Tensor, gamma: Tensor, *, centred: bool, correction: i
     mean = x.mean(-1, keepdim=True) if centred else torch.zeros_like(x[..., :1])
     r = ((x - mean).square().sum(-1, keepdim=True) / (C - correction) + EPS) ** -0.5  # (B, T, 1)
     hat, g = (x - mean) * r, gamma * dy
-    by_mean = {"by the mean, -r mean(g)": (-r * g.mean(-1, keepdim=True), -r * g / C)} if centred else {}
-    return {
-        "directly, r g": (r * g, None),
-        **by_mean,
-        "by r, -r x̂ mean(g x̂)": (-r * hat * (g * hat).mean(-1, keepdim=True), -r * hat * g * hat / C),
+    return norm_terms(r, hat, g, -1, C, centred=centred)
+
+
+def _of_gain_and_input(kind: Norm, rule: Step, hints: tuple[str, ...]) -> tuple[Blank, Blank]:
+    """Return the blanks that both norms have; the hints are those for dx."""
+    centred = kind is nn.LayerNorm
+
+    def dgamma(dy: Tensor, x: Tensor) -> Tensor:
+        """It was broadcast over all rows: the sum of dy x̂ over batch and time."""
+        return through_norm(kind, x, dy, torch.ones(C, dtype=torch.float64))["weight"]
+
+    def dx(dy: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
+        """dx = r (g - mean(g) - x̂ mean(g x̂)), with g = γ dy: BatchNorm's, with channels in place of examples.
+
+        RMSNorm subtracts no mean, so mean(g) is not there.
+        """
+        return through_norm(kind, x, dy, gamma)["x"]
+
+    def without_gain(dy: Tensor, x: Tensor) -> Tensor:
+        return total(_terms(dy, x, torch.ones_like(x), centred=centred))
+
+    def corrected(dy: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
+        return total(_terms(dy, x, gamma, centred=centred, correction=1))
+
+    faults: dict[str, Step] = {
+        "Bessel: the squares are divided by C - 1 where they must be by C": corrected,
+        "factor: the gain is missing: g = γ dy": without_gain,
     }
+    return (
+        Blank(
+            solution=dgamma,
+            hints=("γ met every row of the batch.", "Σ dy x̂ over the axes 0 and 1"),
+            faults={
+                "factor: x̂ is missing: γ was multiplied by it": lambda dy: dy.sum((0, 1)),
+                "factor: x stands where x̂, after the norm, must": lambda dy, x: (dy * x).sum((0, 1)),
+            },
+            rule=rule,
+        ),
+        Blank(
+            solution=dx,
+            hints=hints,
+            terms=lambda dy, x, gamma: _terms(dy, x, gamma, centred=centred),
+            faults=faults,
+            rule=rule,
+        ),
+    )
 
 
-def _layer_norm_exercise() -> Exercise:
-    def dgamma(dy: Tensor, x: Tensor) -> Tensor:
-        """It was broadcast over all rows: the sum of dy x̂ over batch and time."""
-        return layer_norm(x, dy, torch.ones(C, dtype=torch.float64))["weight"]
+def dbeta(dy: Tensor, x: Tensor) -> Tensor:
+    """It was broadcast over all rows: the sum of dy over batch and time."""
+    return through_norm(nn.LayerNorm, x, dy, torch.ones(C, dtype=torch.float64))["bias"]
 
-    def dbeta(dy: Tensor, x: Tensor) -> Tensor:
-        """It was broadcast over all rows: the sum of dy over batch and time."""
-        return layer_norm(x, dy, torch.ones(C, dtype=torch.float64))["bias"]
 
-    def dx(dy: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
-        """dx = r (g - mean(g) - x̂ mean(g x̂)), with g = γ dy: BatchNorm's, with channels in place of examples."""
-        return layer_norm(x, dy, gamma)["x"]
-
-    return Exercise(
-        name="layer-norm",
-        title="LayerNorm",
-        story="""Each row of C channels gets mean 0 and variance 1 of its own; the variance divides by C, without
+LAYER_NORM = Exercise(
+    name="layer-norm",
+    title="LayerNorm",
+    story="""Each row of C channels gets mean 0 and variance 1 of its own; the variance divides by C, without
 Bessel's correction, and ε is 1e-5. It is exercise 3 with the other axis.""",
-        inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,), beta=(C,)),
-        steps={"y": norm},
-        blanks=(
-            Blank(
-                solution=dgamma,
-                hints=("γ met every row of the batch.", "Σ dy x̂ over the axes 0 and 1"),
-                rule=norms.layer_norm,
-            ),
-            Blank(
-                solution=dbeta,
-                hints=("β met every row of the batch.", "Σ dy over the axes 0 and 1"),
-                rule=norms.layer_norm,
-            ),
-            Blank(
-                solution=dx,
-                hints=(
-                    "Three ways: directly, by the mean, by the variance.",
-                    "r (g - mean(g) - x̂ mean(g x̂)), g = γ dy",
-                ),
-                terms=lambda dy, x, gamma: _terms(dy, x, gamma, centred=True),
-                faults={
-                    "Bessel: the variance is divided by C - 1 where it must be C": lambda dy, x, gamma: total(
-                        _terms(dy, x, gamma, centred=True, correction=1)
-                    ),
-                    "factor: the gain is missing: g = γ dy": lambda dy, x: total(
-                        _terms(dy, x, dy[0, 0] * 0 + 1, centred=True)
-                    ),
-                },
-                rule=norms.layer_norm,
-            ),
+    inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,), beta=(C,)),
+    steps={"y": layer_norm},
+    blanks=(
+        *_of_gain_and_input(
+            nn.LayerNorm,
+            norms.layer_norm,
+            ("Three ways: directly, by the mean, by the variance.", "r (g - mean(g) - x̂ mean(g x̂)), g = γ dy"),
         ),
-    )
-
-
-def _rms_norm_exercise() -> Exercise:
-    def by_rule(dy: Tensor, x: Tensor, gamma: Tensor) -> dict[str, Tensor]:
-        return _by_rule(nn.RMSNorm(C, eps=EPS).double(), x, dy, weight=gamma)
-
-    def dgamma(dy: Tensor, x: Tensor) -> Tensor:
-        """It was broadcast over all rows: the sum of dy x̂ over batch and time."""
-        return by_rule(dy, x, torch.ones(C, dtype=torch.float64))["weight"]
-
-    def dx(dy: Tensor, x: Tensor, gamma: Tensor) -> Tensor:
-        """dx = r (g - x̂ mean(g x̂)), with g = γ dy: LayerNorm's without the mean."""
-        return by_rule(dy, x, gamma)["x"]
-
-    return Exercise(
-        name="rms-norm",
-        title="RMSNorm",
-        story="LayerNorm without the mean: y = γ x r with r = (mean(x²) + ε)^-½, ε = 1e-5. LLaMA has it.",
-        inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,)),
-        steps={"y": lambda x, gamma: gamma * x * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5},
-        blanks=(
-            Blank(
-                solution=dgamma,
-                hints=("γ met every row of the batch.", "Σ dy x r over the axes 0 and 1"),
-                rule=norms.rms_norm,
-            ),
-            Blank(
-                solution=dx,
-                hints=("Two ways: directly, and through r.", "dr/dx = -r³ x / C", "r (g - x̂ mean(g x̂)), g = γ dy"),
-                terms=lambda dy, x, gamma: _terms(dy, x, gamma, centred=False),
-                faults={
-                    "factor: the gain is missing: g = γ dy": lambda dy, x: total(
-                        _terms(dy, x, dy[0, 0] * 0 + 1, centred=False)
-                    ),
-                },
-                rule=norms.rms_norm,
-            ),
+        Blank(
+            solution=dbeta,
+            hints=("β met every row of the batch.", "Σ dy over the axes 0 and 1"),
+            rule=norms.layer_norm,
         ),
-    )
+    ),
+)
+RMS_NORM = Exercise(
+    name="rms-norm",
+    title="RMSNorm",
+    story="LayerNorm without the mean: y = γ x r with r = (mean(x²) + ε)^-½, ε = 1e-5. LLaMA has it.",
+    inputs=lambda generator: random(generator, x=(B, T, C), gamma=(C,)),
+    steps={"y": lambda x, gamma: gamma * x * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5},
+    blanks=_of_gain_and_input(
+        nn.RMSNorm,
+        norms.rms_norm,
+        ("Two ways: directly, and through r.", "dr/dx = -r³ x / C", "r (g - x̂ mean(g x̂)), g = γ dy"),
+    ),
+)
 
 
 # -- embedding and convolution
@@ -286,9 +275,7 @@ sin are (T, D), both halves alike. No length changes; what does a rotation's gra
     )
 
 
-LAYER_NORM = _layer_norm_exercise()
 EMBEDDING = _embedding_exercise()
-RMS_NORM = _rms_norm_exercise()
 ROTARY = _rotary_exercise()
 CONVOLUTION = _convolution_exercise()
 

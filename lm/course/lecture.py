@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lm.backprop import atomic, loss, norms
 from lm.backprop.rules import Gradients, run
-from lm.course.exercise import Blank, Exercise, Terms, Values, total
+from lm.course.exercise import Blank, Exercise, Terms, Values, norm_terms, total
 from lm.models.layers import BatchNorm
 
 V, T, C, H, N = 27, 3, 10, 64, 32
@@ -117,8 +117,8 @@ down by how probable they are, the right one is pulled up.""",
                 "The loss is a mean over n rows.",
             ),
             terms=lambda logits, targets: {
-                "softmax(logits)": (logits.softmax(1) / len(logits), None),
-                "-onehot(targets)": (-F.one_hot(targets, V) / len(logits), None),
+                "softmax(logits)": (logits.softmax(1) / len(logits), {}),
+                "-onehot(targets)": (-F.one_hot(targets, V) / len(logits), {}),
             },
             faults={
                 "factor: softmax runs over the wrong axis": lambda logits, targets: (
@@ -141,12 +141,7 @@ def _terms(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor, correction: int = 1
     n = len(hprebn)
     r = (hprebn.var(0, keepdim=True, correction=correction) + 1e-5) ** -0.5
     hat, g = (hprebn - hprebn.mean(0)) * r, bngain * dhpreact
-    m = n - correction
-    return {
-        "directly, r g": (r * g, None),
-        "by the mean, -r Σg / n": (-r * g.sum(0) / n, -r * g / n),
-        "by the variance, -r x̂ Σ(g x̂) / (n - 1)": (-r * hat * (g * hat).sum(0) / m, -r * hat * g * hat / m),
-    }
+    return norm_terms(r, hat, g, 0, n - correction, centred=True)
 
 
 def _three_ways(dhpreact: Tensor, hprebn: Tensor, bngain: Tensor) -> Terms:

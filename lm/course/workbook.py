@@ -13,6 +13,7 @@ from lm.course.exercise import Blank, Exercise, Values, body
 
 Cell = tuple[str, str]
 """markdown or code, and its text."""
+TO_DO = "return None  # your line"
 
 
 def cells(exercise: Exercise, advice: str = "") -> list[Cell]:
@@ -65,7 +66,7 @@ def _blank(exercise: Exercise, blank: Blank, values: Values) -> list[Cell]:
         used = ", ".join(f"`{one}`" for one in readers)
         says = f"### {blank.name}\n\nThe gradient by `{blank.of}`, which is used by {used}."
         doc = f"Return the gradient of the loss by {blank.of}, of shape {tuple(of.shape)}."
-    return [("markdown", says), ("code", f'{signature}\n    """{doc}"""\n    return None  # your line')]
+    return [("markdown", says), ("code", f'{signature}\n    """{doc}"""\n    {TO_DO}')]
 
 
 def as_python(exercise: Exercise, advice: str = "") -> str:

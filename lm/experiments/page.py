@@ -1,5 +1,6 @@
 """A report as one HTML file that needs no network: charts by uPlot (51 KB, MIT), which is in the file, and tables."""
 
+import base64
 import html
 import json
 from importlib import resources
@@ -55,6 +56,23 @@ def page(title: str, runs: list[Run], sections: list[str], notes: list[str]) -> 
         "</body></html>\n",
     ]
     return "\n".join(filter(None, parts))
+
+
+def pictures(title: str, pngs: dict[str, bytes]) -> str:
+    """Return a section of pictures, as HTML with the pictures in it.
+
+    Args:
+        title: Its heading.
+        pngs: Each by its name.
+    """
+    parts = []
+    for name, png in pngs.items():
+        said = html.escape(name.replace("-", " "))
+        data = base64.b64encode(png).decode()
+        parts.append(
+            f'<figure><img alt="{said}" src="data:image/png;base64,{data}"><figcaption>{said}</figcaption></figure>'
+        )
+    return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
 
 
 def _asset(name: str) -> str:

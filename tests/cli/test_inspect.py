@@ -60,5 +60,6 @@ def test_pictures_are_files(lm, workplace: Path) -> None:
     paths = [Path(path) for path in json.loads(out.splitlines()[-1])["figures"]]
     assert {"dlogits", "updates"} <= {path.stem for path in paths}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    code, _, err = lm("inspect", "--config", "net.yaml", "--figures", "words.txt")
-    assert code == 2 and err.startswith("error: --figures words.txt: it is a file"), err
+    for name in ("words.txt", "words.txt/more"):
+        code, _, err = lm("inspect", "--config", "net.yaml", "--figures", name)
+        assert code == 2 and err == f"error: --figures {name}: words.txt is a file: name a folder\n", err

@@ -44,6 +44,7 @@ def test_rules_are_compared_and_train(lm, workplace: Path) -> None:
     ("def f(:\n", "line 1: invalid syntax"),
     ("1 / 0\n", "ZeroDivisionError: division by zero"),
     ("x = 1\n", "it registers no rule"),
+    ("exit(0)\n", "SystemExit: 0"),
 ])  # fmt: skip
 def test_a_file_that_is_none(lm, workplace: Path, text: str | None, said: str) -> None:
     recipe("MLP")

@@ -66,9 +66,8 @@ def matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: s
     picture = Image.fromarray(colours.astype(np.uint8)).resize(
         (share.shape[1] * cell, share.shape[0] * cell), Image.Resampling.NEAREST
     )
-    panel = Image.new(
-        "RGB", (max(left + picture.width, int(font.getlength(title))) + 2, top + picture.height + 2), "white"
-    )
+    wide = left + max(picture.width, int(font.getlength(title))) + 2
+    panel = Image.new("RGB", (wide, top + picture.height + 2), "white")
     panel.paste(picture, (left, top))
     draw = ImageDraw.Draw(panel)
     draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=TEXT)
