@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lm import storage
-from lm.cli import common, parsing
+from lm.cli import common, parsing, sequences
 from lm.cli.messages import shortened
 from lm.cli.plan import FLOPS, recipe_of, spelled
 from lm.course import figures
@@ -67,9 +67,14 @@ class Inspect(parsing.Untrained):
             counted |= own
         return found
 
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and targets that training begins with, a row a sequence."""
+        tokens, targets = self.datamodule.train_dataset(1)[0][:2]
+        return (tokens.flatten(0, -2), targets.flatten(0, -2)) if tokens.ndim > 2 else (tokens, targets)
+
     def batch(self) -> list[dict[str, Any]]:
         """Return the first batch's first examples: a context and its target, in ids and as text."""
-        tokens, targets = self.datamodule.train_dataset(1)[0]
+        tokens, targets = self.first_batch()
         tokenizer = self.datamodule.text_tokenizer
 
         def example(context: Tensor, target: Tensor) -> dict[str, Any]:
@@ -100,6 +105,9 @@ class Inspect(parsing.Untrained):
             "targets": list(self.recipe.targets),
             "batch": self.batch(),
         }
+        tokens, targets = self.first_batch()
+        if targets.ndim == 2 and (shown := sequences.described(tokens[0], targets[0], self.datamodule.text_tokenizer)):
+            result["sequence"] = shown
         if self.config.text is not None:
             result["text"] = tokenized(self.config.text, self.datamodule.text_tokenizer)
         return result
@@ -118,7 +126,7 @@ def draw(cli: Inspect, folder: Path) -> list[Path]:
     net = make_net(module.make_net, data.vocab_size, data.block_size)
     if cli.config.init_from is not None:
         take_weights(net, module.make_net, data.text_tokenizer, cli.config.init_from, cli.resolved())
-    tokens, targets = data.train_dataset(1)[0]
+    tokens, targets = cli.first_batch()
     symbols = [data.text_tokenizer.decode([i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -185,6 +193,8 @@ def inspect(arguments: list[str]) -> None:
         context = shortened(" ".join(map(str, one["context"])), 60)
         before, after = one["text"]
         say(f"in the context {context} the target is {one['target']}  ({shortened(before, 40)!r} → {after!r})")
+    if "sequence" in result:
+        say("\n" + "\n".join(sequences.lines(result["sequence"], stream)))
     for row in result.get("text", ()):
         if "error" in row:
             say(f"\n{row['tokenizer']}: {row['error']}")

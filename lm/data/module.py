@@ -41,6 +41,9 @@ class TokenData(LightningDataModule, ABC):
         seed: Chooses the training sequences.
     """
 
+    gives = "texts"
+    """What a batch has: texts, or pairs of texts."""
+
     @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
