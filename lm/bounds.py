@@ -115,6 +115,8 @@ BOUNDS = {
     "spike": Bound(1, open_low=True, note="; null for none"),
     "steps_per_call": SIZE,
     **dict.fromkeys(("audit_every", "steps"), COUNT),
+    "beta": POSITIVE,
+    "smoothing": Bound(0, 0.5, open_high=True, note=": a share of labels that are wrong"),
     "warmup_steps": COUNT_OR_NONE,
     "min_factor": SHARE,
     "factor": NOT_NEGATIVE,

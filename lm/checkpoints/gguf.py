@@ -22,7 +22,8 @@ from lm.checkpoints.schema import Saved
 from lm.errors import UserError, setting
 from lm.tokenizers import BytePairTokenizer, CharTokenizer, Tokenizer, from_state
 from lm.tokenizers import huggingface as tokenizer_files
-from lm.tokenizers.published import END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN
+from lm.tokenizers.published import GPT2_PATTERN, O200K_PATTERN
+from lm.tokenizers.tokenizer import END_OF_TEXT
 
 MAGIC = b"GGUF"
 MARK = "lm.settings"

@@ -76,7 +76,7 @@ def _is_export(path: Path) -> bool:
 
 def _ends(tokenizer: Tokenizer) -> Json:
     """Return the ids that begin and end a text: null where there are none, or GPT-2's 50256 would be taken."""
-    return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
+    return {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.end_of_turn}
 
 
 def _config(layout: Layout, settings: Settings, saved: Saved, tokenizer: Tokenizer) -> Json:

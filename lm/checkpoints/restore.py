@@ -40,6 +40,8 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
         saved = schema.Saved.of(loaded)
         net = build(saved.net, saved.vocab_size, saved.block_size)
         weights = saved.weights
+        if saved.vocab_size > 1 == len(weights.get("lm_head.weight", ())):
+            raise UserError(f"checkpoint {path}: it is a reward model, which writes no text: use the policy's")
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:

@@ -13,6 +13,8 @@ from lm.cli import common, parsing
 from lm.errors import CheckError, UserError
 from lm.tokenizers import from_state
 from lm.training.checkpoint_io import AtomicCheckpointIO, restored
+from lm.training.evaluation import COUNTS
+from lm.training.metrics import shown
 
 
 class Evaluate(parsing.Recipes):
@@ -105,8 +107,6 @@ def _evaluate(arguments: list[str], split: str) -> None:
     if cli.config.json:
         common.print_json(result)
     else:
-        print(
-            f"{cli.config.split} at step {result['step']}: loss {result['loss']:.4f}, perplexity "
-            f"{result['perplexity']:.2f}, bits per byte {result['bits_per_byte']:.4f}, over {result['tokens']:,} tokens"
-            + (f", exact match {result['exact_match']:.4f}" if "exact_match" in result else "")
-        )
+        over = next(f"over {result[name]:,} {name}" for name in COUNTS if name in result)
+        values = ", ".join([f"loss {result['loss']:.4f}", *shown(result), over])
+        print(f"{cli.config.split} at step {result['step']}: {values}")

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from lm import storage
-from lm.cli import common, parsing, pictures
+from lm.cli import common, parsing, pictures, sequences
 from lm.cli.messages import shortened
 from lm.cli.plan import FLOPS, recipe_of, spelled
 from lm.data.module import IGNORED
@@ -66,7 +66,7 @@ class Inspect(parsing.Untrained):
 
     def batch(self) -> list[dict[str, Any]]:
         """Return the first batch's first examples: a context and its target, in ids and as text."""
-        tokens, targets = self.datamodule.train_dataset(1)[0]
+        tokens, targets = self.datamodule.first_batch()
         tokenizer = self.datamodule.text_tokenizer
 
         def example(context: Tensor, target: Tensor) -> dict[str, Any]:
@@ -97,6 +97,9 @@ class Inspect(parsing.Untrained):
             "targets": list(self.recipe.targets),
             "batch": self.batch(),
         }
+        tokens, targets = self.datamodule.first_batch()
+        if targets.ndim == 2 and (shown := sequences.described(tokens[0], targets[0], self.datamodule.text_tokenizer)):
+            result["sequence"] = shown
         if self.config.text is not None:
             result["text"] = tokenized(self.config.text, self.datamodule.text_tokenizer)
         return result
@@ -178,6 +181,8 @@ def inspect(arguments: list[str]) -> None:
         context = shortened(" ".join(map(str, one["context"])), 60)
         before, after = one["text"]
         say(f"in the context {context} the target is {one['target']}  ({shortened(before, 40)!r} → {after!r})")
+    if "sequence" in result:
+        say("\n" + "\n".join(sequences.lines(result["sequence"], stream)))
     for row in result.get("text", ()):
         if "error" in row:
             say(f"\n{row['tokenizer']}: {row['error']}")

@@ -280,12 +280,12 @@ def recipe_names(said: str) -> tuple[list[str], dict[str, list[str]]]:
 
     from lightning.pytorch import callbacks, loggers
 
-    from lm import data, models, training
+    from lm import data, models, posttraining, training
     from lm.training import optimizers, schedules
 
     init = "model.init_args."
     places = {
-        "model": [getattr(training, name) for name in training.__all__],
+        "model": [getattr(place, name) for place in (training, posttraining) for name in place.__all__],
         f"{init}net": [getattr(models, name) for name in models.__all__],
         f"{init}optimizer": [torch.optim.AdamW, torch.optim.SGD, optimizers.MuonAdamW, optimizers.ScaledAdamW],
         f"{init}schedule": schedules.Schedule.__subclasses__(),

@@ -28,7 +28,7 @@ def draw(net: nn.Module, data: TokenData, make_optimizer: Callable[..., Any] | N
         data: Is set up.
         make_optimizer: Returns the recipe's optimizer, of which a first step is shown; None for none.
     """
-    tokens, targets = audit.cut(*data.train_dataset(1)[0], TOKENS)
+    tokens, targets = audit.cut(*data.first_batch(), TOKENS)
     decode = data.text_tokenizer.decode
     symbols = [decode([i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
     found = {}

@@ -85,13 +85,13 @@ def recipe_of(cli: parsing.Untrained, processes: int) -> needs.Recipe:
     size = data.divided(processes, trainer.accumulate_grad_batches)
     cli.set_up_data()
     module = parsing.language_model(cli.model)
-    tokens, targets = data.training_examples()(0, 1)
+    tokens, targets = (one.flatten(0, -2) if one.ndim > 2 else one for one in data.training_examples()(0, 1)[:2])
     make_net: Any = module.make_net
     return needs.Recipe(
         partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),
         module.make_optimizer,
-        (size, *tokens.shape[1:]),
-        (size, *targets.shape[1:]),
+        (size * len(tokens), *tokens.shape[1:]),  # a pair is two sequences
+        (size * len(targets), *targets.shape[1:]),
         str(trainer.precision or "32-true"),
         trainer.accumulate_grad_batches,
         getattr(make_net, "keywords", {}).get("n_layer"),

@@ -22,7 +22,7 @@ from lm.tokenizers import identity
 if TYPE_CHECKING:
     from lm.data.tasks import TaskData
 
-TEXT = ("lm.data.TextData", "lm.data.LinesData")
+TEXT = ("lm.data.TextData", "lm.data.LinesData", "lm.data.ChatData")
 
 
 def make_parser() -> ArgumentParser:

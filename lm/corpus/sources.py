@@ -6,13 +6,12 @@ function that returns a Source and add it to NAMED; for a file format see lm.cor
 
 import hashlib
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from lm import storage
-from lm.corpus import formats, source_files
+from lm.corpus import formats, generated, source_files
 from lm.errors import UserError
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -68,13 +67,6 @@ def _python_docs() -> str:
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
-def _arithmetic() -> str:
-    """Return 50,000 sums of two numbers below 1,000, one a line."""
-    draw = random.Random(0)
-    pairs = ((draw.randrange(1000), draw.randrange(1000)) for _ in range(50_000))
-    return "".join(f"{a}+{b}={a + b}\n" for a, b in pairs)
-
-
 def _shakespeare() -> Source:
     digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     return _from_files([storage.fetch("tinyshakespeare.txt", SHAKESPEARE, digest)])
@@ -89,5 +81,8 @@ NAMED: dict[str, Callable[[], Source]] = {
     "python-docs": lambda: _generated(_python_docs),
     "shakespeare": _shakespeare,
     "names": _names,
-    "arithmetic": lambda: _generated(_arithmetic),
+    "arithmetic": lambda: _generated(generated.arithmetic),
+    "conversations": lambda: _generated(generated.conversations),
+    "names-to-write": lambda: _generated(generated.names_to_write),
+    "preferences": lambda: _generated(generated.preferences),
 }

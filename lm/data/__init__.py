@@ -2,14 +2,21 @@
 
 from typing import Any
 
-__all__ = ["ArithmeticData", "LinesData", "ReverseData", "TextData"]
+__all__ = ["ArithmeticData", "ChatData", "LinesData", "PairData", "ReverseData", "TextData"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a LightningDataModule when it is asked for: `lm prepare` and its workers need neither them nor torch."""
     from importlib import import_module
 
-    modules = {"LinesData": "lines", "ArithmeticData": "tasks", "ReverseData": "tasks", "TextData": "text"}
+    modules = {
+        "ArithmeticData": "tasks",
+        "ChatData": "chat",
+        "LinesData": "lines",
+        "PairData": "pairs",
+        "ReverseData": "tasks",
+        "TextData": "text",
+    }
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"lm.data.{modules[name]}"), name)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-Batch = tuple[Tensor, Tensor]
-"""tokens and targets, int64 (B, T); targets are the tokens shifted by one."""
+Batch = tuple[Tensor, ...]
+"""tokens and targets, int64 (B, T); targets are the tokens shifted by one. Some data has more tensors."""
 
 
 def draw(seed: int, first: int, count: int, below: int) -> np.ndarray:
@@ -78,13 +78,13 @@ class Stream(Dataset[Batch]):
     def __getitem__(self, k: int) -> Batch:
         """Return item k, counted from the start of training."""
         size = self.micro_batch_size * self.steps
-        tokens, targets = self.examples((k * self.world_size + self.rank) * size + self.shift, size)
+        batch = self.examples((k * self.world_size + self.rank) * size + self.shift, size)
         if self.steps > 1:  # (K B, …) -> (K, B, …)
-            tokens, targets = tokens.unflatten(0, (self.steps, -1)), targets.unflatten(0, (self.steps, -1))
-        return tokens, targets
+            return tuple(one.unflatten(0, (self.steps, -1)) for one in batch)
+        return batch
 
 
-def random_rows(tokens: Tensor, targets: Tensor, seed: int, first: int, count: int) -> Batch:
+def random_rows(tokens: Tensor, targets: Tensor, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Return rows of tokens (N, T) and targets (N, …), drawn with replacement: example i is row `draw(seed, i)`."""
     chosen = torch.from_numpy(draw(seed, first, count, len(tokens)))  # (B,)
     return tokens[chosen], targets[chosen]

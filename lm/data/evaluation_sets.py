@@ -57,10 +57,10 @@ class EvaluationSet(Dataset[Batch]):
 
     def __getitem__(self, k: int) -> Batch:
         """Return this rank's batch k; raises IndexError past the last."""
-        tokens, targets = self.read(*self.spans[k])
+        tokens, targets, *more = self.read(*self.spans[k])
         if self.padded and k == len(self) - 1:
             targets = torch.full_like(targets, IGNORED)
-        return tokens, targets
+        return tokens, targets, *more
 
 
 def of_rows(tokens: Tensor, targets: Tensor, *, batch_size: int, rank: int = 0, world_size: int = 1) -> EvaluationSet:

@@ -3,7 +3,6 @@
 Shapes: N examples, T block_size.
 """
 
-import random
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +13,13 @@ import torch
 
 from lm.bounds import checked
 from lm.corpus import sources
+from lm.data import splits
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import IGNORED, TokenData, check_fractions
 from lm.errors import UserError
 from lm.tokenizers import CharTokenizer, Tokenizer
 
-SPLIT_SEED = 42  # makemore's: the split is part of the reference figures, not of the run
 EVAL_TOKENS = 1 << 16
 
 
@@ -80,14 +79,14 @@ class LinesData(TokenData):
         _ = self.micro_batch_size
         if self.examples:
             return
-        splits = self._split()
+        parts = self._split()
         if not isinstance(self.tokenizer, Tokenizer):
-            symbols = {symbol for lines in splits.values() for line in lines for symbol in line}
+            symbols = {symbol for lines in parts.values() for line in lines for symbol in line}
             if self.end in symbols:
                 raise UserError(f"corpus {self.corpus}: a line contains the end mark {self.end!r}: set data.end")
             self.tokenizer = CharTokenizer(symbols, end=self.end)
         make = self._windows if self.targets == "last" else self._whole
-        self.examples = {name: make(lines) for name, lines in splits.items()}
+        self.examples = {name: make(lines) for name, lines in parts.items()}
 
     def _split(self) -> dict[str, list[str]]:
         lines = sources.find(self.corpus).read().splitlines()
@@ -99,14 +98,7 @@ class LinesData(TokenData):
                 f"corpus {self.corpus}: its {len(lines)} lines are {len(set(lines))} different one(s): training, "
                 "validation and test need different lines"
             )
-        random.Random(SPLIT_SEED).shuffle(lines)
-        first = int((1 - self.val_fraction - self.test_fraction) * len(lines))
-        second = int((1 - self.test_fraction) * len(lines))
-        splits = {"train": lines[:first], "val": lines[first:second], "test": lines[second:]}
-        for name, part in splits.items():
-            if not part and (name != "test" or self.test_fraction):
-                raise UserError(f"corpus {self.corpus}: {len(lines)} lines leave none for its {name} split: use more")
-        return splits
+        return splits.shuffled(self.corpus, lines, self.val_fraction, self.test_fraction)
 
     def _windows(self, lines: list[str]) -> Batch:
         """Return every symbol and end mark (N,) with the block_size symbols before it in its line (N, T)."""
@@ -138,7 +130,8 @@ class LinesData(TokenData):
 
     def training_examples(self) -> Callable[[int, int], Batch]:
         """Return a function that draws rows of the training split with replacement."""
-        return partial(random_rows, *self.examples["train"], self.seed)
+        tokens, targets = self.examples["train"]
+        return partial(random_rows, tokens, targets, self.seed)
 
     def eval_dataset(self, split: str) -> EvaluationSet:
         """Return all examples of a split once; test is validation where there is no test split."""

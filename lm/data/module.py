@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lm.bounds import checked
@@ -40,6 +41,9 @@ class TokenData(LightningDataModule, ABC):
         num_workers: Processes that prepare batches.
         seed: Chooses the training sequences.
     """
+
+    gives = "texts"
+    """What a batch has: texts, or pairs of texts."""
 
     @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:
@@ -112,6 +116,11 @@ class TokenData(LightningDataModule, ABC):
     def go_on(self, step: int, sequences: int) -> None:
         """Resume training after a step by which so many sequences were consumed, at whatever batch size."""
         self._shift = sequences - step * self.batch_size
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and targets that training begins with, a row a sequence: a pair of texts is two."""
+        tokens, targets = self.train_dataset(1)[0][:2]
+        return (tokens.flatten(0, -2), targets.flatten(0, -2)) if tokens.ndim > 2 else (tokens, targets)
 
     def train_dataset(self, steps: int = 1) -> Stream:
         """Return this process's training batches, so many steps per item."""

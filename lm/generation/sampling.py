@@ -182,11 +182,11 @@ class TextStream:
         self.text = ""  # decoded so far
         self.shown = 0  # characters of it that were returned
         self.done = False
-        self._decoder = tokenizer.decoder()
+        self._decoder, self._ends = tokenizer.decoder(), tokenizer.stops
 
     def add(self, token: int) -> str:
         """Take a token; return the text that is now certain."""
-        if token == self.tokenizer.eot:
+        if token in self._ends:
             return self.finish()
         return self._extend(self._decoder.add(token))
 

@@ -12,7 +12,7 @@ from lm.serving.answers import ChatShape, Names, Shape, Texts
 from lm.serving.calls import Call, Limits, Prompt
 from lm.serving.errors import ApiError
 from lm.serving.metrics import Metrics
-from lm.serving.templates import Templates, prompt_of, special_ids
+from lm.serving.templates import Templates, prompt_of
 from lm.serving.worker import Job, Token, Worker
 
 
@@ -29,7 +29,7 @@ class Service:
         self.workers = {worker.name: worker for worker in workers}
         self.limits, self.metrics, self.templates = limits, metrics, Templates()
         self.stopping, self._preparing = False, 0
-        self.special = {worker.name: special_ids(worker.tokenizer) for worker in workers}
+        self.special = {worker.name: dict(worker.tokenizer.special_ids) for worker in workers}
         self.names = {worker.name: Names(worker.tokenizer, self.special[worker.name]) for worker in workers}
 
     @property

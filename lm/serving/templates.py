@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from lm.serving.errors import ApiError
-from lm.tokenizers import BytePairTokenizer, Tokenizer
+from lm.tokenizers import Tokenizer
 
 WAIT = 30.0
 """Seconds of the clock for what may take a second of processor time."""
@@ -80,14 +80,6 @@ def _refused(why: str) -> ApiError:
     return ApiError(f"the chat template does not take these messages: {why[:300]}", "messages", code="chat_template")
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the names of special tokens, as templates write them, and their ids."""
-    if isinstance(tokenizer, BytePairTokenizer):
-        return dict(tokenizer.special_ids)
-    empty = [i for i, one in enumerate(tokenizer.token_bytes()) if not one]
-    return {"<|endoftext|>": empty[-1]} if empty else {}
-
-
 async def prompt_of(
     templates: Templates,
     tokenizer: Tokenizer,
@@ -105,7 +97,7 @@ async def prompt_of(
         ApiError: The template does not take the messages.
         UserError: The vocabulary lacks a symbol.
     """
-    special = special_ids(tokenizer)
+    special = tokenizer.special_ids
     mark, end = ("\ue000" + secrets.token_hex(8) + "\ue001" for _ in range(2))
     names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
     template = chat["chat_template"]

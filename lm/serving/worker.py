@@ -240,7 +240,7 @@ class Worker:
         shown += len(new)
         tokens = []
         while text.request.logprobs is not None and told < len(text.tokens) and text.starts[told] < shown:
-            if text.tokens[told] != self.tokenizer.eot or not text.finished:
+            if text.tokens[told] not in self.tokenizer.stops or not text.finished:
                 tokens.append(Token(text.tokens[told], *text.logprobs[told], text.starts[told]))
             told += 1
         job.told[text] = told, shown

@@ -1,5 +1,6 @@
 """A byte-level byte-pair encoding."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,8 @@ import numpy as np
 from lm.errors import UserError
 from lm.tokenizers import merges
 from lm.tokenizers.byte import well_formed
-from lm.tokenizers.published import END_OF_TEXT, GPT2_PATTERN
-from lm.tokenizers.tokenizer import Tokenizer
+from lm.tokenizers.published import GPT2_PATTERN
+from lm.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -75,6 +76,12 @@ class BytePairTokenizer(Tokenizer):
         for token, rank in self.merge_table.items():
             table[rank] = token
         return table
+
+    def with_special(self, names: Iterable[str]) -> "BytePairTokenizer":
+        """Return one with these special tokens after the last id."""
+        new = [name for name in (self.end_of_text, *names) if name not in self.special_ids]
+        special = {**self.special_ids, **{name: i for i, name in enumerate(new, self.n_vocab)}}
+        return BytePairTokenizer(self.ranks, self.pattern, special, self.end_of_text)
 
     def state(self) -> dict[str, Any]:
         """Return the merge table, the pattern, and the special tokens where they are not the default."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from lm.tokenizers.merges import from_text, to_text
-from lm.tokenizers.published import CL100K_PATTERN, END_OF_TEXT, GPT2_PATTERN, O200K_PATTERN
+from lm.tokenizers.published import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
+from lm.tokenizers.tokenizer import END_OF_TEXT
 
 Json = dict[str, Any]
 LONGEST = 8192  # bytes of a token; the time to check one grows with their square
@@ -62,23 +63,22 @@ def to_files(tokenizer: Tokenizer, block_size: int) -> dict[str, Json]:
     Raises:
         ValueError: The tokenizer cuts words by a pattern that Hugging Face's have no equal of.
     """
-    end, special = None, {}
+    special: dict[str, Any] = dict(tokenizer.special_ids)
+    end = END_OF_TEXT if END_OF_TEXT in special else None
     if isinstance(tokenizer, CharTokenizer):
         symbols = {symbol: i for i, symbol in enumerate(tokenizer.symbols)}
-        special = {END_OF_TEXT: tokenizer.n_vocab - 1} if tokenizer.n_vocab > len(symbols) else {}
-        end = tokenizer.end or (END_OF_TEXT if special else None)
+        end = tokenizer.end or end
         model: Json = {"type": "WordLevel", "vocab": symbols | special, "unk_token": "[UNK]"}  # unknown ones: an error
         words, decoder = _CHARACTERS, {"type": "Fuse"}
     else:
         if isinstance(tokenizer, ByteTokenizer):
             ranks, words = {bytes([i]): i for i in range(256)}, NO_WORDS
-            special, end = {END_OF_TEXT: tokenizer.eot}, END_OF_TEXT
         else:
             assert isinstance(tokenizer, BytePairTokenizer)
             if tokenizer.pattern not in WORDS:
                 raise ValueError(f"its pattern of words, {tokenizer.pattern!r}, has no equal there")
             ranks, words = tokenizer.merge_table, WORDS[tokenizer.pattern]
-            special, end = tokenizer.special_ids, None if tokenizer.eot is None else tokenizer.end_of_text
+            end = None if tokenizer.eot is None else tokenizer.end_of_text
         model, decoder = _byte_pairs(ranks, special), _BYTE_LEVEL
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     added = [{"id": i, "content": name} | flags for name, i in sorted(special.items(), key=lambda item: item[1])]
@@ -167,8 +167,10 @@ def from_files(whole: Json, settings: Json) -> Tokenizer:
         raise ValueError(f"its token {twice!r} has two ids")
     ranks = _ranks({name: i for name, i in vocab.items() if name not in added})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    if words == NO_WORDS and not pairs and ranks == {bytes([i]): i for i in range(256)} and added == {END_OF_TEXT: 256}:
-        return ByteTokenizer()
+    if words == NO_WORDS and not pairs and ranks == {bytes([i]): i for i in range(256)}:
+        made = ByteTokenizer(name for name in sorted(added, key=added.__getitem__) if name != END_OF_TEXT)
+        if made.special_ids == added:
+            return made
     pattern = next((pattern for pattern, known in WORDS.items() if known == words), None)
     if pattern is None:
         raise ValueError(f"its pre_tokenizer, {_kinds(whole.get('pre_tokenizer'))}, cuts words as none of lm's does")
@@ -269,10 +271,11 @@ def _end(settings: Json, added: Iterable[str]) -> str | None:
 
 def _characters(vocab: dict[str, int], settings: Json, added: dict[str, int]) -> CharTokenizer:
     ends = END_OF_TEXT in vocab
-    symbols = [name for name in vocab if name != END_OF_TEXT]
+    special = [name for name in sorted(added, key=added.__getitem__) if name != END_OF_TEXT and len(name) > 1]
+    symbols = [name for name in vocab if name != END_OF_TEXT and name not in special]
     end = _end(settings, ()) if not ends else None
-    tokenizer = CharTokenizer(symbols, end if end in symbols else None, ends)
-    known = {symbol: i for i, symbol in enumerate(tokenizer.symbols)} | ({END_OF_TEXT: len(symbols)} if ends else {})
+    tokenizer = CharTokenizer(symbols, end if end in symbols else None, ends, special)
+    known = {symbol: i for i, symbol in enumerate(tokenizer.symbols)} | tokenizer.special_ids
     if known != vocab or any(vocab.get(name) != i for name, i in added.items()):
         raise ValueError("its vocabulary is not one of characters in their order")
     return tokenizer

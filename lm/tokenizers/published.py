@@ -15,8 +15,8 @@ from typing import NamedTuple
 from lm import storage
 from lm.errors import UserError
 from lm.tokenizers.merges import to_text
+from lm.tokenizers.tokenizer import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CL100K_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lm.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
 
 class Tokenizer(ABC):
     """What every tokenizer can do."""
@@ -37,6 +41,30 @@ class Tokenizer(ABC):
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return all that `from_state` needs to make the same ids: strings and lists of strings."""
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens by their names; text never becomes one of them, whatever is written in it."""
+        there = self.eot is not None and not self._table[self.eot]
+        return {END_OF_TEXT: self.eot} if there and self.eot is not None else {}
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """Id of the token that ends a turn of a conversation; the end-of-text token's where there is no other."""
+        return self.special_ids.get((self.chat or {}).get("eos_token", ""), self.eot)
+
+    @property
+    def stops(self) -> set[int]:
+        """Ids that end what a network writes: the end of a text, and of a turn."""
+        return {i for i in (self.eot, self.end_of_turn) if i is not None}
+
+    def with_special(self, names: Iterable[str]) -> "Tokenizer":
+        """Return a tokenizer with an end-of-text token that no text contains, and after its ids these special tokens.
+
+        Raises:
+            UserError: It takes none.
+        """
+        raise UserError(f"{type(self).__name__} takes no special tokens: use char, byte or a byte-pair encoding")
 
     @cached_property
     def _table(self) -> list[bytes]:

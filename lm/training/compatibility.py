@@ -86,15 +86,20 @@ def check_data(net: Any, data: Any) -> None:
     """Refuse data that does not fit a network.
 
     Raises:
-        UserError: The network's attention restarts after a token other than the data's end of text; or the network
-            reads a source and writes what follows, but the data has targets in the source, where its logits mean
-            nothing.
+        UserError: The network's attention restarts after a token other than the data's end of text, or does not where
+            documents of a sequence must not see each other; or the network reads a source and writes what follows, but
+            the data has targets in the source, where its logits mean nothing.
     """
     tokenizer = data.text_tokenizer
     end = getattr(net, "document_end", None)
     if end is not None and end != tokenizer.eot:
         raise UserError(
             f"model.net.init_args.document_end is {end}, the data's end-of-text token is {tokenizer.eot}: say that one"
+        )
+    if end is None and getattr(data, "packed", False):
+        raise UserError(
+            "data.packed: conversations in one sequence would see each other: say model.net.init_args.document_end "
+            f"{tokenizer.eot}, or data.packed false"
         )
     start = getattr(net, "start_token", None)
     if start is not None:

@@ -13,8 +13,10 @@ from torchmetrics.classification import MulticlassExactMatch
 
 from lm.data.module import IGNORED
 from lm.training.loggers.step_log import StepLog
-from lm.training.metrics import TokenLoss
+from lm.training.metrics import Sums, TokenLoss
 from lm.training.objectives import CrossEntropy
+
+COUNTS = ("tokens", "pairs")  # of what an evaluation's mean is over
 
 
 class Evaluated(LightningModule):
@@ -27,7 +29,7 @@ class Evaluated(LightningModule):
         super().__init__()
         self.validation: dict[str, float] = {}
         """The newest validation metrics, "step" among them."""
-        self.eval_loss = TokenLoss()
+        self.eval_loss: Sums = TokenLoss()
         self.exact_match: MulticlassExactMatch | None = None
         self.step_log = StepLog()
         self.objective = CrossEntropy()
@@ -48,11 +50,11 @@ class Evaluated(LightningModule):
         values = self.eval_loss.compute()
         self.eval_loss.reset()
         self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
-        self.validation["tokens"] = int(values["tokens"])
+        self.validation |= {key: int(values[key]) for key in COUNTS if key in values}
         if self.exact_match is not None:
             self.validation["exact_match"] = float(self.exact_match.compute())
             self.exact_match.reset()
-        shown = {key: value for key, value in self.validation.items() if key not in ("step", "tokens")}
+        shown = {key: value for key, value in self.validation.items() if key not in ("step", *COUNTS)}
         if self.trainer.state.fn != "fit":  # what a Trainer's own validate and test return; ranks have one sum already
             kind = "test" if self.trainer.state.fn == "test" else "val"
             self.log_dict({f"{kind}_{key}": value for key, value in shown.items()})

@@ -34,7 +34,7 @@ def take_weights(
     Args:
         net: Takes the weights; initialised.
         make: Made it of its vocab_size and block_size.
-        tokenizer: The data's. It gets the checkpoint's chat template, if their ids are the same.
+        tokenizer: The data's. It gets the checkpoint's chat template where it has none, if their ids are the same.
         path: The checkpoint, or a folder of Hugging Face's transformers.
         config: The recipe; None to compare shapes alone.
 
@@ -48,13 +48,13 @@ def take_weights(
     saved = imports.load(path, "init_from")
     there, said, ids = from_state(saved.tokenizer), "", {}
     if identity(there.state()) == identity(tokenizer.state()):
-        tokenizer.chat = there.chat
+        tokenizer.chat = tokenizer.chat or there.chat
     else:
         ids = common_ids(there, tokenizer, f"{setting('init_from')} {path}")
         taken, new, left_out = len(ids), tokenizer.n_vocab - len(ids), there.n_vocab - len(ids)
         said = f" (vocabulary: {taken:,} tokens taken over, {new:,} new, {left_out:,} left out)"
     if config and saved.config:
-        compatibility.check_network(f"{setting('init_from')} {path}", _with_ids(saved.config, ids), config)
+        compatibility.check_network(f"{setting('init_from')} {path}", _with_ids(saved.config, ids, net), config)
     weights, built = saved.weights, net.state_dict()
     compatibility.check_finite(str(path), weights)
     if ids:
@@ -101,16 +101,22 @@ def _tokens(tokenizer: Tokenizer) -> list[Any]:
     """Return what each id stands for: bytes, or the name of a special token; nothing where it is unused."""
     found: list[Any] = tokenizer.token_bytes()
     end = {} if tokenizer.eot is None or found[tokenizer.eot] else {"the end of a text": tokenizer.eot}
-    for name, i in [*getattr(tokenizer, "special_ids", {}).items(), *end.items()]:  # whatever that is called
+    for name, i in [*tokenizer.special_ids.items(), *end.items()]:  # whatever that is called
         found[i] = name
     return found
 
 
-def _with_ids(config: dict[str, Any], ids: Ids) -> dict[str, Any]:
-    """Return a checkpoint's recipe with the data's ids of tokens."""
+def _with_ids(config: dict[str, Any], ids: Ids, net: Any) -> dict[str, Any]:
+    """Return a checkpoint's recipe with the data's ids of tokens, and with the end of documents where that is new.
+
+    A network computes the same with and without an end of documents that its vocabulary lacks.
+    """
     config = deepcopy(config)
     settings = schema.net_of(config).get("init_args") or {}
     settings.update({name: ids.get(settings[name], settings[name]) for name in OF_TOKENS if name in settings})
+    end = getattr(net, "document_end", None)
+    if ids and settings.get("document_end") is None and end is not None and end not in ids.values():
+        settings["document_end"] = end
     return config
 
 

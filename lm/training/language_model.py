@@ -61,6 +61,9 @@ class LanguageModel(Evaluated):
             less memory, a third more computation.
     """
 
+    learns_from = "texts"
+    """What the data must give: `TokenData.gives`."""
+
     @checked("model.", UserError)
     def __init__(
         self,
@@ -129,6 +132,11 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if (found := getattr(data, "gives", self.learns_from)) != self.learns_from:
+            raise UserError(
+                f"model {type(self).__name__} learns from {self.learns_from}, and data {type(data).__name__} has "
+                f"{found}: change one"
+            )
         # initialising GPT-2 small takes a CPU a second and a half
         with without_initialisation() if self.resumes else nullcontext():
             trained = self.make_optimizer if compute.trains_in_memory(self.trainer) else None
@@ -140,6 +148,7 @@ class LanguageModel(Evaluated):
             raise UserError(f"model.calibrate: {type(self.net).__name__} has no BatchNorm: set it to false")
         if self.init_from is not None:
             self.origin = take_weights(self.net, self.make_net, data.text_tokenizer, self.init_from, self.config)
+        self.change_network()
         if self.activation_checkpointing:
             recompute_blocks(self.net)
         self._compile()
@@ -150,6 +159,9 @@ class LanguageModel(Evaluated):
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
         self.register_buffer("token_lengths", lengths, persistent=False)
         leave_constants(self)
+
+    def change_network(self) -> None:
+        """Change the network that the recipe names, which has its first weights, before it is compiled and sharded."""
 
     def _compile(self) -> None:
         assert self.net is not None
@@ -191,7 +203,12 @@ class LanguageModel(Evaluated):
             for watcher in self.step.watching:
                 watcher.before_step(self.net)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+    def loss(self, *batch: Tensor) -> Tensor:
+        """Return the loss of a micro-batch, tokens and targets, whose backward pass follows."""
+        tokens, targets = batch
+        return self.step.loss(self(tokens), targets)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         """Return the loss of a micro-batch; or take several whole steps, and return None.
 
         Args:
@@ -199,17 +216,16 @@ class LanguageModel(Evaluated):
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call == 1:
-            tokens, targets = batch
-            return self.step.loss(self(tokens), targets)
+            return self.loss(*batch)
         for number, *one in each_step(self.global_step, self.trainer.max_steps, self.steps_per_call, batch):
             self.step.take(number, self._find_gradients, *one)
             self._finished(number)
         return None
 
-    def _find_gradients(self, tokens: Tensor, targets: Tensor) -> None:
+    def _find_gradients(self, *batch: Tensor) -> None:
         """Set the parameters' gradients to those of a batch."""
         self.trainer.optimizers[0].zero_grad()
-        self.step.loss(self(tokens), targets).backward()
+        self.loss(*batch).backward()
 
     def configure_gradient_clipping(
         self,

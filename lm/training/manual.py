@@ -88,7 +88,7 @@ class ManualLanguageModel(LanguageModel):
             self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled
         )
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         """Add the gradient of a micro-batch, and update after the last of a step; or take several whole steps.
 
         Args:
@@ -106,26 +106,33 @@ class ManualLanguageModel(LanguageModel):
             self._finished(number)
 
     @torch.no_grad()
-    def _find_gradients(self, tokens: Tensor, targets: Tensor, first: bool = True, last: bool = True) -> None:
+    def _find_gradients(self, *batch: Tensor, first: bool = True, last: bool = True) -> None:
         assert self.net is not None
         step = self._by_hand
         if first:
             step.begin()
             due = self.audit_every and (self.global_step + 1) % self.audit_every == 0
             self._audit = audit.Reference(self.net) if due else None
-            self._rules = audit.rules_in_float64(self.net, tokens, targets) if due else []
+            self._rules = audit.rules_in_float64(self.net, *batch[:2]) if due else []
         if self._audit is not None:
-            self._audit.see(tokens, targets)
+            self._audit.see(*batch[:2])
         for watcher in self.step.watching:
             watcher.before_backward(step.grads)
+        self.loss_by_hand(*batch, last=last)
+        if last:
+            step.finish()
+
+    def loss_by_hand(self, *batch: Tensor, last: bool) -> Tensor:
+        """Return the loss of a micro-batch, the step's last or not, after adding its gradient; of tokens, targets."""
+        tokens, targets = batch
         try:  # a compiled graph shows watchers nothing
-            self.step.note(step.add(tokens, targets, last=last, eager=bool(self.step.watching)), targets)
+            loss = self._by_hand.add(tokens, targets, last=last, eager=bool(self.step.watching))
         except ValueError as error:
             if "predictions" not in str(error):
                 raise
             raise UserError(f"model.net: {error}: see data.targets, and LinesData for fixed contexts") from error
-        if last:
-            step.finish()
+        self.step.note(loss, targets)
+        return loss
 
     def _check_gradients(self, loss: Tensor | float) -> None:
         """Compare the step's loss and gradient with autograd's, where an audit is due.

@@ -106,19 +106,18 @@ class Step:
 
     # -- in this order
 
-    def take(self, number: int, gradient: Callable[[Tensor, Tensor], Any], tokens: Tensor, targets: Tensor) -> None:
+    def take(self, number: int, gradient: Callable[..., Any], *batch: Tensor) -> None:
         """Take one step on a batch that is not divided, without Lightning's wrapper.
 
         Args:
             number: Of the step, counted from 1.
             gradient: Sets the parameters' gradients to a batch's: forward and backward pass.
-            tokens: int64 (B, T).
-            targets: int64, (B, T) or (B,).
+            batch: What it takes: tokens (B, T) and targets, (B, T) or (B,).
         """
         self.begin(number - 1)
         for watcher in self.watching:
             watcher.before_step(self.net)
-        gradient(tokens, targets)
+        gradient(*batch)
         self.update(number)
 
     def begin(self, done: int) -> None:

@@ -250,7 +250,7 @@ class Endings(Callback):
         module: Any = pl_module
         schedules.check(module.step.schedule, trainer.global_step, trainer.max_steps)
         known = {"val_loss", *(f"train/{name}" for name in TRAINING)}
-        known |= {f"val/{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+        known |= {f"val/{name}" for name in module.eval_loss.names}
         if module.exact_match is not None:
             known.add("val/exact_match")
         callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]

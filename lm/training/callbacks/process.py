@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lm import log
 from lm.checkpoints import schema
 from lm.training import lightning_internals
+from lm.training.metrics import shown
 
 
 class RandomState(Callback):
@@ -209,9 +210,8 @@ class Console(Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
             values: Any = pl_module.validation
             self._line(
-                f"{self._step(trainer, trainer.global_step)}  val_loss {values['loss']:.4f}  "
-                f"perplexity {values['perplexity']:.2f}  bits per byte {values['bits_per_byte']:.4f}"
-                + (f"  exact match {values['exact_match']:.4f}" if "exact_match" in values else ""),
+                f"{self._step(trainer, trainer.global_step)}  val_loss "
+                + "  ".join([f"{values['loss']:.4f}", *shown(values)]),
                 step=trainer.global_step,
                 **{f"val_{key}": value for key, value in values.items() if key != "step"},
             )

@@ -1,0 +1,57 @@
+"""What training by preferences and rewards minimises, and its gradient.
+
+Each loss here is a function of a few numbers a text or a token, and is returned with its derivative by them.
+`log_probabilities` takes a derivative by log-probabilities on to the logits. So every policy loss is a weighted
+cross-entropy: where dL/d log p(y) = w, the gradient by the logits is w (onehot(y) - softmax).
+
+Shapes: N texts or tokens, T tokens of a text, V vocabulary; … any leading dimensions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lm.models.parts import precise
+
+
+def log_probabilities(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return each target's log-probability, and the function from its gradient to the logits'.
+
+    log p_y = z_y - log Σ_j e^{z_j}, of which the derivative by z_j is 1[j = y] - p_j: dz = dl (onehot(y) - p).
+
+    Args:
+        logits: (…, T, V).
+        targets: int64 (…, T).
+        ignore_index: The target that does not count: its log-probability is 0.
+    """
+    counts, index = targets != ignore_index, targets.clamp(min=0).unsqueeze(-1)
+    logs = precise(logits).log_softmax(-1)  # (…, T, V)
+    found = logs.gather(-1, index).squeeze(-1).where(counts, 0.0)  # (…, T)
+
+    def backward(dlogs: Tensor) -> Tensor:
+        weights = dlogs.where(counts, 0.0).unsqueeze(-1)  # (…, T, 1)
+        return (-weights * logs.exp()).scatter_add(-1, index, weights)
+
+    return found, backward
+
+
+def preference(margins: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the loss of pairs of which the better one leads by a margin, and its derivative.
+
+    Bradley and Terry (1952): the better one wins with probability σ(m). Where a share ε of the labels is wrong, the
+    loss is -(1 - ε) log σ(m) - ε log σ(-m). As d log σ(m) / dm = σ(-m) = 1 - σ(m), the derivative is
+    -(1 - ε) (1 - σ(m)) + ε σ(m) = σ(m) - (1 - ε).
+
+    Args:
+        margins: The better one's score minus the other's (N,).
+        smoothing: The share ε of labels that are taken to be wrong.
+
+    Returns:
+        Both (N,).
+    """
+    loss = -(1 - smoothing) * F.logsigmoid(margins) - smoothing * F.logsigmoid(-margins)
+    return loss, torch.sigmoid(margins) - (1 - smoothing)

@@ -1,0 +1,57 @@
+"""Losses of preferences and rewards against autograd in float64, and what is found where one is wrong."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lm.backprop.policy import log_probabilities, preference
+from tests.support.mutants import Mutant, broken
+
+V, IGNORED = 7, -100
+CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+MUTANTS = [
+    Mutant("policy", "-weights * logs.exp()", "weights * logs.exp()", "log-probabilities: sign of the softmax"),
+    Mutant("policy", "(-weights * logs.exp()).scatter_add(-1, index, weights)", "-weights * logs.exp()", "no target"),
+    Mutant("policy", "dlogs.where(counts, 0.0).unsqueeze(-1)", "dlogs.unsqueeze(-1)", "ignored targets count"),
+    Mutant("policy", "torch.sigmoid(margins) - (1 - smoothing)", "torch.sigmoid(margins) - 1", "smoothing forgotten"),
+    Mutant("policy", "torch.sigmoid(margins) - (1 - smoothing)", "torch.sigmoid(-margins) - (1 - smoothing)", "-m"),
+]  # fmt: skip
+
+
+def check_log_probabilities() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(3, 2, 5, V, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (3, 2, 5))
+    targets[torch.rand(targets.shape) < 0.3] = IGNORED
+    wanted = -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    weights = torch.randn(targets.shape, dtype=torch.float64)
+    (dlogits,) = torch.autograd.grad((weights * wanted).sum(), logits)
+    with torch.no_grad():
+        found, backward = log_probabilities(logits, targets)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        torch.testing.assert_close(backward(weights), dlogits, **CLOSE)
+
+
+def check_preference() -> None:
+    margins = torch.linspace(-40, 40, 33, dtype=torch.float64, requires_grad=True)
+    for smoothing in (0.0, 0.1):
+        p, q = torch.sigmoid(margins.detach()), torch.sigmoid(-margins.detach())
+        loss, dmargins = preference(margins, smoothing)
+        torch.testing.assert_close(loss, -(1 - smoothing) * p.log() - smoothing * q.log(), **CLOSE)
+        torch.testing.assert_close(dmargins, *torch.autograd.grad(loss.sum(), margins), **CLOSE)
+
+
+def checks() -> None:
+    check_log_probabilities()
+    check_preference()
+
+
+def test_gradients_are_autograds() -> None:
+    checks()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_wrong_one_is_found(mutant: Mutant) -> None:
+    with broken(mutant), pytest.raises(AssertionError):
+        checks()
+    checks()
