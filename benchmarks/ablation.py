@@ -18,7 +18,7 @@ from reproduce import CONFIGS, parameters, run
 
 NET, OPTIMIZER = "--model.init_args.net.init_args", "--model.init_args.optimizer"
 BASE = [  # what the recipe has changed itself
-    *(f"{NET}.positions", "learned", f"{NET}.norm", "layer", f"{NET}.qk_norm", "false", f"{NET}.feed_forward", "gelu"),
+    *(f"{NET}.positions", "learned", f"{NET}.norm", "layer", f"{NET}.feed_forward", "gelu"),
     *(OPTIMIZER, "torch.optim.AdamW"),
 ]
 MUON = [OPTIMIZER, "lm.training.optimizers.MuonAdamW", f"{OPTIMIZER}.init_args.muon_lr", 0.02]
