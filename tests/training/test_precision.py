@@ -1,0 +1,91 @@
+"""`trainer.precision auto`: chosen once, said, kept in the recipe, and nothing else of the run changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lm.data import TextData
+from lm.models import GPT
+from lm.training import LanguageModel, ManualLanguageModel, precision
+from tests.support.runs import assert_runs_equal
+
+FIT = ("fit", "--config", "tiny.yaml", "--samples.max_new_tokens", 0)
+AUTO = ("--trainer.precision", "auto")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mixed_takes(monkeypatch: pytest.MonkeyPatch):
+    """Sets what is measured."""
+    monkeypatch.setattr(precision, "has_instructions", lambda: True)
+    return lambda ratio: monkeypatch.setattr(precision, "ratio_of_times", lambda *_: ratio)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.5, "bf16-mixed"), (0.95, "32-true")])
+def test_the_faster_one_trains_as_if_it_had_been_said(
+    lm, workplace: Path, mixed_takes, ratio: float, expected: str
+) -> None:
+    mixed_takes(ratio)
+    assert lm(*FIT, "--name", "said", "--trainer.precision", expected)[0] == 0
+    code, out, _ = lm(*FIT, "--name", "auto", *AUTO)
+    assert code == 0 and f"note: trainer.precision auto: {expected}: " in out and f"{ratio:.2f} of " in out
+    assert yaml.safe_load(Path("logs/auto/config.yaml").read_text())["trainer"]["precision"] == expected
+    assert_runs_equal("said", "auto")
+
+
+def test_a_run_goes_on_in_its_precision(lm, workplace: Path, mixed_takes) -> None:
+    """Whatever would be measured now."""
+    mixed_takes(0.5)
+    for name in ("whole", "parts"):
+        assert lm(*FIT, "--name", name, *AUTO)[0] == 0
+    mixed_takes(2.0)
+    code, out, err = lm(*FIT, "--name", "parts", *AUTO, "--ckpt_path", "checkpoints/parts/step=0000005.ckpt")
+    assert code == 0, err
+    assert "note: trainer.precision auto: bf16-mixed: as in the checkpoint" in out and "differs" not in out
+    assert_runs_equal("whole", "parts")
+
+
+def test_full_precision_where_nothing_is_to_be_measured(lm, workplace: Path, mixed_takes, monkeypatch) -> None:
+    mixed_takes(0.1)
+    _, out, _ = lm(*FIT, *AUTO, "--model.init_args.steps_per_call", 4)
+    assert "auto: 32-true: model.steps_per_call is for full precision" in out
+    monkeypatch.setattr(precision, "has_instructions", lambda: False)
+    _, out, _ = lm(*FIT, "--name", "old", *AUTO)
+    assert "auto: 32-true: this CPU has no instructions for 16-bit floats" in out
+
+
+def test_ranks_that_could_disagree_are_refused(lm, workplace: Path) -> None:
+    code, _, err = lm(*FIT, *AUTO, "--trainer.devices", 2)
+    assert code == 2 and err == (
+        "error: trainer.precision auto is measured in one process: say 32-true or bf16-mixed\n"
+    )
+
+
+def test_other_commands_read_such_a_recipe(lm, workplace: Path) -> None:
+    plan = [json.loads(lm("plan", "--config", "tiny.yaml", "--json", *words)[1]) for words in ((), AUTO)]
+    assert plan[0] == plan[1]
+
+
+@pytest.mark.parametrize("kind", [LanguageModel, ManualLanguageModel])
+def test_it_is_measured(workplace: Path, kind: type[LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's own gradients, in both precisions; the random state stays."""
+    monkeypatch.setattr(precision, "SECONDS", 0.0)
+    monkeypatch.setattr(precision, "has_instructions", lambda: True)
+    data = TextData(corpus="text.txt", block_size=16, batch_size=4, seed=1)
+    data.setup("fit")
+    seen = []
+
+    def make(vocab_size: int, block_size: int) -> GPT:
+        net = GPT(vocab_size, block_size, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+        net.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        return net
+
+    before = torch.get_rng_state()
+    chosen, reason = precision.choose(kind(net=make), data, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert chosen in ("32-true", "bf16-mixed") and " of " in reason
+    if kind is LanguageModel:
+        assert seen == [torch.float32, torch.bfloat16] * 2
