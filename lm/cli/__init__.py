@@ -149,8 +149,11 @@ def _run(words: list[str]) -> int:
     environment.numbers()
     module, function = COMMANDS[name][0].split(":")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each of its warnings brings fifty lines of stack
+    new = module not in sys.modules
     gc.disable()  # imported objects stay; searching them for garbage takes half a second
     command = getattr(importlib.import_module(module), function)
+    if new:
+        gc.freeze()  # nor are they searched later
     gc.enable()
     command(rest)
     return 0

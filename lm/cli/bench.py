@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lm.cli import common, parsing
+from lm.cli import common, devices, parsing
 from lm.cli.fit import Fit
 from lm.cli.plan import FLOPS, recipe_of, spelled
 from lm.errors import UserError
@@ -50,17 +50,12 @@ class Bench(_Options, parsing.Untrained):
     @property
     def device(self) -> torch.device:
         """Where the recipe computes."""
-        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if there is None or self.config.trainer.accelerator == "cpu" else there
+        return devices.of_recipe(self.config.trainer)
 
     @property
     def processes(self) -> int:
         """How many processes share the recipe's batch; one of them is timed."""
-        devices = self.config.trainer.devices
-        if str(devices) in ("auto", "-1"):
-            devices = 1 if self.device.type == "cpu" else torch.accelerator.device_count()
-        found = str(devices).strip("[]").split(",") if not str(devices).isdigit() else range(int(devices))
-        return len(found) * int(self.config.trainer.num_nodes)
+        return devices.processes(self.config.trainer)
 
 
 class Timed(_Options, Fit):
@@ -113,14 +108,12 @@ class Way:
     Args:
         name: What the table calls it.
         settings: What a recipe would say.
-        dtype: In which numbers it multiplies.
         measure: The work of its process.
         arguments: Of that.
     """
 
     name: str
     settings: dict[str, Any]
-    dtype: str
     measure: Callable[..., None]
     arguments: tuple[Any, ...]
 
@@ -150,7 +143,6 @@ def models_of(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def ways_to_train(cli: Bench, models: list[str], words: list[str]) -> Iterator[Way]:
     """Yield the recipe as it is; or each of several classes, compiled and not, unless the words say whether."""
-    dtype = speed.dtype_of(str(cli.config.trainer.precision))
     missing = compute.compiler_missing(cli.device)
     choices = [False] if missing else [False, True]
     if len(models) < 2 or any(word.partition("=")[0] == f"--{COMPILE}" for word in words):
@@ -162,14 +154,13 @@ def ways_to_train(cli: Bench, models: list[str], words: list[str]) -> Iterator[W
             name = model.rpartition(".")[2] + ", compiled" * compiled
             own = with_model(words, model) if models else words
             arguments = ([*own, f"--{COMPILE}={str(compiled).lower()}"], cli.processes)
-            yield Way(name, {"model": model, COMPILE: compiled}, dtype, train, arguments)
+            yield Way(name, {"model": model, COMPILE: compiled}, train, arguments)
 
 
 def ways_to_write(cli: Bench, words: list[str]) -> Iterator[Way]:
     """Yield each dtype of the weights."""
     for dtype in DTYPES if cli.device.type == "cpu" else DTYPES[:2]:
-        multiplies = "float32" if dtype == "float32" else "bfloat16"
-        yield Way(dtype, {"dtype": dtype}, multiplies, generate, (words, dtype))
+        yield Way(dtype, {"dtype": dtype}, generate, (words, dtype))
 
 
 def with_model(words: list[str], model: str = "") -> list[str]:
@@ -187,49 +178,48 @@ def measured(ways: list[Way], device: str, threads: int, steps: int | None) -> l
         steps: Of each way; None for half a second a turn.
     """
     with Turns(threads) as turns:
-        kinds = [*dict.fromkeys(way.dtype for way in ways)]
-        for kind in kinds:
-            turns.add(speed.products, kind, device)
-        for way in ways:
-            turns.add(way.measure, *way.arguments)
-        numbers = range(len(kinds), len(kinds) + len(ways))
-        warm = [turns.take(number, {"steps": WARM_UP, "by_part": False}) for number in numbers]
+        ready = [turns.add(way.measure, *way.arguments) for way in ways]
+        dtypes = [speed.dtype_of(one["precision"]) for one in ready]
+        for dtype in (kinds := [*dict.fromkeys(dtypes)]):
+            turns.add(speed.products, dtype, device)
+        warm = [turns.take(number, {"steps": WARM_UP, "by_part": False}) for number in range(len(ways))]
         if steps is None:
-            probe = turns.take(numbers[0], {"steps": WARM_UP, "by_part": False})
+            probe = turns.take(0, {"steps": WARM_UP, "by_part": False})
             each, count = max(1, round(1000 * SECONDS / probe["step_ms"])), ROUNDS
         else:
             count = min(ROUNDS, steps)
             each = math.ceil(steps / count)
-        order = {"steps": each, "by_part": device == "cpu"}
-        found = turns.rounds([{}] * len(kinds) + [order] * len(ways), count)
-        apart = (
-            found if device == "cpu" else turns.rounds([{}] * len(kinds) + [order | {"by_part": True}] * len(ways), 1)
-        )
-    peaks = {kind: max(one["flops"] for one in found[i]) for i, kind in enumerate(kinds)}
+        orders = [{"steps": each, "by_part": device == "cpu"}] * (len(ways) + len(kinds))
+        found = turns.rounds(orders, count)
+        apart = found if device == "cpu" else turns.rounds([one | {"by_part": True} for one in orders], 1)
+    peaks = {kind: max(one["flops"] for one in turns_) for kind, turns_ in zip(kinds, found[len(ways) :], strict=True)}
     return [
-        row(way, peaks[way.dtype], found[number], apart[number], warm[number - len(kinds)])
-        for number, way in zip(numbers, ways, strict=True)
+        {
+            "name": way.name,
+            **way.settings,
+            **ready[i],
+            **figures(found[i], apart[i]),
+            "first_steps_seconds": warm[i]["step_ms"] * warm[i]["steps"] / 1000,
+            "peak_flops": peaks[dtypes[i]],
+        }
+        for i, way in enumerate(ways)
     ]
 
 
-def row(way: Way, peak: float, turns: list[dict[str, Any]], apart: list[dict[str, Any]], warm: Any) -> dict[str, Any]:
-    """Return the figures of a way from the reports of its turns."""
+def figures(turns: list[dict[str, Any]], apart: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a way's figures from the reports of its turns, and of those by part."""
     step_ms = median(turn["step_ms"] for turn in turns)
-    parts = {part: median(turn["parts_ms"][part] for turn in apart) for part in apart[0].get("parts_ms", ())}
+    parts = [part for part in PARTS if part in apart[0].get("parts_ms", ())]
     return {
-        "name": way.name,
-        **way.settings,
         "step_ms": step_ms,
-        "parts_ms": {part: parts[part] for part in PARTS if part in parts},
+        "parts_ms": {part: median(turn["parts_ms"][part] for turn in apart) for part in parts},
         "tokens_per_second": 1000 * turns[0]["tokens"] / step_ms,
         "peak_memory_mb": turns[-1]["peak_memory_mb"],
-        "peak_flops": peak,
-        "first_steps_seconds": warm["step_ms"] * warm["steps"] / 1000,
     }
 
 
-def run(cli: Bench, models: list[str], words: list[str], threads: int) -> tuple[dict[str, Any], list[Way]]:
-    """Measure, and return what `--json` prints, and what was measured."""
+def run(cli: Bench, models: list[str], words: list[str], threads: int) -> dict[str, Any]:
+    """Measure, and return what `--json` prints."""
     writes = cli.config.generate
     if writes and len(models) > 1:
         raise UserError("--generate: gradients take no part in it: say --model once, or not at all")
@@ -242,8 +232,8 @@ def run(cli: Bench, models: list[str], words: list[str], threads: int) -> tuple[
         one["mfu"] = flops * one["tokens_per_second"] / one["peak_flops"]
     rows = [{key: rounded(value) for key, value in one.items()} for one in rows]
     best = min(rows, key=lambda one: one["step_ms"])
-    figures = {key: best[key] for key in ("step_ms", "tokens_per_second", "peak_memory_mb")}
-    return {**figures, **result, "mfu": best["mfu"], "advice": advice(rows, ways), "rows": rows}, ways
+    fastest = {key: best[key] for key in ("step_ms", "tokens_per_second", "peak_memory_mb")}
+    return {**fastest, **result, "mfu": best["mfu"], "advice": advice(rows, ways), "rows": rows}
 
 
 def rounded(value: Any) -> Any:
@@ -294,7 +284,7 @@ def bench(arguments: list[str]) -> None:
     torch.set_num_threads(1)  # so that there are no others, which a fork would lose
     try:
         cli = Bench(with_model(words, *models[:1]), "Time a recipe's training steps, or its text. Nothing is written.")
-        result, ways = run(cli, models, words, threads)
+        result = run(cli, models, words, threads)
     finally:
         torch.set_num_threads(threads)
     rows, stream = result["rows"], common.output(cli.config.json)
@@ -302,7 +292,7 @@ def bench(arguments: list[str]) -> None:
     flops = spelled(result["flops_per_token"], FLOPS)
     where = f"1 x {cli.device.type}" + f", {threads} threads" * (cli.device.type == "cpu")
     print(f"{kind}: {result['parameters']:,} parameters, {flops} a token; {where}", *table(rows), sep="\n", file=stream)
-    for dtype, peak in {way.dtype: one["peak_flops"] for way, one in zip(ways, rows, strict=True)}.items():
+    for dtype, peak in {speed.dtype_of(one["precision"]): one["peak_flops"] for one in rows}.items():
         print(f"the peak: {peak / 1e9:,.0f} GFLOP/s, of a product of matrices in {dtype}", file=stream)
     if len(rows) > 1:
         print(result["advice"], file=stream)

@@ -1,4 +1,7 @@
-"""Where a checkpoint's network runs, and in which numbers: the options, and the device that one names."""
+"""Where a network runs: of a checkpoint, by --device; of a recipe, by trainer.accelerator."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -36,3 +39,18 @@ def device(name: str) -> torch.device:
     except RuntimeError as error:  # a GPU that is full, or broken
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return there[name]
+
+
+def of_recipe(trainer: Mapping[str, Any]) -> torch.device:
+    """Return where a recipe trains, given its Trainer's arguments."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if there is None or trainer["accelerator"] == "cpu" else there
+
+
+def processes(trainer: Mapping[str, Any]) -> int:
+    """Return how many processes share a recipe's batch, given its Trainer's arguments."""
+    devices = trainer["devices"]
+    if str(devices) in ("auto", "-1"):
+        return int(trainer["num_nodes"]) * (1 if of_recipe(trainer).type == "cpu" else torch.accelerator.device_count())
+    named = devices if isinstance(devices, list) else str(devices).strip(",").split(",")  # 2, "2", "0,1", [0, 1]
+    return int(trainer["num_nodes"]) * (len(named) if len(named) > 1 or isinstance(devices, list) else int(named[0]))

@@ -27,6 +27,11 @@ def numbers() -> dict[str, int]:
     return {name: int(value) for name, value in found.items()}
 
 
+def processes() -> int:
+    """Return how many processes a launcher says that it has started."""
+    return max([1, *(value for name, value in numbers().items() if name in ("WORLD_SIZE", "SLURM_NTASKS"))])
+
+
 def check() -> None:
     """Refuse variables that give this process no place among the others.
 

@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lm import log, storage
 from lm.checkpoints import checkpoint, disk, runs, sharded
-from lm.cli import common, parsing, rules, streams
+from lm.cli import common, devices, environment, parsing, rules, streams
 from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.experiments.about import About
 from lm.experiments.trial import Reports
-from lm.training import ManualLanguageModel, compute, harmless, lightning_internals
+from lm.training import ManualLanguageModel, compute, harmless, lightning_internals, precision
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
@@ -77,8 +77,8 @@ class Fit(rules.WithRules):
         self.ckpt_path = runs.resolve(
             self.checkpoints, found, config.ckpt_path, note=lambda text: self.say(f"note: {text}", level="warning")
         )
-        origin = self.ckpt_path and (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path))
-        self.first_step = origin.step if origin else 0
+        self.goes_on = (found.get(self.ckpt_path) or checkpoint.peek(self.ckpt_path)) if self.ckpt_path else None
+        self.first_step = self.goes_on.step if self.goes_on else 0
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes out of the run."""
@@ -92,6 +92,8 @@ class Fit(rules.WithRules):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
+        if settings["precision"] == precision.AUTO:
+            settings["precision"] = self.config.trainer.precision = self._precision(settings)
         lightning.take_over(settings, self.checkpoints)
         self._count_in_batches(settings)
         if isinstance(self.config_init.model, ManualLanguageModel):
@@ -148,6 +150,21 @@ class Fit(rules.WithRules):
         if isinstance(trainer.strategy, DDPStrategy):
             compute.tune(trainer.strategy)
         return trainer
+
+    def _precision(self, settings: dict[str, Any]) -> str:
+        """Return the checkpoint's precision, or else the faster one, and say so."""
+        saved = self.goes_on and self.goes_on.config
+        if saved:
+            chosen, reason = str(saved["trainer"]["precision"] or precision.FULL), "as in the checkpoint"
+        else:
+            if max(devices.processes(settings), environment.processes()) > 1:
+                raise UserError("trainer.precision auto is measured in one process: say 32-true or bf16-mixed")
+            self.inherit_tokenizer(self.origin)
+            self.datamodule.setup("fit")
+            module = parsing.language_model(self.model)
+            chosen, reason = precision.choose(module, self.datamodule, devices.of_recipe(settings))
+        self.say(f"note: trainer.precision auto: {chosen}: {reason}")
+        return chosen
 
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
         """Turn val_check_interval from the recipe's steps into Lightning's batches.

@@ -50,7 +50,7 @@ the training
   --trainer.devices N                 processes: one a GPU, or a share of the cores [auto]
   --trainer.num_nodes N               machines [1]
   --trainer.strategy KIND             ddp, or fsdp2, which shards the network [auto]
-  --trainer.precision KIND            32-true, bf16-mixed, 16-mixed, 64-true
+  --trainer.precision KIND            32-true, bf16-mixed, 16-mixed, 64-true; auto: the faster of the first two here
   --trainer.accumulate_grad_batches N micro-batches a step [1]
   --checkpoint.every_n_steps N        steps between checkpoints
 the network and its data

@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import Enum
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -125,6 +125,8 @@ class Recipes(LightningCLI):
         """Add the run's name, lm's own sections and the seed."""
         parser.add_argument("--name", type=str | None, default=None, help="The run's name, else the config file's.")
         parser.add_argument("--json", action="store_true", help="Print the result as JSON; progress goes to stderr.")
+        (precision,) = (one for one in parser._actions if one.dest == "trainer.precision")
+        precision._typehint |= Literal["auto"]  # type: ignore[attr-defined]
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleText, "samples")
         parser.add_lightning_class_args(Figures, "figures")

@@ -66,7 +66,7 @@ def generation(net: nn.Module, start: int, dtype: Dtype, device: torch.device, w
     longest = int(net.block_size)  # type: ignore[arg-type]
     net = packed(net.eval().to(device), dtype)
     prompt = torch.tensor([[start]], device=device)  # (1, 1)
-    report: dict[str, Any] = {"device": device.type}
+    report: dict[str, Any] = {"precision": "32-true" if dtype == "float32" else "bf16-true"}
     tokens = _texts(net, prompt, longest)
     while True:
         steps = wait(report)["steps"]

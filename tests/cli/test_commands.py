@@ -38,7 +38,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help.all"])
     assert stop.value.code == 0
-    others = {"doctor": "--lock", "exercises": "--check"} | dict.fromkeys(("gradients", "plan", "inspect"), "--config")
+    others = {"doctor": "--lock", "exercises": "--check"} | dict.fromkeys(
+        ("gradients", "plan", "inspect", "bench"), "--config"
+    )
     others |= dict.fromkeys(("import", "prepare", "tokenizer"), "--source")
     others |= {"report": "--output", "sweep": "--config"}
     option = others.get(command, "--ckpt_path")
