@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lm.serving import answers, openapi, page, probes
-from lm.serving.calls import parse
+from lm.serving.calls import Call, parse
 from lm.serving.errors import ApiError
 from lm.serving.guard import Guard, Origins, failed, respond
 from lm.serving.service import Service
@@ -90,7 +90,7 @@ class Generation:
             return
         await until_gone(self._answer(call, scope, receive, send), receive)
 
-    async def _answer(self, call: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         started, job, worker = False, None, self.service.worker(call.model)
         try:
             async with asyncio.timeout(self.service.limits.timeout):

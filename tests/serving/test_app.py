@@ -1,13 +1,14 @@
 """Load and faults: limits, clients that go away or are slow, time-outs, and how the server ends."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -188,6 +189,21 @@ def test_headers_that_do_not_arrive(url: str) -> None:
         until(lambda: connection.recv(65536, socket.MSG_PEEK).endswith(b"}"))
         connection.sendall(b"{")  # of a body that nobody reads
         assert connection.recv(65536).startswith(b"HTTP/1.1 404") and connection.recv(65536) == b""
+
+
+def test_too_many_connections(server: tuple[str, subprocess.Popen[str]]) -> None:
+    url, process = server
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (70, before[1]))  # leaves room for eight
+    try:
+        with ExitStack() as several:
+            for _ in range(8):
+                several.enter_context(raw(url, b""))
+            with raw(url, b"") as one_more:
+                assert answer(one_more)[0] == 503
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+    assert requests.get(f"{url}/health", timeout=20).ok
 
 
 def test_paths_that_are_not_there_leave_no_figures(url: str) -> None:
