@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -189,7 +189,11 @@ class Server:
     model: str
     process: subprocess.Popen[str] | None = None
 
-    def end(self) -> None:
+    def __enter__(self) -> "Server":
+        """Use it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """End the process."""
         if self.process is not None:
             self.process.terminate()
@@ -223,11 +227,11 @@ def transformers_started(folder: Path, options: argparse.Namespace) -> Server:
     raise SystemExit((folder / "transformers.log").read_text()[-1000:])
 
 
-def speeds(folder: Path, options: argparse.Namespace) -> None:
+def speeds(folder: Path, options: argparse.Namespace, ending: ExitStack) -> None:
     """Print the table of speeds: the engine alone and the servers take turns."""
-    servers = [started(folder, options)]
+    servers = [ending.enter_context(started(folder, options))]
     if options.peer == "transformers":
-        servers.append(transformers_started(folder, options))
+        servers.append(ending.enter_context(transformers_started(folder, options)))
     elif options.peer:
         servers.append(Server(options.peer_name, options.peer, options.model))
     alone, loads, rates = list[float](), list[Load](), list[list[float]]()
@@ -244,7 +248,6 @@ def speeds(folder: Path, options: argparse.Namespace) -> None:
     print("| server | tokens/s | of the engine's | first token, p50 (ms) | p95 | between tokens, p50 (ms) | p95 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for server, load, its in zip(servers, loads, rates, strict=True):
-        server.end()
         rate, share = statistics.median(its), statistics.median(its) / statistics.median(alone)
         times = [percentile(values, q) for values in (load.first, load.between) for q in (0.5, 0.95)]
         print(f"| {server.name} | {rate:,.0f} | {100 * share:.0f} % | {' | '.join(times)} |")
@@ -259,9 +262,9 @@ def seen(process: subprocess.Popen[str], url: str) -> tuple[float, int, int]:
     return int(memory[1]) / 1024, int(float(used[1])), len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
 
-def faults(folder: Path, options: argparse.Namespace) -> None:
+def faults(folder: Path, options: argparse.Namespace, ending: ExitStack) -> None:
     """Print what is left after load with clients that break off, and after minutes of it."""
-    server = started(folder, options)
+    server = ending.enter_context(started(folder, options))
     assert server.process
     requests = drawn(options, server.model)
     Load(server.url, options.clients).run(requests[: 2 * options.clients])  # all that is allocated once
@@ -276,7 +279,6 @@ def faults(folder: Path, options: argparse.Namespace) -> None:
         Load(server.url, options.clients, breaking=True).run(requests)
         asked += len(requests)
         time.sleep(1)  # the last to break off are noticed
-    server.end()
 
 
 def main() -> None:
@@ -298,9 +300,9 @@ def main() -> None:
     if options.turn:
         print(engine_alone(options))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ending:
         written(Path(folder) / "random.ckpt", options.shape, 2 * options.longest)
-        (faults if options.faults else speeds)(Path(folder), options)
+        (faults if options.faults else speeds)(Path(folder), options, ending)
 
 
 if __name__ == "__main__":

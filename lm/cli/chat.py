@@ -34,7 +34,7 @@ def chat(arguments: list[str]) -> None:
     sampler = Sampler(**{name: options[name] for name in Sampler.__dataclass_fields__})
     fitted = load_network(options.ckpt_path, devices.device(options.device))
     if options.chat_template is not None:
-        template = common.text_of("chat_template", options.chat_template)
+        template = common.chat_template(options.chat_template)
         fitted.tokenizer.chat = {**(fitted.tokenizer.chat or {}), "chat_template": template}
     if not fitted.tokenizer.chat:
         raise UserError(f"--ckpt_path {options.ckpt_path}: it has no chat template: say --chat_template, or lm sample")

@@ -98,4 +98,24 @@ def text_of(option: str, path: Path) -> str:
         raise UserError(f"--{option} {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
 
 
+def chat_template(path: Path) -> str:
+    """Return the text of the file that --chat_template names.
+
+    Raises:
+        UserError: It cannot be read, or is no template.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    from lm.serving.template_process import environment
+
+    text = text_of("chat_template", path)
+    try:
+        environment().parse(text)
+    except TemplateSyntaxError as error:
+        raise UserError(f"--chat_template {path}: line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise UserError(f"--chat_template {path}: it is nested too deeply") from error
+    return text
+
+
 TOKENIZERS = "char, byte, gpt2, cl100k_base, o200k_base, or the path of a .tiktoken file."

@@ -69,7 +69,7 @@ def serve(arguments: list[str]) -> None:
         )
     origins = [_origin(one) for one in options.cors_origin]
     named = names(options.ckpt_path)
-    template = None if options.chat_template is None else common.text_of("chat_template", options.chat_template)
+    template = None if options.chat_template is None else common.chat_template(options.chat_template)
     socket = server.bind(options.host, options.port)
     metrics = Metrics()
     workers = [_worker(name, path, options, template, metrics) for name, path in named.items()]

@@ -7,16 +7,15 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lm.serving import answers, openapi, page, probes
-from lm.serving.calls import parse
+from lm.serving.calls import Call, parse
 from lm.serving.errors import ApiError
-from lm.serving.guard import Guard, failed, respond
+from lm.serving.guard import Guard, Origins, failed, respond
 from lm.serving.service import Service
 from lm.serving.values import loads
 
@@ -91,7 +90,7 @@ class Generation:
             return
         await until_gone(self._answer(call, scope, receive, send), receive)
 
-    async def _answer(self, call: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         started, job, worker = False, None, self.service.worker(call.model)
         try:
             async with asyncio.timeout(self.service.limits.timeout):
@@ -209,5 +208,5 @@ def make_app(service: Service, *, keys: Sequence[bytes], loopback: bool, origins
     app = Guard(app, keys=keys, loopback=loopback, metrics=service.metrics, paths={one.path for one in routes})
     if origins:
         headers = ["authorization", "content-type"]
-        app = CORSMiddleware(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers)
+        app = Origins(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers)
     return app

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lm import log, storage
@@ -46,7 +47,7 @@ def read_keys(file: Path | None) -> list[bytes]:
     else:
         source = f"{setting('api_key_file')} {file}"
         try:
-            lines = storage.plain(file).read_text(encoding="utf-8").splitlines()
+            lines = storage.plain(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -139,6 +140,16 @@ class Guard:
             what = "is wrong" if shown else "is missing"
             text = f"the key {what}: send it as the header Authorization: Bearer KEY"
             raise ApiError(text, status=401, code="invalid_api_key")
+
+
+class Origins(CORSMiddleware):
+    """Tells browsers which other sites' pages may call the server; to all others it says no in OpenAI's shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer what a browser asks before it sends a page's request."""
+        found = super().preflight_response(request_headers)
+        refused = found.status_code >= 400
+        return respond(ApiError(f"{bytes(found.body).decode()}: ask who runs this server")) if refused else found
 
 
 def respond(error: ApiError) -> JSONResponse:

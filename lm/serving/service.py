@@ -29,8 +29,7 @@ class Service:
         self.workers = {worker.name: worker for worker in workers}
         self.limits, self.metrics, self.templates = limits, metrics, Templates()
         self.stopping, self._preparing = False, 0
-        self.special = {worker.name: dict(worker.tokenizer.special_ids) for worker in workers}
-        self.names = {worker.name: Names(worker.tokenizer, self.special[worker.name]) for worker in workers}
+        self.names = {worker.name: Names(worker.tokenizer, dict(worker.tokenizer.special_ids)) for worker in workers}
 
     @property
     def well(self) -> bool:

@@ -50,12 +50,7 @@ class Templates:
 
     async def _ask(self, line: bytes) -> Any:
         if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "lm.serving.template_process"),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-                env={name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
-                limit=1 << 24, start_new_session=True,
-            )  # fmt: skip
+            self._process = await _started()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(line)
         await self._process.stdin.drain()
@@ -74,6 +69,19 @@ class Templates:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         return process
+
+
+async def _started() -> asyncio.subprocess.Process:
+    """Return a new process that runs templates."""
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "lm.serving.template_process"),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            env={name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+            limit=1 << 24, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:  # it is not the template's fault
+        raise ApiError(f"the process for chat templates does not start: {error.strerror}", status=500) from error
 
 
 def _refused(why: str) -> ApiError:

@@ -1,13 +1,14 @@
 """Load and faults: limits, clients that go away or are slow, time-outs, and how the server ends."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -106,17 +107,31 @@ def test_a_full_queue_is_429_and_who_goes_away_makes_room(url: str) -> None:
     assert figures(url)['lm_generated_tokens_total{model="tiny"}'] == made + 5
 
 
-def test_a_request_that_is_prepared_has_a_place(place: Path) -> None:
+def at_work(pid: int) -> bool:
+    """Return whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_while_a_template_runs(place: Path) -> None:
+    """Its request has a place, and it does not outlive the server by more than its second of processor time."""
     written(place / "slow.ckpt", chat="{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
     asks = {"model": "slow", "messages": [{"role": "user", "content": "a"}]}
-    with served("--ckpt_path", "slow.ckpt", "--max_requests", 1, cwd=place) as (url, _):
-        with raw(
-            url, asked(asks, "connection: close").replace(b"/v1/", b"/v1/chat/", 1)
-        ) as first:  # a second of processor time
-            text = {"model": "slow", "prompt": "a"}
+    data = asked(asks, "connection: close").replace(b"/v1/", b"/v1/chat/", 1)
+    text = {"model": "slow", "prompt": "a"}
+    with served("--ckpt_path", "slow.ckpt", "--max_requests", 1, cwd=place) as (url, process):
+        with raw(url, data) as first:
             until(lambda: requests.post(f"{url}/tokenize", json=text, timeout=20).status_code == 429)
             assert answer(first)[0] == 400
         until(lambda: requests.post(f"{url}/tokenize", json=text, timeout=20).status_code == 200)
+        with raw(url, data):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            until(lambda: children.read_text().split())
+            template = int(children.read_text().split()[0])
+            process.kill()
+        until(lambda: not at_work(template))
 
 
 def test_a_slow_reader_does_not_hold_up_others(url: str) -> None:
@@ -176,6 +191,21 @@ def test_headers_that_do_not_arrive(url: str) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 404") and connection.recv(65536) == b""
 
 
+def test_too_many_connections(server: tuple[str, subprocess.Popen[str]]) -> None:
+    url, process = server
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (70, before[1]))  # leaves room for eight
+    try:
+        with ExitStack() as several:
+            for _ in range(8):
+                several.enter_context(raw(url, b""))
+            with raw(url, b"") as one_more:
+                assert answer(one_more)[0] == 503
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+    assert requests.get(f"{url}/health", timeout=20).ok
+
+
 def test_paths_that_are_not_there_leave_no_figures(url: str) -> None:
     for path in ("/v1/one", "/metrics/two", "/tokenize/three", "/v1/models/four"):
         requests.get(url + path, timeout=20)
@@ -187,6 +217,7 @@ def test_only_a_named_origin_may_read_answers(url: str) -> None:
         asks = {"origin": origin, "access-control-request-method": "POST"}
         found = requests.options(f"{url}/v1/completions", headers=asks, timeout=20)
         assert (found.headers.get("access-control-allow-origin") == origin) is allowed
+        assert allowed or found.json()["error"]["message"].startswith("Disallowed CORS origin")
         found = requests.get(f"{url}/v1/models", headers={"origin": origin}, timeout=20)
         assert ("access-control-allow-origin" in found.headers) is allowed
 
@@ -249,7 +280,7 @@ def test_two_stops_end_who_does_not_send(place: Path) -> None:
 
 
 def test_keys(place: Path) -> None:
-    (place / "keys").write_text("# of the tests\none\nanother\n")
+    (place / "keys").write_text("one\r\n# of the tests\r\nanother\r\n", encoding="utf-8-sig")
     with served("--ckpt_path", "tiny.ckpt", "--api_key_file", "keys", "--host", "0.0.0.0", cwd=place) as (url, _):
         for key in ("one", "another"):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
@@ -275,11 +306,13 @@ def test_keys(place: Path) -> None:
         (("--ckpt_path", "tiny.ckpt", "--cors_origin", "a.example"), "--cors_origin a.example"),
         (("--ckpt_path", "tiny.ckpt", "--port", 70000), "--port"),
         (("--ckpt_path", "long.ckpt", "--slots", 60000), "--slots 60000"),
+        (("--ckpt_path", "tiny.ckpt", "--chat_template", "if.jinja"), "--chat_template if.jinja: line 2: "),
         ((), "ckpt_path"),
     ],
 )
 def test_a_start_that_fails_is_one_line(place: Path, words: tuple[object, ...], said: str) -> None:
     (place / "text.txt").write_text("no checkpoint")
+    (place / "if.jinja").write_text("a\n{% if %}")
     written(place / "long.ckpt", block=1 << 20)
     process = start("serve", *words, *(() if "--port" in words else ("--port", 0)), cwd=place)
     out, err = process.communicate(timeout=60)

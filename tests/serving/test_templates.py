@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from typing import Any
 
 import pytest
@@ -119,6 +120,13 @@ def test_who_goes_away_leaves_no_process_at_work() -> None:
         return await process.wait()
 
     assert asyncio.run(run()) == -signal.SIGKILL  # not SIGPROF, which comes after a second of processor time
+
+
+def test_a_process_that_does_not_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ApiError, match="does not start: No such file") as error:
+        ids(ByteTokenizer(), "a", TALK)
+    assert error.value.status == 500
 
 
 def test_the_environment_is_not_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
