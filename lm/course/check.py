@@ -265,7 +265,8 @@ def judge(exercise: Exercise, blank: Blank, values: Values, told: dict[str, Any]
     if digits != "float64" and same[at] and torch.allclose(found[at], expected[at], rtol=1e-2, atol=1e-3 * largest):
         message = f"rounded: it is {digits}, with fewer digits than the float64 of the values: leave its dtype as it is"
     else:
-        message = diagnose(exercise, blank, values, found[at], expected[at])
+        asked = blank.single(values, at) if blank.single else (exercise, blank, values)
+        message = diagnose(*asked, found[at], expected[at])
     message += labels[at]
     return Answer(**row, state="wrong", **measured, fault=message.partition(":")[0], message=message)
 
