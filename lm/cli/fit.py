@@ -279,7 +279,8 @@ def fit(arguments: list[str]) -> None:
     with streams.losable():  # losing a line of output must not stop training
         cli = Fit(arguments, "Train a network; writes checkpoints/RUN and logs/RUN.")
         try:
-            result = cli.run()
+            with rules.blamed(cli.config.rules):
+                result = cli.run()
         except Stopped as stop:
             raise _where_it_stopped(stop, cli) from None
         except CommandError as error:

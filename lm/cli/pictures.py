@@ -30,7 +30,7 @@ def draw(net: nn.Module, data: TokenData, make_optimizer: Callable[..., Any] | N
     """
     tokens, targets = audit.cut(*data.first_batch(), TOKENS)
     decode = data.text_tokenizer.decode
-    symbols = [decode([i]).replace(" ", "·").replace("\n", "↵") for i in range(data.vocab_size)]
+    symbols = [decode([i]).replace(" ", "·").replace("\n", "\\n") for i in range(data.vocab_size)]
     found = {}
     for name, pixels in figures.draw(net.train(), tokens, targets, symbols, make_optimizer).items():
         png = BytesIO()

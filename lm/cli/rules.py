@@ -1,14 +1,20 @@
 """A user's own rules: a Python file, named on the command line, that registers them."""
 
 import importlib.util
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lm import backprop
 from lm.backprop.rules import registered
 from lm.cli import parsing
-from lm.errors import UserError
+from lm.errors import CommandError, UserError
+
+BACKPROP = Path(str(backprop.__file__)).parent
 
 
 def load(path: Path) -> list[str]:
@@ -36,6 +42,25 @@ def load(path: Path) -> list[str]:
     if not new:
         raise UserError(f"--rules {path}: it registers no rule: decorate functions with lm.backprop.rule, with (Layer)")
     return new
+
+
+@contextmanager
+def blamed(path: Path | None) -> Iterator[None]:
+    """Turn what is raised in a backward pass with a user's rules into a UserError: they may do anything.
+
+    Raises:
+        UserError: See there.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if path is None or not any(Path(one.filename).parent == BACKPROP for one in frames):
+            raise
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UserError(f"--rules {path}: {text}: lm gradients --rules {path} compares its rules") from error
 
 
 class WithRules(parsing.FromWeights):

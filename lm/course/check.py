@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm import storage
 from lm.course import EXERCISES
 from lm.course.diagnosis import diagnose
 from lm.course.exercise import Blank, Exercise, Values
@@ -30,6 +31,8 @@ SECONDS = 10.0
 """How long a blank may take; each is done in a moment."""
 STARTING = 60.0
 """How long Python may take to import torch."""
+ENDING = 10.0
+"""How long Python may take to end."""
 TOLERANCE = 1e-8
 SEEDS = (1, 2)
 BACKWARDS = [PARAMETERS.index(name) for name in ("b2", "W2", "bnbias", "bngain", "b1", "W1", "C")]
@@ -101,7 +104,7 @@ def source(path: Path) -> str:
         UserError: It cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = storage.plain(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}: name a workbook") from error
     if path.suffix != ".ipynb":
@@ -192,7 +195,7 @@ def _process(
                 else:
                     told[fields["name"]] = fields["answers"]
             with suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)
+                process.wait(ENDING)
         except TimeoutError:
             return begun, f"it runs longer than {seconds:g} s: is there an endless loop?"
         except (ValueError, KeyError, TypeError):
@@ -200,7 +203,9 @@ def _process(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what the file may have started
-    return begun, failed or f"Python ended with exit code {process.returncode}: does it call exit()?"
+    code = process.returncode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return begun, failed or f"Python {how}: it must return a tensor"
 
 
 def _read(process: "subprocess.Popen[bytes]", seconds: float) -> Iterator[dict[str, Any]]:
@@ -260,7 +265,8 @@ def judge(exercise: Exercise, blank: Blank, values: Values, told: dict[str, Any]
     if digits != "float64" and same[at] and torch.allclose(found[at], expected[at], rtol=1e-2, atol=1e-3 * largest):
         message = f"rounded: it is {digits}, with fewer digits than the float64 of the values: leave its dtype as it is"
     else:
-        message = diagnose(exercise, blank, values, found[at], expected[at])
+        asked = blank.single(values, at) if blank.single else (exercise, blank, values)
+        message = diagnose(*asked, found[at], expected[at])
     message += labels[at]
     return Answer(**row, state="wrong", **measured, fault=message.partition(":")[0], message=message)
 

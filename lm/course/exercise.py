@@ -48,15 +48,21 @@ def norm_terms(r: Tensor, hat: Tensor, g: Tensor, axis: int, m: int, *, centred:
     def by_r(inner: Tensor, outer: Tensor) -> Tensor:
         return -r * outer * inner.sum(axis, keepdim=True) / m
 
-    none = {"missing sum: there is no sum": -r * hat * g * hat / m}
-    lost = {"inside the sum": by_r(g, hat), "outside the sum": by_r(g * hat, torch.ones_like(hat))}
-    lost = {f"factor: x̂ is missing {place}": wrong for place, wrong in lost.items()}
-    bare = {"factor: x - mean stands where x̂, which is divided by the deviation, must": by_r(g * hat / r, hat / r)}
+    other = 1 if axis == 0 else -2
+    mistakes = {
+        "missing sum: there is no sum": -r * hat * g * hat / m,
+        "missing sum: it runs over the wrong axis": -r * hat * (g * hat).sum(other, keepdim=True),
+        "factor: x̂ is missing inside the sum": by_r(g, hat),
+        "factor: x̂ is missing outside the sum": by_r(g * hat, torch.ones_like(hat)),
+        "factor: g is missing inside the sum": by_r(hat, hat),
+        "factor: x̂ is twice not divided by the deviation": by_r(g * hat / r, hat / r),
+        "factor: x̂ is once not divided by the deviation": by_r(g * hat / r, hat),
+    }
     by_mean = (-r * g.sum(axis, keepdim=True) / n, {"missing sum: there is no sum": -r * g / n})
     return {
         "directly, r g": (r * g, {}),
         **({"by the mean, -r Σg / n": by_mean} if centred else {}),
-        "by the squares, -r x̂ Σ(g x̂) / m": (by_r(g * hat, hat), none | lost | bare),
+        "by the squares, -r x̂ Σ(g x̂) / m": (by_r(g * hat, hat), mistakes),
     }
 
 
@@ -73,6 +79,7 @@ class Blank:
         faults: Wrong answers that are known, by what to say of them; the kind stands before the colon.
         expected: Returns the right answer where it is no gradient by a single tensor.
         rule: The function whose derivation is revealed, where that is not the solution.
+        single: Where the answer is several gradients: returns the exercise, the blank and the values of one of them.
     """
 
     solution: Step
@@ -81,6 +88,7 @@ class Blank:
     faults: Mapping[str, Step] = field(default_factory=dict)
     expected: Step | None = None
     rule: Step | None = None
+    single: Callable[[Values, int], tuple["Exercise", "Blank", Values]] | None = None
 
     @property
     def name(self) -> str:

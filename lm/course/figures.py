@@ -146,5 +146,5 @@ def _updates(net: nn.Module, make_optimizer: Callable[..., Any]) -> dict[str, Pi
         update, size = (net.get_parameter(name).detach() - old).std(), old.std()
         if update > 0 and size > 0:
             ratios[name] = float((update / size).log10())
-    title = "log10 of the first update's size over the parameter's; about -3 is healthy"
+    title = "log10 of a first update at the full learning rate over the parameter; about -3, in red, is healthy"
     return {"updates": diagrams.bars(ratios, title, best=HEALTHY)} if ratios else {}

@@ -212,6 +212,15 @@ def gradients(
     return tuple(found[name] for name in PARAMETERS)
 
 
+def _single(values: Values, index: int) -> tuple[Exercise, Blank, Values]:
+    """Return exercise 1's blank for one of the seven gradients, with the right gradients from above."""
+    v = values | {"n": N, "m": N - 1, "eps": 1e-5, "dloss": torch.ones((), dtype=torch.float64)}
+    for name, step in MLP_STEPS.items():
+        v[name] = atomic.called(step, v)
+    v |= {f"d{name}": gradient for name, gradient in atomic.backward(v).items()}
+    return MLP, MLP.by_name[f"d{PARAMETERS[index]}"], v
+
+
 def train(parameters: tuple[Tensor, ...], batches: list[tuple[Tensor, Tensor]], lr: float) -> tuple[Tensor, ...]:
     """Gradient descent: against the gradient, a little, again and again."""
     for tokens, targets in batches:
@@ -259,6 +268,7 @@ from the exercises before, and take the one-line versions of 2 and 3. The result
             solution=gradients,
             hints=("Forward as in exercise 1, then your lines from there in their order.", "Seven tensors in a tuple"),
             expected=lambda parameters, tokens, targets: _by_autograd(parameters, tokens, targets),
+            single=_single,
         ),
         Blank(
             solution=train,

@@ -96,7 +96,7 @@ def answer(function: Any, values: dict[str, Any]) -> dict[str, Any]:
         with by_hand() as refused:
             found = function(**given)
         told = as_json(found)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = {"error": where(error)}
     return {"error": refused[0]} if refused else told
 
@@ -124,11 +124,11 @@ def packed(tensor: Tensor) -> dict[str, Any]:
 
 def where(error: BaseException) -> str:
     """Return an error in one line, with the line of the student's file."""
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(sys.prefix)]
-    frames = [one for one in frames if "/lm/course/" not in one.filename]
+    others = (sys.prefix, sys.base_prefix, OURS, "<frozen")
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
     line = f"line {frames[-1].lineno}: {frames[-1].line}: " if frames else ""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return f"{line}{type(error).__name__}: {text}"
+    text = f": {str(error).splitlines()[0]}" if str(error) else ""
+    return f"{line}{type(error).__name__}{text}"
 
 
 def load(path: Path) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lm import storage
 from lm.course import EXERCISES
 from lm.course.exercise import Blank, Exercise, Values, body
+from lm.errors import UserError, setting
 
 Cell = tuple[str, str]
 """markdown or code, and its text."""
@@ -105,8 +106,14 @@ def write(folder: Path, advice: str = "") -> list[Path]:
     Args:
         folder: Where to.
         advice: How to check one; NAME stands for a blank of it.
+
+    Raises:
+        UserError: It cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting('output')} {folder}: {getattr(error, 'strerror', None) or error}") from error
     written = []
     for number, exercise in enumerate(EXERCISES.values()):
         said = advice.replace("NAME", f"{exercise.name}/{exercise.blanks[0].name}")

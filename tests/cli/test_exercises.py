@@ -82,6 +82,9 @@ def test_hints_come_one_at_a_time_and_the_derivation_last(lm, workplace: Path) -
     (("--hint", "mlp/dh:9"), "has the hints 1 to 1"),
     (("--check", "words.txt", "--seconds", "0"), "must be above 0"),
     (("--output", "words.txt"), "it is a file"),
+    (("--output", "words.txt/more"), "--output words.txt/more: Not a directory"),
+    (("--output", "a\0b"), "null byte"),
+    (("--check", "/dev/zero"), "/dev/zero"),
 ])  # fmt: skip
 def test_bad_input(lm, workplace: Path, words: tuple[str, ...], said: str) -> None:
     Path("words.txt").write_text("a\n")

@@ -39,6 +39,15 @@ def test_rules_are_compared_and_train(lm, workplace: Path) -> None:
     assert "rules" not in Path("logs/net/config.yaml").read_text()
 
 
+@pytest.mark.parametrize("wrong", ["raise ValueError('mine')", "return torch.tanh(x)"])
+def test_a_rule_that_fails_in_training_is_named(lm, workplace: Path, wrong: str) -> None:
+    recipe("MLP")
+    Path("mine.py").write_text(TANH.replace("y = torch.tanh(x)", wrong))
+    words = ["--config", "net.yaml", "--rules", "mine.py", "--model", "lm.training.ManualLanguageModel"]
+    code, _, err = lm("fit", *words)
+    assert code == 2 and err.startswith("error: --rules mine.py: ValueError: ") and len(err.splitlines()) == 1, err
+
+
 @pytest.mark.parametrize(("text", "said"), [
     (None, "there is no such file"),
     ("def f(:\n", "line 1: invalid syntax"),

@@ -205,6 +205,8 @@ def test_a_file_is_run_in_a_process_with_a_limit(tmp_path: Path) -> None:
     ("def dlogits(logits): return logits / 0", "not finite"),
     ("def dlogits(logits): return (logits, logits)", "it returns 2 tensors"),
     ("def dlogits(logits):\n    import os\n    os._exit(3)", "exit code 3"),
+    ("def dlogits(logits):\n    import os\n    os.abort()", "was ended by SIGABRT"),
+    ("def dlogits(logits): exit()", "SystemExit"),
     ("import os\nfor i in range(3, 30):\n  try: os.write(i, b'junk\\n')\n  except OSError: pass", "it writes where"),
 ], 1))  # fmt: skip
 def test_what_goes_wrong_is_a_line_that_helps(tmp_path: Path, code: str, said: str) -> None:

@@ -264,5 +264,17 @@ MISTAKES = [
         ("block", "dWk", "dk.flatten(0, 1)", "dk.flatten(0, 1) * 2", "factor"),
         ("block", "dmixed", "dx1 @ Wo.T", "dx1 @ Wo", "transposed"),
         ("block", "db1", ".sum((0, 1))", ".mean((0, 1))", "factor"),
+        ("small-steps", "dA", "dD @ B.T", "B.T @ dD", "transposed"),
+        ("small-steps", "dB", "A.T @ dD", "dD @ A.T", "transposed"),
+        ("small-steps", "dz", "dsquare * 2 * z", "dsquare * 2", "factor"),
+        ("mlp", "dbndiff", "2 * bndiff * dbndiff2", "2 * dbndiff2", "factor"),
+        ("batch-norm", "dhprebn", "(dhpreact * raw).sum(0)", "dhpreact.sum(0)", "factor"),
+        ("batch-norm", "dhprebn", "keepdim=True)) * var_inv", "keepdim=True))", "factor"),
+        ("layer-norm", "dgamma", "dy * hat(x)[0]", "dy", "factor"),
+        ("layer-norm", "dx", "normal).mean(-1, keepdim=True)", "normal).mean(-2, keepdim=True)", "missing sum"),
+        ("rms-norm", "dx", "(g * x * r)", "(x * r)", "factor"),
+        ("rms-norm", "dx", "(g * x * r)", "(g * x)", "factor"),
+        ("training", "gradients", "embcat.T @ dhprebn", "2 * embcat.T @ dhprebn", "factor"),
+        ("training", "gradients", "(raw * dpre).sum(0, keepdim=True)", "(dpre).sum(0, keepdim=True)", "factor"),
     )
 ]  # fmt: skip
