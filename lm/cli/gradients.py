@@ -88,7 +88,7 @@ class Compare(rules.WithRules, parsing.Untrained):
         dataset = data.train_dataset(1)
         number = BATCHES[config.against]
         count = TOKENS[config.against] // number
-        batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(number)]
+        batches = [audit.cut(*parsing.rows(dataset[i]), count) for i in range(number)]
         for i, (_, targets) in enumerate(batches):  # micro-batches with different numbers of targets, as in some data
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches

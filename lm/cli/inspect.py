@@ -69,8 +69,7 @@ class Inspect(parsing.Untrained):
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
         """Return the tokens and targets that training begins with, a row a sequence."""
-        tokens, targets = self.datamodule.train_dataset(1)[0][:2]
-        return (tokens.flatten(0, -2), targets.flatten(0, -2)) if tokens.ndim > 2 else (tokens, targets)
+        return parsing.rows(self.datamodule.train_dataset(1)[0])
 
     def batch(self) -> list[dict[str, Any]]:
         """Return the first batch's first examples: a context and its target, in ids and as text."""

@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from enum import Enum
@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import Tensor
 
 from lm.checkpoints import imports
 from lm.checkpoints.restore import deny_what_runs_code
@@ -204,6 +205,12 @@ class Untrained(FromWeights):
         """Read and tokenize the data."""
         self.inherit_tokenizer(self.origin)
         self.datamodule.setup("fit")
+
+
+def rows(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a batch's tokens and targets, a row a sequence: a pair of texts is two."""
+    tokens, targets = (one.flatten(0, -2) if one.ndim > 2 else one for one in batch[:2])
+    return tokens, targets
 
 
 class _Parser(LightningArgumentParser):

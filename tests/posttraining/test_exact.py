@@ -1,8 +1,8 @@
 """All strings of at most four letters, enumerated: does each method find the optimum that is known in closed form?
 
 The reward less beta times the divergence from the reference is largest for one policy, π_ref exp(r / beta) / Z.
-The policy is a bigram table. So that a table can be that solution, the reward is a sum over pairs of letters, beta times
-the logarithm of another table's probabilities over the reference's; any constant may be added to it.
+The policy here is a bigram table. So that a table can be that one, the reward is a sum over pairs of letters: beta
+times the logarithm of another table's probabilities over the reference's; any constant may be added to it.
 
 Shapes: S strings, T tokens, V vocabulary: letters, and 0, which begins and ends a string.
 """

@@ -66,9 +66,10 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
         assert code == 2 and message in err and err.count("\n") == 1, err
 
 
-def test_inspect_and_plan_take_pairs(lm, workplace: Path) -> None:
+def test_other_commands_take_pairs(lm, workplace: Path) -> None:
     written()
     words = recipe("DPO")[1:]
     code, out, err = lm("inspect", *words)
     assert code == 0 and "<|assistant|>[" in out, err
     assert lm("plan", *words)[0] == 0
+    assert lm("gradients", *words, "--model.init_args.net.init_args.dropout", 0)[0] == 0
