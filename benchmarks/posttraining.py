@@ -73,7 +73,7 @@ def answered(ckpt_path: Path) -> dict[str, float]:
     return {"exact match": right / whole, "ended": ends / turns}
 
 
-def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, float]]:
+def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield exact match of a half-trained adder, of rewards from there, and of examples from there for as long."""
     seeded = ("--seed_everything", seed)
     half = CONFIGS / "tasks/addition.yaml"
@@ -83,11 +83,9 @@ def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[di
     more = ["--trainer.max_time", time, "--trainer.max_steps", 100_000, "--model.init_args.schedule"]
     more += ["lm.training.schedules.Constant", "--trainer.val_check_interval", 100_000]
     run("fit", "--config", half, "--name", "continued", *after("half"), *more, *seeded, folder=folder)
-    found = {}
-    for name in ("half", "rewarded", "continued"):
+    for name, said in {"half": "half-trained", "rewarded": "by rewards", "continued": "by more examples"}.items():
         words = ("validate", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", "test")
-        found[name] = run(*words, folder=folder)["exact_match"]
-    yield found
+        yield {"network": said, "exact match": run(*words, folder=folder)["exact_match"]}
 
 
 def names(folder: Path, options: argparse.Namespace, seed: int) -> None:
@@ -96,7 +94,7 @@ def names(folder: Path, options: argparse.Namespace, seed: int) -> None:
     fit(RECIPES / "reward.yaml", "reward", folder, options, *after("names"), *INHERIT, "--seed_everything", seed)
 
 
-def preferences(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, float]]:
+def preferences(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the share of new pairs that the reward model puts into the order of the true reward."""
     names(folder, options, seed)
     judge = LearnedReward(folder / "checkpoints/reward/last.ckpt")
@@ -107,7 +105,7 @@ def preferences(folder: Path, seed: int, options: argparse.Namespace) -> Iterato
     learned = judge([_answer(judge, text) for text in texts])
     wanted = [generated.gold_reward(text) for text in texts]
     right = [(learned[i] > learned[i + 1]) == (wanted[i] > wanted[i + 1]) for i in range(0, len(texts), 2)]
-    yield {"held-out pairs": len(pairs), "accuracy": sum(right) / len(right)}
+    yield {"network": "reward model", "new pairs": len(pairs), "in order": sum(right) / len(right)}
 
 
 def _answer(judge: LearnedReward, text: str) -> Answer:
@@ -121,14 +119,15 @@ def optimism(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[d
     learned = "--model.init_args.reward=lm.posttraining.rewards.LearnedReward"
     path = ("--model.init_args.reward.init_args.ckpt_path", "checkpoints/reward/last.ckpt")
     judge = LearnedReward(folder / "checkpoints/reward/last.ckpt")
+    yield {"policy": "fine-tuned"} | measured(folder, "names", judge)
     for kl in (3.0, 1.0, 0.3, 0.1, 0.03, 0.0):
         words = [*after("names"), *INHERIT, learned, *path, "--model.init_args.kl", kl, "--seed_everything", seed]
         fit(RECIPES / "ppo.yaml", f"ppo-{kl}", folder, options, *words)
-        yield {"method": "PPO", "kl or beta": kl} | measured(folder, f"ppo-{kl}", judge)
+        yield {"policy": f"PPO, kl {kl}"} | measured(folder, f"ppo-{kl}", judge)
     for beta in (3.0, 1.0, 0.3, 0.1, 0.03, 0.01):
         words = [*after("names"), *INHERIT, "--model.init_args.beta", beta, "--seed_everything", seed]
         fit(RECIPES / "dpo.yaml", f"dpo-{beta}", folder, options, *words)
-        yield {"method": "DPO", "kl or beta": beta} | measured(folder, f"dpo-{beta}", judge)
+        yield {"policy": f"DPO, beta {beta}"} | measured(folder, f"dpo-{beta}", judge)
 
 
 @torch.inference_mode()
