@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lm import bounds, cli, data, models, training
+from lm import bounds, cli, data, models, posttraining, training
 from lm.corpus.prepare import Preparation
 from lm.generation.sampling import Sampler
 from lm.training import optimizers, schedules
@@ -30,7 +30,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     **{getattr(data, name): {} for name in data.__all__},
     **{kind: {} for kind in schedules.Schedule.__subclasses__()},
     schedules.Step: {"milestones": [3]},
-    **{getattr(training, name): {"net": models.Bigram} for name in training.__all__},
+    **{getattr(place, name): {"net": models.Bigram} for place in (training, posttraining) for name in place.__all__},
     **{kind: {} for kind in (Checkpoints, SampleText, Sampler, Figures, Watch)},
     Preparation: {"source": [], "tokenizer": "char", "output": Path("x")},
     optimizers.MuonAdamW: {"params": []},

@@ -97,6 +97,7 @@ APART = {  # what these test has no file of its own
     "cli/test_pipes.py": "all commands: pipes in the place of files",
     "cli/test_said.py": "all commands: messages",
     "container/test_image.py": "Dockerfile",
+    "posttraining/test_exact.py": "all objectives: the optimum that is known in closed form",
     "support/test_processes.py": "tests/support/processes.py",
     "training/test_batch_size.py": "whole runs: another batch size",
     "training/test_cuda.py": "what only a GPU can show",

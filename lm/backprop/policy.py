@@ -55,3 +55,24 @@ def preference(margins: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]
     """
     loss = -(1 - smoothing) * F.logsigmoid(margins) - smoothing * F.logsigmoid(-margins)
     return loss, torch.sigmoid(margins) - (1 - smoothing)
+
+
+def clipped(logs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Return the loss of tokens that were drawn from an older policy, and its derivative by their log-probabilities.
+
+    Schulman et al., "Proximal Policy Optimization Algorithms" (2017): with the ratio r = exp(l - l_old), the loss is
+    -min(r A, clip(r, 1 - c, 1 + c) A). As dr/dl = r, the first product's derivative is -r A; the second is constant
+    where it is the smaller one, so its is 0. Where r = 1, this is the gradient of REINFORCE, -A.
+
+    Args:
+        logs: Log-probabilities (N, T).
+        old: Those of the policy that drew the tokens (N, T).
+        advantages: By how much a text's reward is above what was expected (N, 1), or (N, T).
+        clip: c.
+
+    Returns:
+        Both (N, T).
+    """
+    ratio = (logs - old).exp()
+    free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.minimum(free, bounded), torch.where(free <= bounded, -free, 0.0)

@@ -1,6 +1,7 @@
 """From a checkpoint file back to a network and its tokenizer: neither config nor corpus is needed."""
 
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,17 @@ class Fitted(NamedTuple):
     """What it was trained on, class_path and init_args; empty where that is not known."""
 
 
-def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
+def load_network(
+    path: Path, device: torch.device | str = "cpu", change: Callable[[nn.Module], None] | None = None
+) -> Fitted:
     """Return the network and tokenizer of a checkpoint.
 
     The file is read as tensors and plain values only; the class it names is imported and must be an nn.Module.
+
+    Args:
+        path: The checkpoint.
+        device: Where the network is to be.
+        change: Changes the network that the recipe names into the one that was trained: gives a reward model its head.
 
     Raises:
         UserError: The file is missing, damaged or not one of ours.
@@ -40,8 +48,12 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> Fitted:
         saved = schema.Saved.of(loaded)
         net = build(saved.net, saved.vocab_size, saved.block_size)
         weights = saved.weights
-        if saved.vocab_size > 1 == len(weights.get("lm_head.weight", ())):
-            raise UserError(f"checkpoint {path}: it is a reward model, which writes no text: use the policy's")
+        scores = len(weights.get("lm_head.weight", ())) == 1 < saved.vocab_size
+        if scores != (change is not None):
+            what = "a reward model, which writes no text" if scores else "no reward model"
+            raise UserError(f"checkpoint {path}: it is {what}: name another one")
+        if change is not None:
+            change(net)
         try:
             net.load_state_dict(weights)
         except RuntimeError as error:

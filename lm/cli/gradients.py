@@ -11,6 +11,7 @@ from torch import nn
 from lm import log
 from lm.backprop import NoRuleError, atomic, check, compare
 from lm.cli import common, gradient_values, parsing, rules
+from lm.data.chunks import rows
 from lm.data.module import IGNORED
 from lm.errors import CheckError, CommandError, UserError
 from lm.training import audit
@@ -88,7 +89,7 @@ class Compare(rules.WithRules, parsing.Untrained):
         dataset = data.train_dataset(1)
         number = BATCHES[config.against]
         count = TOKENS[config.against] // number
-        batches = [audit.cut(dataset[i][0], dataset[i][1], count) for i in range(number)]
+        batches = [audit.cut(*rows(dataset[i]), count) for i in range(number)]
         for i, (_, targets) in enumerate(batches):  # micro-batches with different numbers of targets, as in some data
             targets.view(-1)[: min(i, targets.numel() // 2)] = IGNORED
         return net.train(config.mode == "train"), batches

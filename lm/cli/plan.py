@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lm.cli import common, parsing
+from lm.data.chunks import rows
 from lm.errors import UserError
 from lm.planning import needs
 from lm.training import parts
@@ -85,7 +86,7 @@ def recipe_of(cli: parsing.Untrained, processes: int) -> needs.Recipe:
     size = data.divided(processes, trainer.accumulate_grad_batches)
     cli.set_up_data()
     module = parsing.language_model(cli.model)
-    tokens, targets = (one.flatten(0, -2) if one.ndim > 2 else one for one in data.training_examples()(0, 1)[:2])
+    tokens, targets = rows(data.training_examples()(0, 1))
     make_net: Any = module.make_net
     return needs.Recipe(
         partial(parts.make_net, make_net, data.vocab_size, data.block_size, counted=True),

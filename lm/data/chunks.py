@@ -3,7 +3,7 @@
 Shapes: B sequences in a micro-batch, T block_size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -114,3 +114,9 @@ class Sliced(Protocol):
 
     def __getitem__(self, span: slice, /) -> np.ndarray:
         """Return ids start … stop - 1."""
+
+
+def rows(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a batch's tokens and targets, a row a sequence: a pair of texts is two."""
+    tokens, targets = (one.flatten(0, -2) if one.ndim > 2 else one for one in batch[:2])
+    return tokens, targets

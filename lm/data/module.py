@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lm.bounds import checked
 from lm.data.chunks import IGNORED as IGNORED
-from lm.data.chunks import Batch, From, Stream
+from lm.data.chunks import Batch, From, Stream, rows
 from lm.errors import UserError, take_stops
 from lm.tokenizers import Tokenizer
 
@@ -118,9 +118,8 @@ class TokenData(LightningDataModule, ABC):
         self._shift = sequences - step * self.batch_size
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens and targets that training begins with, a row a sequence: a pair of texts is two."""
-        tokens, targets = self.train_dataset(1)[0][:2]
-        return (tokens.flatten(0, -2), targets.flatten(0, -2)) if tokens.ndim > 2 else (tokens, targets)
+        """Return the tokens and targets that training begins with, as `rows`."""
+        return rows(self.train_dataset(1)[0])
 
     def train_dataset(self, steps: int = 1) -> Stream:
         """Return this process's training batches, so many steps per item."""

@@ -15,7 +15,8 @@ from lm.backprop.policy import preference
 from lm.bounds import checked
 from lm.data.module import IGNORED
 from lm.errors import UserError
-from lm.training import LanguageModel, ManualLanguageModel
+from lm.posttraining.by_hand import ByHand, all_count
+from lm.training import LanguageModel
 from lm.training.metrics import PairLoss
 
 Scores = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -78,15 +79,8 @@ class PairModel(LanguageModel):
         self.eval_loss.update(preference(margins, self.smoothing)[0], margins)
 
 
-class ManualPairs(ManualLanguageModel):
+class ManualPairs(ByHand):
     """How the same is fitted by the rules of `lm.backprop`."""
-
-    def setup(self, stage: str) -> None:
-        """Refuse what is for texts alone."""
-        super().setup(stage)
-        for name, value in {"compile": self.compiled, "audit_every": self.audit_every}.items():
-            if value:
-                raise UserError(f"model.{name} is for lm.training.ManualLanguageModel: leave it out")
 
     def loss_by_hand(self, *batch: Tensor, last: bool) -> Tensor:
         """Return a micro-batch's loss, after adding its gradient."""
@@ -103,8 +97,3 @@ class ManualPairs(ManualLanguageModel):
         backward(dlogits.flatten(0, 1))
         self.step.note(losses.mean(), all_count(tokens))
         return losses.mean()
-
-
-def all_count(tokens: Tensor) -> Tensor:
-    """Return targets of which none is ignored, of the shape of tokens: each pair weighs the same, however long."""
-    return torch.zeros((), dtype=torch.int64, device=tokens.device).expand_as(tokens)

@@ -88,7 +88,7 @@ class ManualLanguageModel(LanguageModel):
             self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled
         )
 
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         """Add the gradient of a micro-batch, and update after the last of a step; or take several whole steps.
 
         Args:
@@ -96,14 +96,14 @@ class ManualLanguageModel(LanguageModel):
             batch_idx: Number of the batch in this process.
         """
         if self.steps_per_call > 1:
-            super().training_step(batch, batch_idx)
-            return
+            return super().training_step(batch, batch_idx)
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         last = lightning_internals.step_finished(self.trainer, batch_idx)
         self._find_gradients(*batch, first=first, last=last)
         if last:
             self.step.update(number := self.global_step + 1)
             self._finished(number)
+        return None
 
     @torch.no_grad()
     def _find_gradients(self, *batch: Tensor, first: bool = True, last: bool = True) -> None:

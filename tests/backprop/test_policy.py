@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lm.backprop.policy import log_probabilities, preference
+from lm.backprop.policy import clipped, log_probabilities, preference
 from tests.support.mutants import Mutant, broken
 
 V, IGNORED = 7, -100
@@ -15,6 +15,9 @@ MUTANTS = [
     Mutant("policy", "dlogs.where(counts, 0.0).unsqueeze(-1)", "dlogs.unsqueeze(-1)", "ignored targets count"),
     Mutant("policy", "torch.sigmoid(margins) - (1 - smoothing)", "torch.sigmoid(margins) - 1", "smoothing forgotten"),
     Mutant("policy", "torch.sigmoid(margins) - (1 - smoothing)", "torch.sigmoid(-margins) - (1 - smoothing)", "-m"),
+    Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "-free", "clipped: the constant part has a slope"),
+    Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "torch.where(free <= bounded, -advantages, 0.0)", "r"),
+    Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "torch.where(free < bounded, -free, 0.0)", "r = 1"),
 ]  # fmt: skip
 
 
@@ -41,7 +44,25 @@ def check_preference() -> None:
         torch.testing.assert_close(dmargins, *torch.autograd.grad(loss.sum(), margins), **CLOSE)
 
 
+def check_clipped() -> None:
+    torch.manual_seed(2)
+    logs, old = torch.randn(2, 6, 5, dtype=torch.float64)
+    old[0] = logs[0]  # ratios of 1, as in the first step
+    logs.requires_grad_()
+    above = torch.randn(6, 1, dtype=torch.float64)
+    ratio = (logs - old).exp()
+    wanted = -torch.where(above > 0, ratio.clamp(max=1.2), ratio.clamp(min=0.8)) * above
+    loss, dlogs = clipped(logs, old, above, 0.2)
+    torch.testing.assert_close(loss, wanted, **CLOSE)
+    torch.testing.assert_close(dlogs, *torch.autograd.grad(wanted.sum(), logs), **CLOSE)
+    assert torch.equal(dlogs[0].detach(), (-above * torch.ones_like(logs))[0].detach()), (
+        "REINFORCE where the ratio is 1"
+    )
+    assert 0 < int((dlogs == 0).sum()) < dlogs.numel()
+
+
 def checks() -> None:
+    check_clipped()
     check_log_probabilities()
     check_preference()
 

@@ -203,7 +203,7 @@ class Figures(Callback):
         if not (self._loggers and self.attention and hasattr(net, "attention_maps")) or trainer.state.fn != "fit":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        tokens = data.eval_dataset("val")[0][0][:1, :MOST_POSITIONS].to(pl_module.device)  # (1, T)
+        tokens = data.eval_dataset("val")[0][0].flatten(0, -2)[:1, :MOST_POSITIONS].to(pl_module.device)  # (1, T)
         with trainer.precision_plugin.forward_context():
             maps = net.attention_maps(tokens)  # one (1, H, T, T) a block
         names = [_symbol(self._labels[i]) if i < len(self._labels) else str(i) for i in tokens[0].tolist()]

@@ -1,0 +1,114 @@
+"""Rollouts: what a policy writes of prompts, and what it is worth.
+
+Shapes: B prompts, G answers to each, N = B G texts, T block_size.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lm.data.chunks import IGNORED
+from lm.generation.sampling import Sampler
+from lm.generation.side_by_side import continued
+from lm.posttraining.rewards import Answer
+from lm.tokenizers import Tokenizer
+
+LossMean = Literal["sum", "token", "sequence", "group"]
+LOSS_MEANS = get_args(LossMean)
+Prompt = tuple[list[int], list[int]]
+"""A prompt and the expected answer, in ids."""
+
+
+def prompts_of(tokens: Tensor, targets: Tensor) -> list[Prompt]:
+    """Return the prompt and the expected answer of each example, in ids.
+
+    Args:
+        tokens: int64 (B, T).
+        targets: int64 (B, T): the first ones that are not IGNORED are the answer.
+    """
+    found = []
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        first = next(i for i, one in enumerate(wanted) if one != IGNORED)
+        stop = next((i for i in range(first, len(wanted)) if wanted[i] == IGNORED), len(wanted))
+        found.append((row[: first + 1], wanted[first:stop]))
+    return found
+
+
+def written(
+    net: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], seeds: Sequence[int], longest: int | None
+) -> list[Answer]:
+    """Return what a policy answers.
+
+    Args:
+        net: The policy, in eval mode.
+        tokenizer: Its own.
+        prompts: And the expected answers, in ids.
+        seeds: Of the random choices; as many answers follow each prompt as there are seeds for it.
+        longest: Most new tokens; None for what the context holds.
+    """
+    each = [one for one in prompts for _ in range(len(seeds) // len(prompts))]
+    stops, most = tokenizer.stops, longest or int(net.block_size)  # type: ignore[arg-type]
+    found = continued(net, [one for one, _ in each], seeds, sampler=Sampler(), longest=most, ends=stops)
+
+    def said(ids: list[int]) -> str:
+        return tokenizer.decode([i for i in ids if i not in stops])
+
+    return [
+        Answer(said(prompt), said(new), said(expected), new[-1] in stops, [*prompt, *new])
+        for (prompt, expected), new in zip(each, found, strict=True)
+    ]
+
+
+def sequences(answers: Sequence[Answer], starts: Sequence[int], block_size: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets, both (N, T), of answers: what the policy wrote is a target.
+
+    Args:
+        answers: The texts.
+        starts: The length of each one's prompt.
+        block_size: T.
+    """
+    tokens = torch.zeros(len(answers), block_size, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    for i, (answer, start) in enumerate(zip(answers, starts, strict=True)):
+        ids = torch.tensor(answer.ids)
+        tokens[i, : len(ids) - 1] = ids[:-1]
+        targets[i, start - 1 : len(ids) - 1] = ids[start:]
+    return tokens, targets
+
+
+def above_mean(rewards: Tensor, group: int, *, scaled: bool) -> Tensor:
+    """Return by how much each text's reward is above its group's mean (N,); in standard deviations, if it is scaled.
+
+    Args:
+        rewards: (N,), a group's texts one after another.
+        group: G.
+        scaled: Whether they are divided by the group's standard deviation, as in GRPO (Shao et al., 2024).
+    """
+    groups: Tensor = rewards.unflatten(0, (-1, group))  # (B, G)
+    found = groups - groups.mean(1, keepdim=True)
+    if scaled:
+        found = found / (groups.std(1, keepdim=True) + 1e-6)
+    return found.flatten(0, 1)
+
+
+def token_weights(counts: Tensor, group: int, how: LossMean) -> Tensor:
+    """Return what each token's loss weighs in the batch's (N, T); libraries differ in it, and say it seldom.
+
+    Args:
+        counts: Which tokens the policy wrote, bool (N, T).
+        group: G.
+        how: sum adds a text's tokens, and takes the mean over texts: the policy gradient itself. token takes the mean
+            over all tokens, sequence that over each text's and then over texts: a long text's tokens weigh less. group
+            takes the mean over each group's tokens, then over groups.
+    """
+    weights = counts.to(torch.get_default_dtype())
+    if how == "token":
+        return weights / weights.sum()
+    if how == "sequence":
+        weights = weights / weights.sum(1, keepdim=True)
+    if how == "group":
+        groups = weights.unflatten(0, (-1, group))  # (B, G, T)
+        weights = (groups / groups.sum((1, 2), keepdim=True)).flatten(0, 1) * group
+    return weights / len(weights)
