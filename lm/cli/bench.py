@@ -233,7 +233,8 @@ def run(cli: Bench, models: list[str], words: list[str], threads: int) -> dict[s
     rows = [{key: rounded(value) for key, value in one.items()} for one in rows]
     best = min(rows, key=lambda one: one["step_ms"])
     fastest = {key: best[key] for key in ("step_ms", "tokens_per_second", "peak_memory_mb")}
-    return {**fastest, **result, "mfu": best["mfu"], "advice": advice(rows, ways), "rows": rows}
+    said = {"advice": advice(rows, ways)} if len(rows) > 1 else {}
+    return {**fastest, **result, "mfu": best["mfu"], **said, "rows": rows}
 
 
 def rounded(value: Any) -> Any:
@@ -294,7 +295,7 @@ def bench(arguments: list[str]) -> None:
     print(f"{kind}: {result['parameters']:,} parameters, {flops} a token; {where}", *table(rows), sep="\n", file=stream)
     for dtype, peak in {speed.dtype_of(one["precision"]): one["peak_flops"] for one in rows}.items():
         print(f"the peak: {peak / 1e9:,.0f} GFLOP/s, of a product of matrices in {dtype}", file=stream)
-    if len(rows) > 1:
+    if "advice" in result:
         print(result["advice"], file=stream)
     if cli.config.json:
         common.print_json(result)
