@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import resource
 import signal
 import socket
@@ -99,9 +100,10 @@ class Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def most_connections() -> int:
-    """Return how many connections there may be at once; some files are for other things."""
-    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
+def most_connections() -> float:
+    """Return how many connections there may be at once, of the files that this process may open."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if files == resource.RLIM_INFINITY else max(8, files - 64)
 
 
 def bind(host: str, port: int) -> socket.socket:
