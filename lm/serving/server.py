@@ -9,6 +9,7 @@ import math
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -19,7 +20,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lm.errors import STOPS, Stopped, UserError, setting, take_stops
+from lm import log
+from lm.errors import STOPS, Stopped, UserError, described, setting, take_stops
 from lm.serving.errors import ApiError
 from lm.serving.service import Service
 
@@ -138,6 +140,19 @@ def url_of(made: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def telling_once() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Return what asyncio calls when its own work fails: where no file is left, that is thousands of times."""
+    said: set[str] = set()
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        text = described(context["exception"]) if "exception" in context else str(context["message"])
+        if text not in said and len(said) < 100:
+            said.add(text)
+            print(log.line(f"internal error: {text}", level="error"), file=sys.stderr, flush=True)
+
+    return tell
+
+
 def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until a signal comes; what runs then has the grace period to finish.
 
@@ -177,6 +192,7 @@ def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
 
+        loop.set_exception_handler(telling_once())
         before = take_stops(stop)
         try:
             serving = asyncio.ensure_future(server.serve(sockets=[made]))
