@@ -77,20 +77,19 @@ def _prompt(fitted: Fitted, messages: list[dict[str, str]], kept: int) -> list[i
 
     chat, longest = fitted.tokenizer.chat or {}, int(fitted.net.block_size)  # type: ignore[arg-type]
 
-    async def ids() -> list[int]:
+    async def fitting() -> list[int]:
         templates = Templates()
         try:
-            return await prompt_of(templates, fitted.tokenizer, chat, messages)
+            while len(found := await prompt_of(templates, fitted.tokenizer, chat, messages)) > longest:
+                if len(messages) - kept < 3:
+                    text = f"the message: with its template it has {len(found)} tokens, and the context {longest}"
+                    raise UserError(text)
+                del messages[kept : kept + 2]
+            return found
         finally:
             await templates.close()
 
-    while True:
-        try:
-            found = asyncio.run(ids())
-        except ApiError as error:
-            raise UserError(error.message) from error
-        if len(found) <= longest:
-            return found
-        if len(messages) - kept < 3:
-            raise UserError(f"the message: with its template it has {len(found)} tokens, and the context {longest}")
-        del messages[kept : kept + 2]
+    try:
+        return asyncio.run(fitting())
+    except ApiError as error:
+        raise UserError(error.message) from error

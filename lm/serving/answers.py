@@ -11,6 +11,7 @@ from lm.serving.worker import Job, Piece, Token, finite
 from lm.tokenizers import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Names:
@@ -141,7 +142,7 @@ class ChatShape(Shape):
 
 def event(body: dict[str, Any]) -> bytes:
     """Return a JSON object as a server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + ENCODER.encode(body).encode() + b"\n\n"
 
 
 class Texts:

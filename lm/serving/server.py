@@ -5,9 +5,11 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -18,7 +20,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lm.errors import STOPS, Stopped, UserError, setting, take_stops
+from lm import log
+from lm.errors import STOPS, Stopped, UserError, described, setting, take_stops
 from lm.serving.errors import ApiError
 from lm.serving.service import Service
 
@@ -99,9 +102,10 @@ class Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def most_connections() -> int:
-    """Return how many connections there may be at once; some files are for other things."""
-    return max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64)
+def most_connections() -> float:
+    """Return how many connections there may be at once, of the files that this process may open."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if files == resource.RLIM_INFINITY else max(8, files - 64)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -134,6 +138,19 @@ def url_of(made: socket.socket) -> str:
     """Return a socket's address for a browser."""
     host, port = made.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def telling_once() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Return what asyncio calls when its own work fails: where no file is left, that is thousands of times."""
+    said: set[str] = set()
+
+    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        text = described(context["exception"]) if "exception" in context else str(context["message"])
+        if text not in said and len(said) < 100:
+            said.add(text)
+            print(log.line(f"internal error: {text}", level="error"), file=sys.stderr, flush=True)
+
+    return tell
 
 
 def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[], None]) -> None:
@@ -175,6 +192,7 @@ def serve(app: ASGIApp, service: Service, made: socket.socket, ready: Callable[[
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
 
+        loop.set_exception_handler(telling_once())
         before = take_stops(stop)
         try:
             serving = asyncio.ensure_future(server.serve(sockets=[made]))

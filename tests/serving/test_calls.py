@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_five_hundred_malformed_requests(server: tuple[str, Any]) -> None:
             connection.sendall(case)
             if draw.random() < 0.5:
                 connection.shutdown(socket.SHUT_WR)
-            head, _, body = read(connection).removeprefix(b"HTTP/1.1 100 \r\n\r\n").partition(b"\r\n\r\n")
+            said = re.sub(rb"^HTTP/1.1 100 .*\r\n\r\n", b"", read(connection))
+            head, _, body = said.partition(b"\r\n\r\n")
         if head:  # nobody is told who has gone before the end
             check(int(head.split()[1]), json.loads(body) if b"chunked" not in head and body else {}, case)
     for path, good in GOOD.items():
