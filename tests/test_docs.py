@@ -27,7 +27,13 @@ PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
 FEW = [*STEPS.split(), "--samples.max_new_tokens", "8", "--figures.every_n_steps", "0"]
-HELPERS = {"fault_kinds", "figures", "house", "power_cut"}  # of benchmarks, and what prints no figure
+HELPERS = {
+    "fault_kinds",
+    "figures",
+    "house",
+    "power_cut",
+    "recurrent_of_torch",
+}  # of benchmarks, and what prints no figure
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 

@@ -28,10 +28,7 @@ from lm.course import EXERCISES
 
 NOT_BY_HAND = "it calls autograd: derive the gradient, and write it as tensor code"
 NOT_YOURS = "it calls the product's own rules: derive the gradient, and write it as tensor code"
-OURS, TORCH = (str(Path(str(one.__file__)).parent) for one in (lm, torch))
-AUTOGRAD = tuple(
-    f"{TORCH}/{name}" for name in ("autograd/__init__", "autograd/graph", "autograd/functional", "_functorch")
-)
+OURS = str(Path(lm.__file__).parent)
 LARGEST = 1_000_000  # elements of an answer: the largest right one has 2,700
 
 
@@ -68,20 +65,18 @@ def by_hand() -> Iterator[list[str]]:
 
 
 def _refusal(frame: FrameType, event: str, called: Any) -> str | None:
-    """Return what to say of a call, where it is one that computes a gradient by itself."""
-    if event == "c_call":
+    """Return what to say of a call, where it is one that computes a gradient by itself, or records what that needs."""
+    if event == "c_call":  # the engine's run_backward, and torch.ops.aten.tanh_backward
         return NOT_BY_HAND if "backward" in called.__name__ else None
     file, name = frame.f_code.co_filename, frame.f_code.co_qualname
     if event != "call" or file == __file__:
         return None
     if file.startswith(OURS):
         return NOT_YOURS
-    refused = file.startswith(AUTOGRAD) or name == "make_dual"
+    recorded = name == "make_dual"
     if file == grad_mode.__file__:  # no_grad is harmless
-        refused = name.startswith("enable_grad") or frame.f_locals.get("mode") is name.startswith("set_grad_enabled")
-    if file == f"{TORCH}/_ops.py":  # torch.ops.aten.tanh_backward
-        refused = "backward" in str(frame.f_locals.get("self"))
-    return NOT_BY_HAND if refused else None
+        recorded = name.startswith("enable_grad") or frame.f_locals.get("mode") is name.startswith("set_grad_enabled")
+    return NOT_BY_HAND if recorded else None
 
 
 def answer(function: Any, values: dict[str, Any]) -> dict[str, Any]:
