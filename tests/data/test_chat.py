@@ -86,6 +86,7 @@ def test_long_conversations_are_counted(workplace: Path, capsys: pytest.CaptureF
         made(block_size=4)
 
 
+@pytest.mark.slow
 def test_from_text_to_an_assistant_that_ends_its_turns(lm, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the end of a turn no target, the answer would go on."""
     answers = {"one": "no.", "six": "is it; x."}

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from lm.data import PairData
+from lm.errors import UserError
 from tests.support.cases import often
 from tests.support.pairs import recipe, written
 from tests.support.runs import table
@@ -38,12 +40,11 @@ def test_training_by_hand_is_training_by_autograd(lm, workplace: Path, kind: str
         ({"prompt": "a", "chosen": "b", "rejected": 1}, "line 2: its rejected is a number: expected a text"),
     ],
 )
-def test_a_line_that_is_no_pair(lm, workplace: Path, row: dict, message: str) -> None:
+def test_a_line_that_is_no_pair(workplace: Path, row: dict, message: str) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, row]
-    words = recipe("DPO")
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code, _, err = lm(*words)
-    assert code == 2 and f"error: corpus pairs.jsonl, {message}" in err and err.count("\n") == 1, err
+    with pytest.raises(UserError, match=f"^corpus pairs.jsonl, {message}"):
+        PairData(corpus="pairs.jsonl").setup("fit")
 
 
 def test_what_does_not_go_together(lm, workplace: Path) -> None:
@@ -66,6 +67,7 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
         assert code == 2 and message in err and err.count("\n") == 1, err
 
 
+@pytest.mark.slow
 def test_other_commands_take_pairs(lm, workplace: Path) -> None:
     written()
     words = recipe("DPO")[1:]

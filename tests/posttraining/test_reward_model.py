@@ -73,6 +73,7 @@ def test_it_learns_what_is_preferred_and_resumes(lm, workplace: Path) -> None:
     assert code == 2 and "it is a reward model, which writes no text" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_it_begins_with_another_runs_weights(lm, workplace: Path) -> None:
     written()
     lines = [{"prompt": "say 0123456789", "completion": "ab!"}] * 30
