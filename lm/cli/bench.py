@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lm.cli import common, devices, parsing
 from lm.cli.fit import Fit
 from lm.cli.plan import FLOPS, recipe_of, spelled
-from lm.errors import UserError
+from lm.errors import CheckError, UserError
 from lm.generation.sampling import start_tokens
 from lm.planning import needs, speed
 from lm.planning.turns import Turns, Wait
@@ -75,7 +75,7 @@ class Timed(_Options, Fit):
         """Let it be one process, without evaluation."""
         trainer = self.config.trainer
         trainer.default_root_dir, trainer.devices, trainer.num_nodes, trainer.strategy = self.folder, 1, 1, "auto"
-        trainer.max_steps, trainer.limit_val_batches = 10**9, 0
+        trainer.max_steps, trainer.max_time, trainer.limit_val_batches, trainer.fast_dev_run = 10**9, None, 0, False
         super().before_instantiate_classes()
 
 
@@ -89,6 +89,7 @@ def train(arguments: list[str], processes: int, wait: Wait) -> None:
         callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [*(one for one in callbacks if not isinstance(one, Checkpoints)), Stopwatch(wait)]
         cli.run()
+    raise CheckError("training ended while it was timed: a callback of the recipe's stopped it")
 
 
 def generate(arguments: list[str], dtype: Any, wait: Wait) -> None:
