@@ -37,6 +37,7 @@ ROWS = [
     Row("names/wavenet-per-position", 2.029, 0.01),
     Row("names/wavenet", 2.022, 0.01),
     Row("names/wavenet-large", 1.993, 0.01),
+    Row("names/gated-wavenet", 1.983),
     Row("names/record", 1.96),
     Row("bigram", 2.5, 0.03),
     Row("ladder/one-head", 2.4, 0.03),
