@@ -32,7 +32,7 @@ def _word(draw: random.Random) -> str:
 
 def _add(draw: random.Random) -> tuple[str, str]:
     a, b = draw.randrange(100), draw.randrange(100)
-    return f"What is {a} + {b}?", str(a + b)
+    return f"Add {a:02} and {b:02}, last digit first.", str(a + b)[::-1]  # written so, a digit needs no later ones
 
 
 def _reverse(draw: random.Random) -> tuple[str, str]:
