@@ -28,8 +28,7 @@ import lm.cli.fit
 import lm.data.text  # noqa: F401
 from lm.cli import parsing
 from lm.errors import CommandError
-
-DIES_WITH_ITS_PARENT = 1  # Linux' PR_SET_PDEATHSIG
+from lm.planning.turns import DIES_WITH_ITS_PARENT
 
 
 def serve(connection: socket.socket) -> tuple[dict[str, Any], int] | None:

@@ -3,6 +3,7 @@
 While one measures, the others wait. A machine that is slower for a while is so for all of them.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from lm.errors import CheckError, CommandError, UserError, as_user_error, described, stops_wait
+from lm.errors import CheckError, CommandError, UserError, as_user_error, described, stops_wait, take_stops
 
+DIES_WITH_ITS_PARENT = 1  # Linux' PR_SET_PDEATHSIG
 Wait = Callable[[Any], Any]
 """Reports what was measured, and waits; returns what to measure next. At the end it raises SystemExit."""
 
@@ -101,6 +103,9 @@ def _measure(
     pipe: Connection, others: list[Connection], threads: int, measure: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     """Be a process that measures: silent, and ended when nobody holds the other end of its pipe any more."""
+    take_stops(lambda signum, frame: sys.exit(128 + signum))  # the parent's were waiting as it was forked
+    if sys.platform == "linux":  # while it compiles, it reads no pipe
+        ctypes.CDLL(None).prctl(DIES_WITH_ITS_PARENT, signal.SIGTERM)
     for other in others:  # this process's copies
         other.close()
     if not os.environ.get("LM_DEBUG"):

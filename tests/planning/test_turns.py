@@ -77,3 +77,28 @@ def test_they_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     while not all(sign.exists() for sign in signs):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def work(file: str, wait: Any) -> None:
+    Path(file).write_text(str(os.getpid()))
+    wait("ready")
+    time.sleep(60)  # as it compiles: it reads no pipe
+
+
+def test_so_does_one_at_work(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    parent = os.fork()
+    if not parent:
+        turns = Turns(1)
+        turns.add(work, str(file))
+        turns.take(0, 1)
+        os._exit(0)
+    while not file.exists() or not file.read_text():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    end = time.monotonic() + 10
+    while (stat := Path("/proc", file.read_text(), "stat")).exists() and " Z " not in stat.read_text():
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.05)
