@@ -36,6 +36,12 @@ class Evaluate(parsing.Recipes):
         self.saved = checkpoint.peek(checkpoint.verify(self.path)) if path else None
         super().__init__(arguments, "Evaluate a checkpoint on the whole of a split, once.")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what only training chooses."""
+        if self.config.trainer.precision == "auto":
+            raise UserError("trainer.precision auto: lm fit alone chooses: say 32-true or bf16-mixed")
+        super().before_instantiate_classes()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what only evaluation needs, and make the checkpoint's recipe the default."""
         super().add_arguments_to_parser(parser)

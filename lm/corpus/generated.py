@@ -69,10 +69,12 @@ def gold_reward(text: str) -> float:
 ASKED = "Write a name."
 
 
-def names_to_write(count: int = 10_000) -> str:
+def names_to_write(count: int = 6_000) -> str:
     """Return conversations that ask for a name, as JSON lines."""
-    draw = random.Random(1)
-    return "".join(json.dumps({"prompt": ASKED, "completion": name(draw)}) + "\n" for _ in range(count))
+    draw, names = random.Random(1), dict[str, None]()  # each once: what is held out of training is new
+    while len(names) < count:
+        names[name(draw)] = None
+    return "".join(json.dumps({"prompt": ASKED, "completion": one}) + "\n" for one in names)
 
 
 def preferences(count: int = 5_000, wrong: float = 0.03) -> str:

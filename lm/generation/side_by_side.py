@@ -22,6 +22,7 @@ def continued(
     sampler: Sampler,
     longest: int,
     ends: Collection[int],
+    context: int | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt (N lists), with the one that ended it.
 
@@ -32,14 +33,16 @@ def continued(
         sampler: Chooses the tokens.
         longest: Most new tokens; fewer where the context holds no more.
         ends: Tokens that end a text.
+        context: Most tokens of a prompt and what follows it; by default one more than the network reads.
 
     Raises:
         CheckError: A logit is not finite.
     """
     found: list[list[int]] = [[] for _ in prompts]
+    context = context or int(net.block_size) + 1  # type: ignore[arg-type]
     for length in sorted({len(prompt) for prompt in prompts}):
         places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        count = min(longest, int(net.block_size) + 1 - length)  # type: ignore[arg-type]
+        count = max(1, min(longest, context - length))
         text = torch.tensor([list(prompts[i]) for i in places])  # (B, T)
         new = _tokens(net, text, [seeds[i] for i in places], sampler, count, ends)  # (B, at most count)
         for i, row in zip(places, new.tolist(), strict=True):

@@ -76,13 +76,34 @@ class PolicyGradient(LanguageModel):
             raise UserError("trainer.strategy fsdp2: a policy writes texts by its whole network: use ddp")
         if getattr(data, "packed", False):
             raise UserError("data.packed: a policy answers one prompt at a time: set it to false")
+        if self.step.guard.spike is not None:
+            raise UserError("model.spike: a policy's loss is about 0, of either sign, so none stands out: drop it")
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if self.loss_mean == "token" and parts > 1:
+            raise UserError(
+                f"model.loss_mean token: the mean is over a step's tokens, and here {parts} parts share a step: use "
+                "sequence"
+            )
+        self._check_call(int(self.trainer.max_steps), "trainer.max_steps is {}")
+
+    def on_train_start(self) -> None:
+        """Refuse a checkpoint from within a set of texts."""
+        super().on_train_start()
+        self._check_call(self.global_step, "the checkpoint is of step {}")
+
+    def _check_call(self, step: int, said: str) -> None:
+        if step > 0 and step % self.steps_per_call:
+            raise UserError(
+                f"model.steps_per_call {self.steps_per_call}: so many steps are taken on one set of texts, and "
+                f"{said.format(step)}, which is within a set: use a multiple"
+            )
 
     def configure_model(self) -> None:
         """Build the network; raises UserError where the data has no prompts, or the reward another vocabulary."""
         if self.net is None:
             super().configure_model()
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.reward.check(data.text_tokenizer)
+            self.reward.check(data.text_tokenizer, data.block_size)
             _, targets = data.training_examples()(0, 1)[:2]
             if targets.ndim != 2 or targets[0, 0] >= 0:
                 raise UserError(
@@ -138,7 +159,7 @@ class PolicyGradient(LanguageModel):
             answers = rollouts.written(self.net, data.text_tokenizer, prompts, seeds, self.max_new_tokens)  # type: ignore[arg-type]
         starts = [len(prompt) for prompt, _ in prompts for _ in range(self.group)]
         texts = [one.to(self.device) for one in rollouts.sequences(answers, starts, data.block_size)]  # 2 of (K N, T)
-        given = torch.tensor(list(self.reward(answers)), device=self.device)  # (K N,)
+        given = torch.tensor(self._judged(answers), device=self.device)  # (K N,)
         self._note_not_finite(given, answers)
         size = len(given) // self.steps_per_call
         steps = [self._step_of(*one) for one in zip(*(whole.split(size) for whole in (*texts, given)), strict=True)]
@@ -156,7 +177,9 @@ class PolicyGradient(LanguageModel):
         old = self.log_probabilities(self.net, tokens, targets)
         divergence = torch.zeros_like(given)
         if self.reference is not None:
+            self.reference.requires_grad_(True)  # or its layers would take other kernels, which round otherwise
             divergence = (old - self.log_probabilities(self.reference, tokens, targets)).sum(1)
+            self.reference.requires_grad_(False)
         worth = given - self.kl * divergence
         above = rollouts.above_mean(worth, self.group, scaled=self.scale_rewards).unsqueeze(1)  # (N, 1)
         weights = rollouts.token_weights(targets >= 0, self.group, self.loss_mean)
@@ -166,6 +189,13 @@ class PolicyGradient(LanguageModel):
         """Return the log-probabilities that a network gives to targets, by the same operations as in a step."""
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             return log_probabilities(net(tokens), targets)[0].detach()
+
+    def _judged(self, answers: list[Answer]) -> list[float]:
+        found = [float(one) for one in self.reward(answers)]
+        if len(found) != len(answers):
+            what = f"{len(found)} numbers for {len(answers)} answers"
+            raise UserError(f"model.reward {type(self.reward).__name__} gives {what}: it must give one for each")
+        return found
 
     def _note_not_finite(self, given: Tensor, answers: list[Answer]) -> None:
         """Say which answer has a reward that is not finite; then the loss is not finite either, and the guard acts."""

@@ -31,8 +31,8 @@ class Answer(NamedTuple):
 class Reward(ABC):
     """Gives each answer a number."""
 
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Raise a UserError where the reward cannot judge what a policy of this vocabulary writes; most can."""
+    def check(self, tokenizer: Tokenizer, block_size: int) -> None:
+        """Raise a UserError where the reward cannot judge what a policy of this vocabulary and context writes."""
         return
 
     @abstractmethod
@@ -70,12 +70,17 @@ class LearnedReward(Reward):
         self.path = ckpt_path
         self.net, self.tokenizer, *_ = load_network(Path(ckpt_path), change=scalar_head)
 
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Refuse a policy of another vocabulary."""
+    def check(self, tokenizer: Tokenizer, block_size: int) -> None:
+        """Refuse a policy of another vocabulary, or of a longer context."""
         if identity(tokenizer.state()) != identity(self.tokenizer.state()):
             raise UserError(
                 f"model.reward: {self.path} has another vocabulary than the policy: begin both runs with the same "
                 "checkpoint, and say data.tokenizer inherit"
+            )
+        if int(self.net.block_size) < block_size:  # type: ignore[arg-type]
+            raise UserError(
+                f"model.reward: {self.path} reads {self.net.block_size} tokens, the policy writes up to {block_size}: "
+                "train it with the same data.block_size"
             )
 
     @torch.inference_mode()

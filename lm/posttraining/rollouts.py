@@ -49,8 +49,9 @@ def written(
         longest: Most new tokens; None for what the context holds.
     """
     each = [one for one in prompts for _ in range(len(seeds) // len(prompts))]
-    stops, most = tokenizer.stops, longest or int(net.block_size)  # type: ignore[arg-type]
-    found = continued(net, [one for one, _ in each], seeds, sampler=Sampler(), longest=most, ends=stops)
+    stops, context = tokenizer.stops, int(net.block_size)  # type: ignore[arg-type]
+    most = {"longest": longest or context, "context": context}  # a reward model of this context reads all of it
+    found = continued(net, [one for one, _ in each], seeds, sampler=Sampler(), ends=stops, **most)
 
     def said(ids: list[int]) -> str:
         return tokenizer.decode([i for i in ids if i not in stops])

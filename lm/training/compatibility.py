@@ -10,11 +10,13 @@ from torch import Tensor
 from lm import __version__
 from lm.checkpoints import schema
 from lm.checkpoints.schema import Saved
-from lm.data.chunks import IGNORED
+from lm.data.chunks import IGNORED, rows
 from lm.errors import CheckError, UserError, setting
 from lm.tokenizers import Tokenizer, identity
 from lm.training import recipes
 
+REFERENCE = "reference"
+"""With which the names of a policy's reference begin, in a checkpoint: a network, or DPO's log-probabilities."""
 FREE = {"dropout"}
 """Settings that do not change what any network computes from its weights."""
 INITIAL = {"init_std", "base_width", "head_scale", "momentum", "key_dropout"}
@@ -66,6 +68,15 @@ def check(
         one, other = saved.get(key, "missing"), built.get(key, "missing")
         if one != other and ((key in saved and key in built) or key.startswith(schema.NET)):
             raise _another(str(path), key, one, other)
+        if optimizer and one != other and key.startswith(REFERENCE):
+            differ = (
+                "lacks the reference that the recipe's model is"
+                if one == "missing"
+                else "has another reference than is"
+            )
+            raise UserError(
+                f"{path} {differ} held to: begin a run with {setting('init_from')} {path}, or keep data and model.kl"
+            )
     if optimizer:
         check_finite(str(path), there.state)
     if optimizer and config and there.config:
@@ -103,7 +114,7 @@ def check_data(net: Any, data: Any) -> None:
         )
     start = getattr(net, "start_token", None)
     if start is not None:
-        tokens, targets = data.training_examples()(0, 16)  # (B, T), (B, T) or (B,)
+        tokens, targets = rows(data.training_examples()(0, 16))  # (B, T), (B, T) or (B,)
         targets = targets if targets.ndim == 2 else targets.unsqueeze(1)
         if targets.shape[1] < tokens.shape[1] or ((targets != IGNORED) & ((tokens == start).cumsum(1) == 0)).any():
             sign = tokenizer.decode([start])

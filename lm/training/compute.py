@@ -3,6 +3,7 @@
 import math
 import resource
 import shutil
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has had at once: of a GPU's memory, or else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # in KB but for macOS
 
 
 def leave_constants(module: nn.Module) -> None:

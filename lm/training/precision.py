@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lm.backprop import Gradients
+from lm.data import chunks
 from lm.data.module import TokenData
 from lm.generation.packed import has_instructions
 from lm.training.by_hand import StepByHand
@@ -45,7 +46,7 @@ def choose(module: LanguageModel, data: TokenData, device: torch.device) -> tupl
         return FULL, "model.steps_per_call is for full precision"
     with isolate_rng():
         net = make_net(module.make_net, data.vocab_size, data.block_size).to(device)
-        batch = [one.to(device) for one in data.training_examples()(0, rows(data))]
+        batch = [one.to(device) for one in chunks.rows(data.training_examples()(0, rows(data)))]
         gradients = gradients_by_hand(net) if isinstance(module, ManualLanguageModel) else gradients_of(module, net)
         ratio = ratio_of_times(gradients, batch, device)
     if ratio < CLEARLY:

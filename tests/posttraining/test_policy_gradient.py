@@ -19,6 +19,18 @@ class Short(Reward):
         return [-float(len(one.text)) for one in answers]
 
 
+class Whole(Reward):
+    """Gives whole numbers, as a user's may."""
+
+    def __call__(self, answers: list[Answer]) -> list[float]:
+        return [len(one.text) for one in answers]
+
+
+class Forgetful(Reward):
+    def __call__(self, answers: list[Answer]) -> list[float]:
+        return [1.0]
+
+
 class Broken(Reward):
     def __call__(self, answers: list[Answer]) -> list[float]:
         return [float("nan") if i == 3 else 1.0 for i in range(len(answers))]
@@ -34,6 +46,9 @@ def recipe(kind: str = "PolicyGradient", **settings: Any) -> list[object]:
     made["samples"] = {"max_new_tokens": 0}
     Path("policy.yaml").write_text(yaml.safe_dump(made))
     return ["fit", "--config", "policy.yaml"]
+
+
+FOUR = ["--trainer.val_check_interval", 4, "--checkpoint.every_n_steps", 4]  # or calls are cut to fewer steps
 
 
 def figures(run: str, name: str) -> list[float]:
@@ -87,9 +102,24 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
         ({"loss_mean": "median"}, [], "loss_mean"),
         ({"reward": learned}, [], "checkpoint no.ckpt: there is no such file"),
         ({"reward": f"{__name__}.Broken"}, [], "note: model.reward Broken gives nan for the answer"),
+        ({"reward": f"{__name__}.Forgetful"}, [], "model.reward Forgetful gives 1 numbers for 16 answers"),
+        ({"spike": 3}, [], "model.spike: "),
+        ({"loss_mean": "token"}, ["--trainer.accumulate_grad_batches", 2], "model.loss_mean token: "),
+        ({"steps_per_call": 4}, [*FOUR, "--trainer.max_steps", 10], "trainer.max_steps is 10, which is within a set"),
     ):
-        code, _, err = lm(*recipe(**settings), *words)
+        code, _, err = lm(*recipe(**settings), *words, "--name", len(list(Path("checkpoints").glob("*"))))
         assert code in (1, 2) and message in err and len(err.splitlines()) <= 2, err
+
+
+def test_what_does_not_go_on(lm, workplace: Path) -> None:
+    words = [*recipe(kl=0.1, reward=f"{__name__}.Whole"), "--trainer.max_steps", 2, "--checkpoint.every_n_steps", 1]
+    assert lm(*words)[0] == 0
+    for more, message in (
+        (["--model.init_args.kl", 0, "--trainer.max_steps", 4], "has another reference than is held to"),
+        (["--model.init_args.steps_per_call", 4, *FOUR, "--trainer.max_steps", 8], "the checkpoint is of step 2"),
+    ):
+        code, _, err = lm(*words, *more, "--ckpt_path", "last")
+        assert code == 2 and message in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.slow

@@ -70,6 +70,9 @@ def test_ranks_that_could_disagree_are_refused(lm, workplace: Path) -> None:
 def test_other_commands_read_such_a_recipe(lm, workplace: Path) -> None:
     code, out, err = lm("plan", "--config", "tiny.yaml", "--json", *AUTO)
     assert code == 0 and json.loads(out)["parameters"] == 4048, err
+    assert lm(*FIT)[0] == 0
+    code, _, err = lm("validate", "--ckpt_path", "checkpoints/tiny/last.ckpt", *AUTO)
+    assert (code, err) == (2, "error: trainer.precision auto: lm fit alone chooses: say 32-true or bf16-mixed\n")
 
 
 @pytest.mark.parametrize("kind", [LanguageModel, ManualLanguageModel])
