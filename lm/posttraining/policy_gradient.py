@@ -84,18 +84,14 @@ class PolicyGradient(LanguageModel):
                 f"model.loss_mean token: the mean is over a step's tokens, and here {parts} parts share a step: use "
                 "sequence"
             )
-        self._check_call(int(self.trainer.max_steps), "trainer.max_steps is {}")
 
     def on_train_start(self) -> None:
         """Refuse a checkpoint from within a set of texts."""
         super().on_train_start()
-        self._check_call(self.global_step, "the checkpoint is of step {}")
-
-    def _check_call(self, step: int, said: str) -> None:
-        if step > 0 and step % self.steps_per_call:
+        if self.global_step % self.steps_per_call:
             raise UserError(
-                f"model.steps_per_call {self.steps_per_call}: so many steps are taken on one set of texts, and "
-                f"{said.format(step)}, which is within a set: use a multiple"
+                f"model.steps_per_call {self.steps_per_call}: so many steps are taken on one set of texts, and the "
+                f"checkpoint is of step {self.global_step}, which is within a set: use one at a multiple"
             )
 
     def configure_model(self) -> None:
