@@ -99,11 +99,7 @@ class Fit(rules.WithRules):
         if isinstance(self.config_init.model, ManualLanguageModel):
             check_precision(settings["precision"])
         if settings["logger"] in (None, True):
-            removed = Removed()
-            settings["logger"] = [
-                Events(self.logs, self.first_step, opened=False, removed=removed),
-                *(kind(self.logs, removed) for kind in (log_files.MetricsCSV, log_files.MetricsProm)),
-            ]
+            settings["logger"] = self._loggers()
         if settings["strategy"] == "fsdp2":
             settings["strategy"] = Sharded()
         elif str(settings["strategy"]).startswith("fsdp"):
@@ -150,6 +146,11 @@ class Fit(rules.WithRules):
         if isinstance(trainer.strategy, DDPStrategy):
             compute.tune(trainer.strategy)
         return trainer
+
+    def _loggers(self) -> list[Any]:
+        removed = Removed()
+        events = Events(self.logs, self.first_step, opened=False, removed=removed)
+        return [events, log_files.MetricsCSV(self.logs, removed), log_files.MetricsProm(self.logs, removed)]
 
     def _precision(self, settings: dict[str, Any]) -> str:
         """Return the checkpoint's precision, or else the faster one, and say so."""

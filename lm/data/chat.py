@@ -31,6 +31,26 @@ class Encoded(NamedTuple):
     """Which the assistant writes, bool (n,)."""
 
 
+def note_left_out(data: TokenData, what: str, counts: dict[str, tuple[int, int]]) -> None:
+    """Say how many texts are longer than the context.
+
+    Args:
+        data: Of which they are; it has a corpus.
+        what: What they are.
+        counts: Of each split, how many there are, and how many fit.
+
+    Raises:
+        UserError: None of a split fit.
+    """
+    every, kept = map(sum, zip(*counts.values(), strict=True))
+    said = f"{every - kept} of {every} {what} are longer than data.block_size {data.block_size}"
+    corpus = data.corpus  # type: ignore[attr-defined]
+    if empty := [name for name, (there, fit) in counts.items() if there and not fit]:
+        raise UserError(f"corpus {corpus}: {said}, all of the {empty[0]} split: make it larger")
+    if kept < every and data._place()["rank"] == 0:
+        print(f"note: corpus {corpus}: {said}: they are left out", file=sys.stderr)
+
+
 class ChatData(TokenData):
     """Conversations, a JSON object a line: messages of the roles system, user and assistant, or prompt and completion.
 
@@ -97,19 +117,10 @@ class ChatData(TokenData):
         self.conversations = {
             name: [one for one in part if len(one.ids) <= self.block_size + 1] for name, part in encoded.items()
         }
-        self._note_left_out(encoded)
+        counts = {name: (len(part), len(self.conversations[name])) for name, part in encoded.items()}
+        note_left_out(self, "conversations", counts)
         train = self.conversations["train"]
         self.rows = packed(train, self.block_size) if self.packed else [[one] for one in train]
-
-    def _note_left_out(self, encoded: dict[str, list[Encoded]]) -> None:
-        every = sum(map(len, encoded.values()))
-        kept = sum(map(len, self.conversations.values()))
-        empty = [name for name, part in encoded.items() if part and not self.conversations[name]]
-        said = f"{every - kept} of {every} conversations are longer than data.block_size {self.block_size}"
-        if empty:
-            raise UserError(f"corpus {self.corpus}: {said}, all of the {empty[0]} split: make it larger")
-        if kept < every and self._place()["rank"] == 0:
-            print(f"note: corpus {self.corpus}: {said}: they are left out", file=sys.stderr)
 
     def training_examples(self) -> Callable[[int, int], Batch]:
         """Return a function that draws training sequences with replacement."""

@@ -3,7 +3,6 @@
 Shapes: B pairs, T block_size.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from lm.bounds import checked
 from lm.corpus import conversations
 from lm.data import splits
-from lm.data.chat import EVAL_TOKENS, Encoded, sequences, with_turns
+from lm.data.chat import EVAL_TOKENS, Encoded, note_left_out, sequences, with_turns
 from lm.data.chunks import Batch, draw
 from lm.data.evaluation_sets import EvaluationSet
 from lm.data.module import TokenData, check_fractions
@@ -82,14 +81,8 @@ class PairData(TokenData):
             kept = [pair for pair in encoded if max(len(one.ids) for one in pair) <= self.block_size]
             self.spans[name] = len(self.pairs), len(kept)
             self.pairs += kept
-            if part and not kept:
-                raise UserError(
-                    f"corpus {self.corpus}: all {len(part)} pairs of the {name} split are longer than data.block_size "
-                    f"{self.block_size}: make it larger"
-                )
-        if len(self.pairs) < len(found) and self._place()["rank"] == 0:
-            said = f"{len(found) - len(self.pairs)} of {len(found)} pairs are longer than"
-            print(f"note: corpus {self.corpus}: {said} data.block_size {self.block_size}: left out", file=sys.stderr)
+        counts = {name: (len(part), self.spans[name][1]) for name, part in parts.items()}
+        note_left_out(self, "pairs", counts)
 
     def _encoded(self, chosen: chat.Messages, rejected: chat.Messages) -> Pair:
         one, other = (Encoded(*chat.encode(self.text_tokenizer, messages)) for messages in (chosen, rejected))

@@ -62,12 +62,24 @@ def check(
         )
     if config and there.config:  # shapes do not show everything, such as the number of heads
         check_network(str(path), there.config, config)
-    saved = {key: tuple(value.shape) for key, value in there.state.items()}
+    _check_state(str(path), there.state, built_state, optimizer=optimizer)
+    if optimizer:
+        check_finite(str(path), there.state)
+    if optimizer and config and there.config:
+        kinds = [schema.optimizer_of(one) for one in (there.config, config)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
+    return there
+
+
+def _check_state(path: str, there: dict[str, Tensor], built_state: dict[str, Tensor], *, optimizer: bool) -> None:
+    """Compare the names and shapes of two states; where training goes on, a policy's reference must be there, too."""
+    saved = {key: tuple(value.shape) for key, value in there.items()}
     built = {key: tuple(value.shape) for key, value in built_state.items()}
     for key in (*saved, *built):
         one, other = saved.get(key, "missing"), built.get(key, "missing")
         if one != other and ((key in saved and key in built) or key.startswith(schema.NET)):
-            raise _another(str(path), key, one, other)
+            raise _another(path, key, one, other)
         if optimizer and one != other and key.startswith(REFERENCE):
             differ = (
                 "lacks the reference that the recipe's model is"
@@ -77,13 +89,6 @@ def check(
             raise UserError(
                 f"{path} {differ} held to: begin a run with {setting('init_from')} {path}, or keep data and model.kl"
             )
-    if optimizer:
-        check_finite(str(path), there.state)
-    if optimizer and config and there.config:
-        kinds = [schema.optimizer_of(one) for one in (there.config, config)]
-        if kinds[0] != kinds[1]:
-            raise UserError(f"{path} has the state of {kinds[0]}, the recipe says {kinds[1]}: use the same optimizer")
-    return there
 
 
 def check_finite(path: str, weights: dict[str, Tensor]) -> None:
