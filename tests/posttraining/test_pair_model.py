@@ -56,7 +56,10 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
         ),
         ([*recipe("ManualDPO"), "--model.init_args.audit_every", 3], "model.audit_every is for lm.training.Manual"),
         ([*recipe("DPO"), "--model.init_args.net", "lm.models.MLP"], "pairs need one prediction a token"),
-        ([*recipe("DPO"), "--data.init_args.block_size", 4], "longer than data.block_size 4, all of the train split: make it larger"),
+        (
+            [*recipe("DPO"), "--data.init_args.block_size", 4],
+            "longer than data.block_size 4, all of the train split: make it larger",
+        ),
         ([*recipe("DPO"), "--model.init_args.beta", 0], "model.beta is 0: it must be above 0"),
         (
             ["fit", "--config", "tiny.yaml", "--data", "lm.data.PairData", "--data.init_args.corpus", "pairs.jsonl"],
