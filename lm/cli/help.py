@@ -20,7 +20,7 @@ NET = """\
   --model.init_args.net CLASS         Bigram, BagOfWords, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
                                       lm.models, or your own"""
 DATA = """\
-  --data CLASS                        [lm.data.TextData]; or LinesData, ArithmeticData, ReverseData of lm.data
+  --data CLASS                        [lm.data.TextData]; or LinesData, ChatData, PairData, ArithmeticData, ReverseData
   --data.init_args.corpus PATH        a text, a folder, a prepared corpus; python-docs, shakespeare, names
   --data.init_args.batch_size N       sequences a step, over all processes and micro-batches"""
 REST = "\n".join(
@@ -54,8 +54,9 @@ the training
   --trainer.accumulate_grad_batches N micro-batches a step [1]
   --checkpoint.every_n_steps N        steps between checkpoints
 the network and its data
-  --model CLASS                       [lm.training.LanguageModel]; lm.training.ManualLanguageModel: gradients by hand
-  --rules FILE                        with the latter: Python with rules of your own, see docs/gradients.md
+  --model CLASS                       [lm.training.LanguageModel]; lm.training.ManualLanguageModel: gradients by hand;
+                                      RewardModel, DPO, PolicyGradient of lm.posttraining
+  --rules FILE                        with gradients by hand: Python with rules of your own, see docs/gradients.md
 {NET}
   --model.init_args.optimizer CLASS   [torch.optim.AdamW]; the learning rate is its init_args.lr
 {DATA}
