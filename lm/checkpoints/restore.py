@@ -48,7 +48,7 @@ def load_network(
         saved = schema.Saved.of(loaded)
         net = build(saved.net, saved.vocab_size, saved.block_size)
         weights = saved.weights
-        scores = len(weights.get("lm_head.weight", ())) == 1 < saved.vocab_size
+        scores = saved.scores
         if scores != (change is not None):
             what = "a reward model, which writes no text" if scores else "no reward model"
             raise UserError(f"checkpoint {path}: it is {what}: name another one")

@@ -43,6 +43,10 @@ def export_safetensors(
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
+        if saved.scores:
+            raise UserError(
+                f"checkpoint {ckpt_path}: it is a reward model, which is no network that writes: say --format file"
+            )
         weights = saved.weights
         alone, same = _without_doubles(weights)
         rest = saved.entry() | {"step": saved.step, "same": same}

@@ -70,6 +70,11 @@ class Saved:
     sequences: int | None = None
     """How many sequences the run has consumed; None where its data does not count them."""
 
+    @property
+    def scores(self) -> bool:
+        """Whether it is of a reward model, whose head has one output in place of the vocabulary's."""
+        return len(self.weights.get("lm_head.weight", ())) == 1 < self.vocab_size
+
     @classmethod
     def of(cls, checkpoint: Any, outline: Outline = USED, *, without_tensors: bool = False) -> Self:
         """Return what a checkpoint holds, as Lightning saves and loads it.

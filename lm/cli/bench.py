@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pydoc import locate
 from statistics import median
 from typing import Any
 
@@ -151,7 +152,7 @@ def ways_to_train(cli: Bench, models: list[str], words: list[str]) -> Iterator[W
     elif missing:
         print(f"note: {missing} is missing here: nothing is compiled", file=sys.stderr)
     for model in models or [cli.config.model.class_path]:
-        for compiled in choices:
+        for compiled in choices if getattr(locate(model), "compiles", False) else [False]:
             name = model.rpartition(".")[2] + ", compiled" * compiled
             own = with_model(words, model) if models else words
             arguments = ([*own, f"--{COMPILE}={str(compiled).lower()}"], cli.processes)

@@ -46,7 +46,14 @@ def chat(arguments: list[str]) -> None:
             messages = list(first)
         elif line.strip():
             messages.append({"role": "user", "content": line})
-            ids = _prompt(fitted, messages, len(first))
+            try:
+                ids = _prompt(fitted, messages, len(first))
+            except UserError as error:
+                if not sys.stdin.isatty():
+                    raise
+                print(f"error: {error.text}", file=sys.stderr, flush=True)  # a slip is no end of a conversation
+                messages.pop()
+                continue
             prompt = torch.tensor([ids], device=next(net.parameters()).device)
             answer = TextStream(fitted.tokenizer, [])
             tokens = generate(net, prompt, sampler=sampler, generator=generator)

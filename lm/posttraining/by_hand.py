@@ -10,6 +10,8 @@ from lm.training import ManualLanguageModel
 class ByHand(ManualLanguageModel):
     """Trains by the rules of `lm.backprop`; an objective says how in `loss_by_hand`."""
 
+    compiles = False
+
     def setup(self, stage: str) -> None:
         """Refuse what is for the cross-entropy of texts alone."""
         super().setup(stage)

@@ -5,6 +5,7 @@ Shapes: K steps on one set of texts, B prompts of a step, G answers to each, N =
 
 import copy
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -187,10 +188,14 @@ class PolicyGradient(LanguageModel):
             return log_probabilities(net(tokens), targets)[0].detach()
 
     def _judged(self, answers: list[Answer]) -> list[float]:
-        found = [float(one) for one in self.reward(answers)]
+        given: Any = self.reward(answers)
+        try:
+            found = [] if isinstance(given, Mapping | str) else [float(one) for one in given]
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            found = []
         if len(found) != len(answers):
-            what = f"{len(found)} numbers for {len(answers)} answers"
-            raise UserError(f"model.reward {type(self.reward).__name__} gives {what}: it must give one for each")
+            what = f"gives {repr(given)[:60]} for {len(answers)} answers"
+            raise UserError(f"model.reward {type(self.reward).__name__} {what}: it must give a number for each")
         return found
 
     def _note_not_finite(self, given: Tensor, answers: list[Answer]) -> None:

@@ -61,6 +61,8 @@ class LanguageModel(Evaluated):
             less memory, a third more computation.
     """
 
+    compiles = True
+    """Whether model.compile is for it."""
     learns_from = "texts"
     """What the data must give: `TokenData.gives`."""
 

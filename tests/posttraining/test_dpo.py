@@ -65,3 +65,15 @@ def test_the_reference_is_the_network_as_training_begins(lm, workplace: Path) ->
     assert code == 0 and result["pairs"] == 12 and 0 <= result["accuracy"] <= 1, err
     code, out, _ = lm("sample", "--ckpt_path", "checkpoints/whole/last.ckpt", "--max_new_tokens", 3)
     assert code == 0
+
+
+def test_other_pairs_than_the_references_are_refused(lm, workplace: Path) -> None:
+    written(20)
+    words = [*recipe("DPO"), "--trainer.max_steps", 2, "--name", "dpo"]
+    assert lm(*words)[0] == 0
+    lines = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(lines[::-1]))
+    last = "checkpoints/dpo/last.ckpt"
+    for again in ([*words, "--trainer.max_steps", 4, "--ckpt_path", "last"], ["validate", "--ckpt_path", last]):
+        code, _, err = lm(*again)
+        assert code == 2 and "not those that the checkpoint's reference log-probabilities are of" in err, err

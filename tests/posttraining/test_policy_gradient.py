@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lm.posttraining.rewards import Answer, Reward
@@ -26,9 +27,15 @@ class Whole(Reward):
         return [len(one.text) for one in answers]
 
 
-class Forgetful(Reward):
-    def __call__(self, answers: list[Answer]) -> list[float]:
-        return [1.0]
+class Odd(Reward):
+    """Gives what is no number for each answer."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, answers: list[Answer]) -> Any:
+        kinds = {"one": [1.0], "nothing": None, "numbers by key": dict.fromkeys(range(len(answers)), 1.0)}
+        return (kinds | {"too large": [10**400] * len(answers), "a table": torch.ones(len(answers), 2)})[self.what]
 
 
 class Broken(Reward):
@@ -46,6 +53,10 @@ def recipe(kind: str = "PolicyGradient", **settings: Any) -> list[object]:
     made["samples"] = {"max_new_tokens": 0}
     Path("policy.yaml").write_text(yaml.safe_dump(made))
     return ["fit", "--config", "policy.yaml"]
+
+
+def odd(what: str) -> dict[str, Any]:
+    return {"class_path": f"{__name__}.Odd", "init_args": {"what": what}}
 
 
 FOUR = ["--trainer.val_check_interval", 4, "--checkpoint.every_n_steps", 4]  # or calls are cut to fewer steps
@@ -102,7 +113,10 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
         ({"loss_mean": "median"}, [], "loss_mean"),
         ({"reward": learned}, [], "checkpoint no.ckpt: there is no such file"),
         ({"reward": f"{__name__}.Broken"}, [], "note: model.reward Broken gives nan for the answer"),
-        ({"reward": f"{__name__}.Forgetful"}, [], "model.reward Forgetful gives 1 numbers for 16 answers"),
+        *(
+            ({"reward": odd(what)}, [], "model.reward Odd gives ")
+            for what in ("one", "nothing", "numbers by key", "too large", "a table")
+        ),
         ({"spike": 3}, [], "model.spike: "),
         ({"loss_mean": "token"}, ["--trainer.accumulate_grad_batches", 2], "model.loss_mean token: "),
     ):

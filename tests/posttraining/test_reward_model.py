@@ -71,6 +71,8 @@ def test_it_learns_what_is_preferred_and_resumes(lm, workplace: Path) -> None:
     assert code == 0 and result["accuracy"] == 1 and result["margin"] > 0, err
     code, _, err = lm("sample", "--ckpt_path", "checkpoints/whole/last.ckpt")
     assert code == 2 and "it is a reward model, which writes no text" in err and err.count("\n") == 1
+    code, _, err = lm("export", "--ckpt_path", "checkpoints/whole/last.ckpt", "--output", "out")
+    assert code == 2 and "it is a reward model" in err and not Path("out").exists()
 
 
 @pytest.mark.slow
