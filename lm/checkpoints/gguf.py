@@ -259,10 +259,7 @@ def export_gguf(ckpt_path: Path, output: Path, *, overwrite: bool = False, note:
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
-        if saved.scores:
-            raise UserError(
-                f"checkpoint {ckpt_path}: it is a reward model, which is no network that writes: say --format file"
-            )
+        safetensors.refuse_scores(saved, ckpt_path)
         weights, tokenizer = saved.weights, from_state(saved.tokenizer)
         try:
             settings, layout = layouts.choose(saved.net, LAYOUTS)

@@ -43,10 +43,7 @@ def export_safetensors(
     loaded = checkpoint.load(ckpt_path)
     with checkpoint.of_lm(ckpt_path):
         saved = Saved.of(loaded)
-        if saved.scores:
-            raise UserError(
-                f"checkpoint {ckpt_path}: it is a reward model, which is no network that writes: say --format file"
-            )
+        refuse_scores(saved, ckpt_path)
         weights = saved.weights
         alone, same = _without_doubles(weights)
         rest = saved.entry() | {"step": saved.step, "same": same}
@@ -54,6 +51,13 @@ def export_safetensors(
     note_not_finite(ckpt_path, weights, note)
     write_folder(output, NAMES, data)
     return output
+
+
+def refuse_scores(saved: Saved, ckpt_path: Path) -> None:
+    """Raise UserError for a reward model: what reads the formats of networks that write would take it for one."""
+    if saved.scores:
+        what = "a reward model is no network that writes"
+        raise UserError(f"checkpoint {ckpt_path}: {what}: say {setting('format')} file")
 
 
 def check_folder(output: Path, names: str, ours: Callable[[Path], bool], *, overwrite: bool) -> None:
