@@ -62,6 +62,8 @@ def merged(old: str, new: str) -> str:
     """Return a Markdown table, with rows replaced by those of another that begin with the same cell."""
     columns, *rows = [cells(line) for line in old.splitlines()]
     names, *printed = [cells(line) for line in new.splitlines()]
+    if len({*names}) < len(names):
+        raise ValueError(f"the command's table has two columns of one name: {', '.join(names)}")
     known = {row[0]: row for row in rows[1:]}
     for row in printed[1:]:
         found = dict(zip(names, row, strict=True))

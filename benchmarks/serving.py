@@ -245,7 +245,8 @@ def speeds(folder: Path, options: argparse.Namespace, ending: ExitStack) -> None
             before = load.tokens
             seconds = load.run(drawn(options, server.model))
             its.append((load.tokens - before) / seconds)
-    print("| server | tokens/s | of the engine's | first token, p50 (ms) | p95 | between tokens, p50 (ms) | p95 |")
+    times = [f"{what}, p{q} (ms)" for what in ("first token", "between tokens") for q in (50, 95)]
+    print(f"| server | tokens/s | of the engine's | {' | '.join(times)} |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for server, load, its in zip(servers, loads, rates, strict=True):
         rate, share = statistics.median(its), statistics.median(its) / statistics.median(alone)

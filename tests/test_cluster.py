@@ -71,8 +71,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="read
 
 
 @linux
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.long), pytest.param("1", marks=pytest.mark.slow)])
 def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> None:
     write_recipe(max_steps=600, val_check_interval=600, log_every_n_steps=200)
     words = ("--checkpoint.every_n_steps", 50, *SCHEDULE)

@@ -8,7 +8,7 @@ import yaml
 
 from tests.conftest import MISSING, REFERENCE, ROOT
 from tests.support.cases import often
-from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, distinct
+from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, first_of_its_classes
 
 
 def test_there_are_recipes() -> None:
@@ -45,7 +45,9 @@ def test_there_are_recipes() -> None:
     } <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("config", often(CONFIGS, distinct), ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "config", often(CONFIGS, first_of_its_classes), ids=lambda path: str(path.relative_to(ROOT / "configs"))
+)
 def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
     sizes = recipe["data"]["init_args"]

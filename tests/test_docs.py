@@ -261,6 +261,8 @@ def test_a_command_renews_its_rows(tmp_path: Path) -> None:
     before = page.read_text()
     with pytest.raises(ValueError, match="neither a Markdown table nor"):
         figures.renew("speed", 2, (page,))
+    with pytest.raises(ValueError, match="two columns of one name: what, p95, p95"):
+        figures.merged(before, "| what | p95 | p95 |\n| --- | --- | --- |\n| a | 1 | 2 |\n")
     assert page.read_text() == before
 
 

@@ -15,7 +15,7 @@ from tests.support.networks import LINES, NETWORKS, REVERSE, SUMS, recipe
 from tests.support.runs import assert_equal, state, stop_with, table
 
 
-@pytest.mark.parametrize("name", often(NETWORKS, 5))
+@pytest.mark.parametrize("name", often(NETWORKS, 3))
 def test_fit_stop_resume_validate_sample(lm, workplace: Path, name: str) -> None:
     recipe(name)
     words = ["fit", "--config", "net.yaml"]

@@ -224,7 +224,7 @@ def fit(lm, *words: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "make", often([user, a_file, a_checkpoint_of_another_program, OBSTACLES["a link to a folder"]], 2)
+    "make", often([user, a_file, a_checkpoint_of_another_program, OBSTACLES["a link to a folder"]])
 )
 @pytest.mark.parametrize(
     "name",

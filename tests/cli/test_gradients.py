@@ -15,11 +15,11 @@ from tests.conftest import ROOT
 from tests.support.cases import often
 from tests.support.mutants import Mutant
 from tests.support.networks import recipe
-from tests.support.recipes import CONFIGS, NET, SMALL, first_of_its_classes
+from tests.support.recipes import CONFIGS, NET, SMALL, one_of_a_kind
 
 
 @pytest.mark.parametrize(
-    "config", often(CONFIGS, first_of_its_classes), ids=lambda path: str(path.relative_to(ROOT / "configs"))
+    "config", often(CONFIGS, one_of_a_kind), ids=lambda path: str(path.relative_to(ROOT / "configs"))
 )
 def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())

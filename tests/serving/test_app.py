@@ -316,13 +316,12 @@ def test_keys(place: Path) -> None:
         ((), "ckpt_path"),
     ],
 )
-def test_a_start_that_fails_is_one_line(place: Path, words: tuple[object, ...], said: str) -> None:
-    (place / "text.txt").write_text("no checkpoint")
-    (place / "if.jinja").write_text("a\n{% if %}")
-    written(place / "long.ckpt", block=1 << 20)
-    process = start("serve", *words, *(() if "--port" in words else ("--port", 0)), cwd=place)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+def test_a_start_that_fails_is_one_line(lm, workplace: Path, words: tuple[object, ...], said: str) -> None:
+    Path("if.jinja").write_text("a\n{% if %}")
+    written(Path("tiny.ckpt"))
+    written(Path("long.ckpt"), block=1 << 20)
+    code, out, err = lm("serve", *words, *(() if "--port" in words else ("--port", 0)))
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert said in err
 
 

@@ -33,5 +33,13 @@ def first_of_its_classes(config: Path) -> bool:
     return all(classes(other) != classes(config) for other in CONFIGS[: CONFIGS.index(config)])
 
 
+KINDS = ("names/gru", "names/mlp-by-hand", "names/record", "posttraining/reward", "quickstart", "tasks/reverse")
+
+
+def one_of_a_kind(config: Path) -> bool:
+    """Return whether a recipe stands for its kind of network and objective where each would take seconds."""
+    return str(config.relative_to(ROOT / "configs").with_suffix("")) in KINDS
+
+
 NET = "--model.init_args.net.init_args"
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16}
