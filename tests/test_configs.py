@@ -8,7 +8,7 @@ import yaml
 
 from tests.conftest import MISSING, REFERENCE, ROOT
 from tests.support.cases import often
-from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, first_of_its_classes
+from tests.support.recipes import CONFIGS, NET, PREPARE, SMALL, one_of_a_kind
 
 
 def test_there_are_recipes() -> None:
@@ -46,7 +46,7 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", often(CONFIGS, first_of_its_classes), ids=lambda path: str(path.relative_to(ROOT / "configs"))
+    "config", often(CONFIGS, one_of_a_kind), ids=lambda path: str(path.relative_to(ROOT / "configs"))
 )
 def test_recipe(lm, data_for, config: Path) -> None:
     recipe = yaml.safe_load(config.read_text())
