@@ -305,11 +305,12 @@ def main() -> None:
     print("| tokens a second | here | / the first | ms a step | bandwidth |")
     print("| --- | --- | --- | --- | --- |")
     for texts in options.texts:
-        runs = contestants(options.shape, texts, options.tokens, tempfile.mkdtemp())
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(options.rounds):
-            for name, run in runs.items():
-                speeds[name].append(run())
+        with tempfile.TemporaryDirectory() as folder:
+            runs = contestants(options.shape, texts, options.tokens, folder)
+            speeds: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(options.rounds):
+                for name, run in runs.items():
+                    speeds[name].append(run())
         base = next(iter(speeds.values()))
         for name, found in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))

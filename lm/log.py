@@ -49,7 +49,8 @@ def line(text: str, *, level: str = "info", run: str | None = None, **fields: An
             not finite, which JSON lacks, become null.
     """
     text = shown(text, "--{}") if os.environ.get("LM_NAMES") == "options" else shown(text)
-    text = " ".join(text.split()) if level == "error" else text
+    if level == "error":  # one line, and no name in a foreign file commands the terminal
+        text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in " ".join(text.split()))
     if not as_json():
         return f"error: {text}" if level == "error" else text
     now = time.time()

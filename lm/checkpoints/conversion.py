@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from lm.checkpoints.layouts import OURS, UNPLACED, Json, Layout, Settings
+from lm.checkpoints.layouts import Json, Layout, Settings, said
 from lm.errors import described
 from lm.models import GPT
 
@@ -150,6 +150,7 @@ def network(layout: Layout, config: Json, reader: Reader) -> tuple[Settings, dic
     """
     try:
         settings, vocab_size, block_size = layout.settings(config)
+        beside = said(config)
     except ValueError as error:
         raise ValueError(f"{reader.said}: {error}") from error
     if settings["n_layer"] > len(reader.left):  # before any is made
@@ -157,24 +158,23 @@ def network(layout: Layout, config: Json, reader: Reader) -> tuple[Settings, dic
     if block_size > MOST_POSITIONS:
         raise ValueError(f"{reader.said} says {block_size} positions, and lm takes {MOST_POSITIONS}")
     weights = incoming(reader, settings, shapes(settings, vocab_size, block_size), config)
-    if isinstance(said := config.get(OURS), dict):
-        said = {name: said[name] for name in UNPLACED if name in said}
-        ours = shapes(settings | said, vocab_size, block_size)
-        weights, settings = without_zeros(weights, settings, said, ours)
+    if beside is not None:
+        ours = shapes(settings | beside, vocab_size, block_size)
+        weights, settings = without_zeros(weights, settings, beside, ours)
     return settings, weights, vocab_size, block_size
 
 
 def without_zeros(
-    found: dict[str, Tensor], settings: Settings, said: Settings, ours: dict[str, torch.Size]
+    found: dict[str, Tensor], settings: Settings, beside: Settings, ours: dict[str, torch.Size]
 ) -> tuple[dict[str, Tensor], Settings]:
     """Return weights and settings of the GPT that was exported: without biases that it had not, if they still are zero.
 
     Args:
         found: The weights.
         settings: GPT's.
-        said: The settings that the layout has no place for.
+        beside: The settings that the layout has no place for.
         ours: The shapes of a GPT with those.
     """
     if any(key not in ours and value.any() for key, value in found.items()):
         return found, settings
-    return {key: found[key] for key in ours}, settings | said
+    return {key: found[key] for key in ours}, settings | beside

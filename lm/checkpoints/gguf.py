@@ -207,6 +207,9 @@ def _tokenizer(values: dict[str, Any]) -> Tokenizer | None:
     if len(types) != len(tokens):
         raise ValueError(f"its tokenizer has {len(tokens):,} tokens, and types of {len(types):,}")
     merges, pre = values.get("tokenizer.ggml.merges", []), values.get("tokenizer.ggml.pre", "gpt-2")
+    begins = values.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # as llama.cpp has it
+    if begins or values.get("tokenizer.ggml.add_eos_token"):
+        raise ValueError("its tokenizer cannot be held: it adds tokens to each text")
     added = [
         {"content": name, "id": i}
         for i, (name, kind) in enumerate(zip(tokens, types, strict=True))

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 OURS = "lm"
 """The key of a config.json that lm wrote: which biases the network has; the others are zeros there."""
 
-UNPLACED = ("bias", "attention_bias", "dropout", "key_dropout")
+UNPLACED = {"bias": bool, "attention_bias": bool, "dropout": float, "key_dropout": bool}
 """Settings of GPT that layouts have no place for."""
 
 
@@ -221,7 +221,7 @@ class LLaMA(Layout):
     def settings(self, config: Json) -> tuple[Settings, int, int]:
         """Return GPT's settings."""
         heads, width = value_of(config, "num_attention_heads", int), value_of(config, "hidden_size", int)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
         expected(config, hidden_act="silu", partial_rotary_factor=1.0)
         expected({"head_dim": config.get("head_dim") or width // heads}, head_dim=width // heads)
         expected({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, rope_type="default")
@@ -274,6 +274,20 @@ def settings_of(init_args: Settings) -> Settings:
 def unplaced(settings: Settings) -> Settings:
     """Return the settings of a GPT that no layout has a place for, as an export has them beside it."""
     return {name: settings[name] for name in UNPLACED}
+
+
+def said(config: Json) -> Settings | None:
+    """Return what an export has beside a layout's keys; None where another program wrote it.
+
+    Raises:
+        ValueError: A value is of another type.
+    """
+    found = config.get(OURS)
+    if not isinstance(found, dict):
+        return None
+    inherited = ("attention_bias",) if found.get("attention_bias", 0) is None else ()  # null: as bias
+    kinds = {name: kind for name, kind in UNPLACED.items() if name in found and name not in inherited}
+    return dict.fromkeys(inherited) | {name: value_of(found, name, kind) for name, kind in kinds.items()}
 
 
 def choose(net: dict[str, Any], layouts: dict[str, Layout]) -> tuple[Settings, Layout]:

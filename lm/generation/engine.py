@@ -197,12 +197,12 @@ class Engine:
         self._admit()
         self._read_prompt()
         ready = [text for text in self.running if self._ready(text)]
+        alone = [(text, text.alone) for text in self.running if text.alone is not None]
         grown = self._decode(ready) if ready else []
-        for text in self.running:
-            if text.alone is not None:
-                so_far = torch.tensor([[*text.request.prompt, *text.tokens]], device=self.device)  # (1, T)
-                self._choose([text], text.alone.logits(so_far))
-                grown.append(text)
+        for text, reading in alone:
+            so_far = torch.tensor([[*text.request.prompt, *text.tokens]], device=self.device)  # (1, T)
+            self._choose([text], reading.logits(so_far))
+            grown.append(text)
         self._leave()
         if not self.waiting:
             self._close_gaps()
@@ -248,10 +248,12 @@ class Engine:
         self._prompts[text.slot] = prompt[: text.read]
 
     def _share(self, text: Text, prompt: list[int]) -> None:
-        """Copy the pieces that another slot has read of the same prompt."""
+        """Copy the pieces that another slot has read of the same prompt; all, where it is of another sample."""
         assert self.cache is not None and text.slot is not None
 
         def common(other: list[int]) -> int:
+            if other == prompt:  # the last piece, too, has been cut at the same place
+                return len(prompt)
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))
             return sum(1 for _ in same) // self.piece * self.piece
 

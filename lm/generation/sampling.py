@@ -113,12 +113,16 @@ class Reading:
         Raises:
             CheckError: A logit is not finite.
         """
-        whole = self._cache is None or text.shape[1] > self.block_size
-        new, self._read = text[:, self._read :], text.shape[1]
-        logits: Tensor = (
-            self.net(text[:, -self.block_size :]) if whole else self.net(new, self._cache)
-        )  # (B, T, V) or (B, V)
-        logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu()  # (B, V)
+        first, new, self._read = not self._read, text[:, self._read :], text.shape[1]
+        logits: Tensor  # (B, T, V) or (B, V)
+        if self._cache is None or text.shape[1] > self.block_size:
+            logits = self.net(text[:, -self.block_size :])
+        elif first and min(text.shape) > 1 and bool((text == text[0]).all()):  # samples of a prompt, which is read once
+            logits = self.net(text[:1], self._cache)
+            self._cache.repeat(len(text))
+        else:
+            logits = self.net(new, self._cache)
+        logits = (logits[:, -1] if logits.ndim == 3 else logits).float().cpu().expand(len(text), -1)  # (B, V)
         if not logits.amax().isfinite():  # NaN is the largest of all
             raise CheckError("the network's output is not finite: its weights are too large or damaged: use another")
         return logits

@@ -75,7 +75,11 @@ class CausalSelfAttention(nn.Module):
     def qkv(
         self, x: Tensor, positions: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the query (B, H, T, D), key and value (B, H, S, D) of all heads, from x (B, T, C); see `forward`."""
+        """Return the query (B, H, T, D), key and value (B, H, S, D) of all heads, from x (B, T, C); see `forward`.
+
+        With a cache and grouped queries, those of a single token are (B, H', H/H', D): a group is as many queries to
+        the key that it shares, (B, H', S, D), so that nothing is copied for each token.
+        """
         parts = self.c_attn(x).unflatten(2, (-1, self.head_size))  # (B, T, C) -> (B, T, H + 2 H', D), H' key heads
         q, k, v = parts.transpose(1, 2).split(self.heads, dim=1)  # -> (B, H, T, D), two (B, H', T, D)
         if self.q_norm is not None and self.k_norm is not None:
@@ -88,7 +92,10 @@ class CausalSelfAttention(nn.Module):
                 q, k, v = q.float(), k.float(), v.float()
             k, v = cache.extend(self, k, v)  # (B, H', T, D) -> (B, H', S, D)
         if self.n_kv_head < self.n_head:  # H / H' neighbouring query heads share a key and a value
-            k, v = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (k, v))  # (B, H, S, D)
+            group = self.n_head // self.n_kv_head
+            if cache is not None and x.shape[1] == 1:
+                return q.unflatten(1, (-1, group)).squeeze(3), k, v  # (B, H, 1, D) -> (B, H', H/H', D)
+            k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))  # (B, H', S, D) -> (B, H, S, D)
         return q, k, v
 
     def weights(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -112,7 +119,7 @@ class CausalSelfAttention(nn.Module):
             cache: Has the keys and values of earlier positions, and takes those of x.
         """
         q, k, v = self.qkv(x, positions, cache)  # (B, H, T, D), two (B, H, S, D)
-        T, S = q.shape[2], k.shape[2]  # noqa: N806
+        T, S = x.shape[1], k.shape[2]  # noqa: N806
         if allowed is None and 1 < T < S:  # a single query may see all keys
             allowed = past(T, S, x.device)
         if cache is not None and allowed is not None and T == 1 and x.device.type == "cpu":
@@ -122,6 +129,7 @@ class CausalSelfAttention(nn.Module):
             p, causal = self.dropout if self.training else 0.0, allowed is None and T == S
             v = self.key_dropout(v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, is_causal=causal)
+        y = y.reshape(len(x), self.n_head, T, -1)  # also where a group of heads was so many queries
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C): heads side by side
         if cache is not None:
             y = y.type_as(x)

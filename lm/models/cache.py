@@ -40,6 +40,14 @@ class Cache:
         """Forget all tokens but the first `length`; for layers that keep what `extend` takes alone."""
         self.tokens = None if not length or self.tokens is None else self.tokens[:, :length]
 
+    def repeat(self, count: int) -> None:
+        """Go on with `count` texts, which all begin as the single one that was read."""
+        assert self.tokens is not None
+        self.tokens = self.tokens.repeat(count, 1)  # (1, S) -> (B, S)
+        self._kept = {
+            layer: tuple(one.repeat(count, *[1] * (one.ndim - 1)) for one in kept) for layer, kept in self._kept.items()
+        }
+
     def clear(self) -> None:
         """Forget what layers have kept, but not the tokens."""
         self._kept.clear()
@@ -68,7 +76,7 @@ class Cache:
         """
         seen, T = self.read(tokens), tokens.shape[1]  # noqa: N806
         positions = torch.arange(seen.shape[1] - T, seen.shape[1], device=tokens.device)  # (T,)
-        return positions, None if document_end is None else same_document(seen, document_end)[:, :, -T:]
+        return positions, None if document_end is None else same_document(seen, document_end, last=T)
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Keep what a layer has made of the tokens read last; return what it has of all so far.

@@ -12,14 +12,17 @@ def past(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def same_document(tokens: Tensor, document_end: int) -> Tensor:
-    """Return the attention mask, bool (B, 1, T, T): each position may see itself and its own document's past.
+def same_document(tokens: Tensor, document_end: int, last: int | None = None) -> Tensor:
+    """Return the attention mask, bool (B, 1, T, S): each position may see itself and its own document's past.
 
     Args:
-        tokens: int64 (B, T).
+        tokens: int64 (B, S).
         document_end: The token that ends a document, and is its last.
+        last: Of how many of the last positions, T; all by default.
     """
+    S = tokens.shape[1]  # noqa: N806
+    T = S if last is None else last  # noqa: N806
     ends = tokens == document_end
-    document = ends.cumsum(1) - ends.long()  # (B, T): how many documents ended before
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-    return same.tril()[:, None]
+    document = ends.cumsum(1) - ends.long()  # (B, S): how many documents ended before
+    same = document[:, S - T :, None] == document[:, None, :]  # (B, T, S)
+    return same.tril(S - T)[:, None]

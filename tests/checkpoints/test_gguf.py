@@ -192,6 +192,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: replaced(p, b"gpt2.block_count\x04\0\0\0\x02\0\0\0", b"gpt2.block_count\x07\0\0\0\x01\0\0\0"),
         "it is damaged, or no GGUF file",
     ),
+    "a token in front": (
+        lambda p: replaced(p, b"ggml.add_bos_token\x07\0\0\0\0", b"ggml.add_bos_token\x07\0\0\0\1"),
+        "its tokenizer cannot be held: it adds tokens to each text",
+    ),
     "a tensor's name": (
         lambda p: replaced(p, b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"),
         "it has no tensor blk.1.ffn_up.weight, which its header makes (128, 32)",

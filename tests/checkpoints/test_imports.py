@@ -139,6 +139,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it has no tensor transformer.h.1.attn.c_proj.bias, which config.json makes (32,)",
     ),
     "strange tensor": (lambda f: retype(f, adapter=torch.ones(2)), "its tensor adapter has no place in gpt2"),
+    "a name that commands the terminal": (
+        lambda f: retype(f, **{"a\x1b[31m\x9b0m\n": torch.ones(2)}),
+        "its tensor a\\x1b[31m\\x9b0m has no place in gpt2",
+    ),
+    "no bias that a network can have": (
+        lambda f: edit(f / CONFIG, lm={"bias": [1], "attention_bias": None}),
+        "config.json: bias is [1]: it should be true or false",
+    ),
     "whole numbers": (
         lambda f: retype(f, transformer__ln_f__bias=torch.ones(32, dtype=torch.int8)),
         "its tensor transformer.ln_f.bias is of int8: lm reads float16, bfloat16, float32, float64",
@@ -255,6 +263,10 @@ LLAMA: dict[str, tuple[dict[str, Any], str]] = {
     "older rope": (
         {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
         "rope_type is linear, and",
+    ),
+    "two ropes, of which transformers takes the older": (
+        {"rope_scaling": {"type": "yarn", "factor": 4}},
+        "rope_type is yarn, and lm's GPT has default",
     ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu, and lm's GPT has silu"),
     "key heads": ({"num_key_value_heads": 3}, "n_kv_head 3 does not divide n_head 4"),

@@ -1,6 +1,5 @@
 """The engine: a request gets the same tokens whatever else is in work, and whenever it arrives."""
 
-import os
 import random
 from typing import Any
 
@@ -64,12 +63,13 @@ def mixed(engine: Engine, requests: list[Request], draw: random.Random) -> list[
     return [texts[number] for number in range(len(requests))]
 
 
+@pytest.mark.parametrize("mixes", [3, pytest.param(125, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_is_as_if_alone(kind: str) -> None:
-    """Whatever else is there, to the last token; LM_MIXES=500 is what the documents promise."""
+def test_a_request_is_as_if_alone(kind: str, mixes: int) -> None:
+    """Whatever else is there, to the last bit of its log-probabilities: 500 mixes of the four kinds."""
     draw = random.Random(2)
     net = made(kind)
-    for mix in range(int(os.environ.get("LM_MIXES", "12")) // len(KINDS)):
+    for mix in range(mixes):
         requests = [drawn(draw) for _ in range(draw.randint(2, 10))]
         alone = [Engine(net, TOKENIZER, slots=16).run([request])[0] for request in requests]
         together = mixed(Engine(net, TOKENIZER, slots=16), requests, draw)
@@ -140,7 +140,9 @@ def test_a_prompt_that_another_has_read_is_copied() -> None:
     reads: list[int] = []
     net.register_forward_hook(lambda net, inputs, out: reads.append(inputs[0].shape[1]))
     texts = engine.run([Request(prompt=prompt, seed=seed, max_new_tokens=8) for seed in range(4)])
-    assert sum(size > 1 for size in reads) == 5 + 3  # of the others, the last piece alone
+    assert sum(size > 1 for size in reads) == 5
+    engine.run([Request(prompt=[*prompt[:68], 1, 2], max_new_tokens=8)])
+    assert sum(size > 1 for size in reads) == 5 + 1  # of a longer one, the last piece alone
     alone = [
         Engine(net, TOKENIZER, piece=16).run([Request(prompt=prompt, seed=i, max_new_tokens=8)])[0] for i in range(4)
     ]
@@ -302,6 +304,15 @@ def test_what_requests_add_to_logits(kind: str) -> None:
             logits[token] -= 1.25 + 0.5 * text.tokens[:i].count(token)
         assert int(logits.argmax()) == text.tokens[i], i
         tokens.append(text.tokens[i])
+
+
+def test_a_step_makes_one_token_of_a_text() -> None:
+    """Also where it grows beyond the context, from where on it is read alone: else its end would be told twice."""
+    engine = Engine(made(), TOKENIZER, slots=2)
+    text = engine.submit(Request(prompt=[1] * (BLOCK - 3), max_new_tokens=8))
+    while engine.busy:
+        before = len(text.tokens)
+        assert engine.step().count(text) == len(text.tokens) - before <= 1
 
 
 def test_where_tokens_begin() -> None:

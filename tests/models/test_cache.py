@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lm.generation import Sampler, generate
 from lm.models import GPT, GRU, LSTM, RNN, BagOfWords, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.cache import Cache
+from lm.models.masks import same_document
 
 V, T = 11, 24
 END = 3
@@ -55,6 +56,24 @@ def test_pieces_are_the_whole(settings: dict[str, Any], pieces: tuple[int, list[
     length, sizes = pieces
     tokens = torch.randint(V, (batch, length))
     torch.testing.assert_close(in_pieces(net, tokens, sizes), net(tokens), rtol=1e-10, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_keys_that_heads_share_are_not_copied_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, tokens, cache = made(n_kv_head=2, document_end=END), torch.randint(V, (3, 9)), Cache(T)
+    net(tokens[:, :8], cache)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None, raising=False)
+    last = net(tokens[:, 8:], cache)
+    monkeypatch.undo()
+    torch.testing.assert_close(last, net(tokens)[:, 8:], rtol=1e-10, atol=1e-10)
+
+
+def test_masks_of_documents_are_made_for_new_tokens_alone() -> None:
+    tokens, cache = torch.randint(V, (3, T)), Cache(T)
+    cache.place(tokens[:, :20], END)
+    _, allowed = cache.place(tokens[:, 20:], END)
+    assert allowed is not None and torch.equal(allowed, same_document(tokens, END)[:, :, 20:])
+    assert allowed.untyped_storage().nbytes() == 3 * 4 * T
 
 
 @torch.inference_mode()
@@ -132,6 +151,26 @@ def test_the_text_is_that_without_a_cache(positions: str, temperature: float) ->
     with_cache = [text(prompt) for prompt in prompts]
     net.forward = plain  # type: ignore[method-assign]
     assert [text(prompt) for prompt in prompts] == with_cache
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "shared keys"])
+def test_samples_of_a_prompt_read_it_once(name: str) -> None:
+    net = OTHERS[name]().double().eval() if name in OTHERS else made(n_kv_head=2, document_end=END)
+    forward, prompt = net.forward, torch.tensor([[4, 1, 5, 6, 1, 7]]).repeat(3, 1)
+    reads: list[tuple[int, ...]] = []
+
+    def text(read: Any) -> list[list[int]]:
+        net.forward = read
+        tokens = generate(net, prompt, sampler=Sampler(), generator=torch.Generator().manual_seed(2))
+        return [next(tokens).tolist() for _ in range(T)]
+
+    def noted(tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        reads.append(tuple(tokens.shape))
+        return forward(tokens, cache)  # type: ignore[no-any-return]
+
+    with_cache = text(lambda tokens, cache=None: noted(tokens, cache) if cache else forward(tokens))
+    assert with_cache == text(lambda tokens: forward(tokens)) and len(set(zip(*with_cache, strict=True))) == 3
+    assert reads == [(1, 6)] + [(3, 1)] * (T - 6)
 
 
 def test_a_text_that_is_too_long_is_refused() -> None:
