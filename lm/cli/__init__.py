@@ -26,6 +26,8 @@ COMMANDS = {
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
+    "solve": ("lm.cli.solve:solve", "answer a problem by a network that was trained on such: 12*34"),
+    "classify": ("lm.cli.classify:classify", "say the class of a text, and how likely it is"),
     "chat": ("lm.cli.chat:chat", "talk with a network in the terminal"),
     "serve": ("lm.cli.serve:serve", "serve checkpoints by OpenAI's protocol, with a page"),
     "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
