@@ -67,7 +67,7 @@ def solve(arguments: list[str]) -> None:
 
 
 def _task(path: Path, fitted: Fitted) -> "TaskData":
-    """Return the task that a network was trained on, ready for its problems.
+    """Return the task that a network was trained on.
 
     Raises:
         UserError: That was none.
@@ -78,7 +78,6 @@ def _task(path: Path, fitted: Fitted) -> "TaskData":
     task = task_of(fitted.data)
     if task is None:
         raise UserError(f"--ckpt_path {path}: it was not trained on problems: lm sample continues texts")
-    task.setup("test")
     return task
 
 
@@ -96,6 +95,7 @@ def answers(task: "TaskData", fitted: Fitted, net: nn.Module, problems: Sequence
 
 def _print_table(task: "TaskData", fitted: Fitted, net: nn.Module, options: Any) -> None:
     """Solve what was held out, and print how many of each kind are right."""
+    task.setup("test")
     examples = task.held_out_examples(options.split)
     right, there = Counter[str](), Counter[str]()
     for (problem, expected), answer in zip(

@@ -64,7 +64,7 @@ def _tabs(corpus: str, names: tuple[str, str]) -> Iterator[Row]:
         for name, part in zip(names, parts, strict=True):
             if not part.strip():
                 raise UserError(f"{place}: its {name} is empty: expected {_form(names)}")
-        yield Row(*parts, place)
+        yield Row(parts[0], parts[1], place)
 
 
 def _form(names: tuple[str, str]) -> str:
