@@ -12,31 +12,35 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INHERIT = "--data.init_args.tokenizer inherit"
 REWARD = "--model.init_args.reward"
-TURNS = "printf '%s\\n' 'Write a name.' /new 'Write a name.' /new 'Write a name.'"
+ASKED = r"printf 'Write a name.\n/new\n%.0s' 1 2 3 4 5"
 STAGES = (
     "lm fit --config configs/posttraining/pretrain.yaml",
     "lm fit --config configs/posttraining/names.yaml --init_from checkpoints/pretrain/last.ckpt",
     f"lm fit --config configs/posttraining/reward.yaml --init_from checkpoints/names/last.ckpt {INHERIT}",
     f"lm fit --config configs/posttraining/ppo.yaml --init_from checkpoints/names/last.ckpt {INHERIT} "
     f"{REWARD}=lm.posttraining.rewards.LearnedReward {REWARD}.init_args.ckpt_path checkpoints/reward/last.ckpt",
-    *(f"{TURNS} | lm chat --ckpt_path checkpoints/{name}/last.ckpt" for name in ("names", "ppo")),
+    *(f"{ASKED} | lm chat --ckpt_path checkpoints/{name}/last.ckpt" for name in ("names", "ppo")),
 )
 
 
-def transcript(folder: Path, max_steps: int | None) -> Iterator[str]:
-    """Run the stages in a folder; yield the lines of the transcript."""
+def transcript(run: Callable[[str], str]) -> Iterator[str]:
+    """Run the stages; yield the lines of the transcript.
+
+    Args:
+        run: Runs a command, and returns what it prints.
+    """
     for command in STAGES:
         yield f"$ {command}"
-        yield from said(run(command, folder, max_steps))
+        yield from said(run(command))
 
 
-def run(command: str, folder: Path, max_steps: int | None) -> str:
+def in_shell(command: str, folder: Path, max_steps: int | None = None) -> str:
     """Run a command in a shell, whose `lm` is this one; return what it prints."""
     few = f" --trainer.max_steps {max_steps} --trainer.val_check_interval {max_steps}" if max_steps else ""
     line = re.sub(r"\blm (?=fit|chat)", f"{sys.executable} -m lm ", command) + few * ("lm fit" in command)
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lines = list(transcript(Path(folder), options.max_steps))
+        lines = list(transcript(lambda command: in_shell(command, Path(folder), options.max_steps)))
     print("```console", *lines, "```", sep="\n")
 
 
