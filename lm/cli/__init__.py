@@ -141,7 +141,7 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"say one of {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {name[:60]}: {hint}")
+        raise UserError(f"unknown command {name[:40]}: {hint}")
     take_stops(_stop)
     if name in help.PAGES and {"-h", "--help"} & set(rest):
         print(help.page(name))
