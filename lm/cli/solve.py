@@ -27,7 +27,9 @@ def make_parser() -> ArgumentParser:
     """Return the parser of `lm solve`."""
     about = 'Answer problems by a network that was trained on such, lm solve "12*34"; the likeliest answer, always.'
     parser = plain_help.make_parser("solve", about)
-    parser.add_argument("problems", type=str, nargs="*", metavar="PROBLEM", help="As people write it; one or several.")
+    parser.add_argument(
+        "problems", type=str, nargs="*", default=None, metavar="PROBLEM", help="As people write it; one or several."
+    )
     parser.add_argument("--ckpt_path", type=Path, default=CALCULATOR, help="The checkpoint.")
     parser.add_argument("--show_steps", action="store_true", help="Print the steps, too, where the network writes any.")
     parser.add_argument(
