@@ -48,6 +48,8 @@ def test_it_learns_and_says_the_class(lm: Run, workplace: Path) -> None:
     logits = net(torch.tensor([[*tokenizer.encode("aaaaaab"), 0]]))[0].detach()  # what pads it changes nothing
     ids = [tokenizer.special_ids[name] for name in ("fewer a", "more a")]
     assert first["probabilities"]["more a"] == pytest.approx(float(logits[ids].softmax(0)[1]), rel=1e-5)
+    shown = lm("inspect", "--config", "classes.yaml")[1]
+    assert "→ 'more a')" in shown and "→ 'fewer a')" in shown
     code, _, err = lm("sample", "--ckpt_path", path)
     assert code == 2 and "it says classes and writes no text: use lm classify" in err and err.count("\n") == 1
 
