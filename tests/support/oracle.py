@@ -1,6 +1,7 @@
 """A network that knows a task: what asks it is tested without training."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ class Oracle(nn.Module):
         self.vocab_size, self.block_size = vocab_size, block_size
         self.wrong, self.endless = wrong, endless
         self.task = known(data)
-        self.texts = dict(map(self.task.example, range(self.task.size)))
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -37,6 +37,11 @@ class Oracle(nn.Module):
         following = [self.next_of(tokenizer.decode(row)) for row in tokens.tolist()]
         ids = torch.from_numpy(tokenizer.encode("".join(following)))
         return nn.functional.one_hot(ids, self.vocab_size).float()
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """All problems and their answers."""
+        return dict(map(self.task.example, range(self.task.size)))
 
     def next_of(self, text: str) -> str:
         """Return the character after a text."""
