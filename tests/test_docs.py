@@ -46,7 +46,7 @@ def python_blocks(page: Path) -> list[str]:
 
 def bash_blocks(page: Path, *, titled: bool) -> list[list[str]]:
     """Return the commands of a page's bash blocks: those with a title cannot run on any machine."""
-    found = re.findall(r"^```bash( title=.*)?\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```bash( title=[^\n]*)?\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return [body.replace("\\\n", "").strip().splitlines() for title, body in found if bool(title) == titled]
 
 

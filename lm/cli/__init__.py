@@ -26,6 +26,8 @@ COMMANDS = {
     "prepare": ("lm.cli.prepare:prepare_command", "turn text into a folder of token shards"),
     "tokenizer": ("lm.cli.tokenizer:tokenizer", "train a byte-pair encoding on text"),
     "sample": ("lm.cli.sample:sample", "print text that a checkpoint's network writes"),
+    "solve": ("lm.cli.solve:solve", "answer a problem by a network that was trained on such: 12*34"),
+    "classify": ("lm.cli.classify:classify", "say the class of a text, and how likely it is"),
     "chat": ("lm.cli.chat:chat", "talk with a network in the terminal"),
     "serve": ("lm.cli.serve:serve", "serve checkpoints by OpenAI's protocol, with a page"),
     "export": ("lm.cli.export:export", "write a checkpoint in a format that other programs read"),
@@ -139,7 +141,7 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"say one of {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {name[:60]}: {hint}")
+        raise UserError(f"unknown command {name[:40]}: {hint}")
     take_stops(_stop)
     if name in help.PAGES and {"-h", "--help"} & set(rest):
         print(help.page(name))

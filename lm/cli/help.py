@@ -17,10 +17,11 @@ COMMON = """\
   --print_config                      print the recipe, all settings filled in, and stop
   --json                              the result as one line of JSON; progress goes to stderr"""
 NET = """\
-  --model.init_args.net CLASS         Bigram, BagOfWords, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Seq2Seq of
-                                      lm.models, or your own"""
+  --model.init_args.net CLASS         Bigram, BagOfWords, MLP, WaveNet, GatedWaveNet, RNN, GRU, LSTM, GPT, Encoder,
+                                      Seq2Seq of lm.models, or your own"""
 DATA = """\
-  --data CLASS                        [lm.data.TextData]; or LinesData, ChatData, PairData, ArithmeticData, ReverseData
+  --data CLASS                        [lm.data.TextData]; or LinesData, ChatData, PairData, ClassData,
+                                      SourceTargetData, ArithmeticData, ReverseData
   --data.init_args.corpus PATH        a text, a folder, a prepared corpus; python-docs, shakespeare, names
   --data.init_args.batch_size N       sequences a step, over all processes and micro-batches"""
 REST = "\n".join(

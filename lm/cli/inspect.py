@@ -68,13 +68,12 @@ class Inspect(parsing.Untrained):
         """Return the first batch's first examples: a context and its target, in ids and as text."""
         tokens, targets = self.datamodule.first_batch()
         tokenizer = self.datamodule.text_tokenizer
+        special = {i: name for name, i in tokenizer.special_ids.items()}
 
         def example(context: Tensor, target: Tensor) -> dict[str, Any]:
-            return {
-                "context": context.tolist(),
-                "target": int(target),
-                "text": [tokenizer.decode(context.tolist()), tokenizer.decode([int(target)])],
-            }
+            number = int(target)
+            after = tokenizer.decode([number]) or special.get(number, "")
+            return {"context": context.tolist(), "target": number, "text": [tokenizer.decode(context.tolist()), after]}
 
         if targets.ndim == 1:  # a fixed context
             pairs = list(zip(tokens, targets, strict=True))

@@ -24,7 +24,7 @@ from lm.checkpoints.restore import deny_what_runs_code
 from lm.checkpoints.schema import Saved
 from lm.cli import common, environment, help, messages, plain_help, values
 from lm.errors import UserError, causes
-from lm.tokenizers import from_state
+from lm.tokenizers import CharTokenizer, from_state
 from lm.training import LanguageModel
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.figures import Figures
@@ -193,6 +193,8 @@ class FromWeights(Recipes):
                 "data.tokenizer inherit takes the tokenizer of a checkpoint: say which with --init_from, or a tokenizer"
             )
         data.tokenizer = from_state(saved.tokenizer)
+        if isinstance(data.tokenizer, CharTokenizer):
+            data.tokenizer.advice = "say data.tokenizer char in place of inherit, which adds them as untrained ones"
 
 
 class Untrained(FromWeights):

@@ -22,6 +22,7 @@ from lm.tokenizers import identity
 if TYPE_CHECKING:
     from lm.data.tasks import TaskData
 
+CLASSES = "lm.data.ClassData"
 TEXT = ("lm.data.TextData", "lm.data.LinesData", "lm.data.ChatData")
 
 
@@ -68,6 +69,8 @@ def sample(arguments: list[str]) -> None:
     prompt = _prompt(options.prompt, options.prompt_file)
     known = None if options.compare is None else _lines(options.compare)
     fitted = load_network(options.ckpt_path, devices.device(options.device))
+    if isinstance(fitted.data, dict) and fitted.data.get("class_path") == CLASSES:
+        raise UserError(f"--ckpt_path {options.ckpt_path}: it says classes and writes no text: use lm classify")
     task = _task(fitted.data)
     try:
         prompt, asked = task.question(prompt) if task and prompt else (prompt, prompt)  # a task has a form of its own

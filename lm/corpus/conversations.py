@@ -32,7 +32,7 @@ def rows(corpus: str) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         UserError: It cannot be read, or a line is no JSON object.
     """
-    for number, line in enumerate(_lines(corpus), 1):
+    for number, line in enumerate(lines(corpus), 1):
         place = f"corpus {corpus}, line {number}"
         try:
             text = line.decode().strip().removeprefix("\ufeff")
@@ -43,14 +43,19 @@ def rows(corpus: str) -> Iterator[tuple[dict[str, Any], str]]:
             yield _object(row, place), place
 
 
-def _lines(corpus: str) -> Iterator[bytes]:
+def lines(corpus: str) -> Iterator[bytes]:
+    """Yield the lines of a named corpus or of a file, compressed or not.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     path = Path(corpus).expanduser()
     if corpus not in sources.NAMED and path.is_file():
         with formats.opened(path) as (file, _):
             yield from file
         return
     if path.is_dir():
-        raise UserError(f"corpus {corpus}: it is a folder: name a file of JSON lines")
+        raise UserError(f"corpus {corpus}: it is a folder: name a file")
     yield from (line.encode() for line in sources.find(corpus).read().splitlines())
 
 

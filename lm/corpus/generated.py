@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from datetime import date
 
 
 def arithmetic() -> str:
@@ -64,6 +65,37 @@ def gold_reward(text: str) -> float:
     """Return how good a name is, by a rule that is known: a vowel at its end, and two syllables rather than more."""
     vowels = sum(text.count(vowel) for vowel in "aeiou")
     return 2.0 * text.endswith(tuple("aeiou")) - abs(vowels - 2)
+
+
+MONTHS = ("January", "February", "March", "April", "May", "June",
+          "July", "August", "September", "October", "November", "December")  # fmt: skip
+
+
+def dates(count: int = 10_000) -> str:
+    """Return days as people write them, a tab, and as ISO 8601 does, one a line, no two of them equal."""
+    draw, lines = random.Random(3), dict[str, None]()
+    while len(lines) < count:
+        day = date.fromordinal(draw.randrange(date(1800, 1, 1).toordinal(), date(2100, 1, 1).toordinal()))
+        name = MONTHS[day.month - 1]
+        forms = (f"{day.day} {name} {day.year}", f"{name} {day.day}, {day.year}", f"{name[:3]} {day.day} {day.year}",
+                 f"{day.day}.{day.month}.{day.year}")  # fmt: skip
+        lines[f"{draw.choice(forms)}\t{day.isoformat()}"] = None
+    return "".join(f"{line}\n" for line in lines)
+
+
+def reviews(count: int = 6_000) -> str:
+    """Return a label, positive or negative, a tab and a sentence a line; a "not" turns it round."""
+    draw, lines = random.Random(4), dict[str, None]()
+    while len(lines) < count:
+        good, turned = draw.random() < 0.5, draw.random() < 0.5
+        word = draw.choice(("good", "great", "lovely", "clever") if good else ("bad", "dull", "awful", "silly"))
+        what = draw.choice(("film", "book", "play", "song", "story", "cast", "plot", "ending", "music", "first half"))
+        who = draw.choice(("I thought", "We found", "They said", "My friends say", "Some think", "Honestly,"))
+        how = draw.choice(("", "very ", "really ", "so ", "all that ", "exactly "))
+        when = draw.choice((".", " at all.", " this time.", " in the end.", "!"))
+        text = f"{who} the {what} was {'not ' * turned}{how}{word}{when}"
+        lines[f"{'positive' if good != turned else 'negative'}\t{text}"] = None
+    return "".join(f"{line}\n" for line in lines)
 
 
 ASKED = "Write a name."

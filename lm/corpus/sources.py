@@ -84,5 +84,7 @@ NAMED: dict[str, Callable[[], Source]] = {
     "arithmetic": lambda: _generated(generated.arithmetic),
     "conversations": lambda: _generated(generated.conversations),
     "names-to-write": lambda: _generated(generated.names_to_write),
+    "dates": lambda: _generated(generated.dates),
+    "reviews": lambda: _generated(generated.reviews),
     "preferences": lambda: _generated(generated.preferences),
 }

@@ -2,7 +2,16 @@
 
 from typing import Any
 
-__all__ = ["ArithmeticData", "ChatData", "LinesData", "PairData", "ReverseData", "TextData"]
+__all__ = [
+    "ArithmeticData",
+    "ChatData",
+    "ClassData",
+    "LinesData",
+    "PairData",
+    "ReverseData",
+    "SourceTargetData",
+    "TextData",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -10,11 +19,13 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     modules = {
-        "ArithmeticData": "tasks",
+        "ArithmeticData": "arithmetic",
         "ChatData": "chat",
+        "ClassData": "classes",
         "LinesData": "lines",
         "PairData": "pairs",
         "ReverseData": "tasks",
+        "SourceTargetData": "source_target",
         "TextData": "text",
     }
     if name not in modules:

@@ -1,9 +1,8 @@
-"""Tasks generated on the fly: problems whose answers can be checked, arithmetic and strings to reverse.
+"""Tasks generated on the fly: problems whose answers can be checked, such as strings to reverse.
 
 Shapes: B sequences, T block_size.
 """
 
-import re
 from abc import abstractmethod
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -40,6 +39,8 @@ class TaskData(TokenData):
 
     exact_match = True
     """Whether the share of problems with an entirely correct answer is measured."""
+    end = END
+    """The mark, one character that no problem contains: it stands before a problem, and ends its answer."""
 
     @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, held_out: int, num_workers: int, seed: int) -> None:
@@ -76,8 +77,20 @@ class TaskData(TokenData):
             UserError: The prompt is not such a problem; the message shows the form.
         """
 
+    def kind(self, problem: str) -> str:
+        """Return under what a problem is counted in a table of how many are right."""
+        return "all"
+
+    def result(self, answer: str) -> str:
+        """Return the part of an answer that says whether it is right: what follows the steps, where there are any."""
+        return answer
+
     def readable(self, answer: str) -> str:
-        """Return an answer as people write it."""
+        """Return an answer's result as people write it."""
+        return self.result(answer)
+
+    def readable_steps(self, answer: str) -> str:
+        """Return a whole answer as people write it."""
         return answer
 
     def setup(self, stage: str) -> None:
@@ -99,7 +112,7 @@ class TaskData(TokenData):
                 f"data.block_size {self.block_size} does not hold {problem}{answer} and a mark: it needs {needed}: "
                 "make it larger, or the problems smaller"
             )
-        self.tokenizer = CharTokenizer(self.symbols, end=END)
+        self.tokenizer = CharTokenizer(self.symbols, end=self.end)
 
     @cached_property
     def _held(self) -> np.ndarray:
@@ -120,7 +133,7 @@ class TaskData(TokenData):
         """Return tokens and targets, both (B, T), of problems."""
         T = self.block_size  # noqa: N806
         examples = [self.example(int(i)) for i in indices]
-        rows = [(END + problem + answer).ljust(T + 1, END) for problem, answer in examples]
+        rows = [(self.end + problem + answer).ljust(T + 1, self.end) for problem, answer in examples]
         ids = torch.from_numpy(self.text_tokenizer.encode("".join(rows))).view(-1, T + 1)  # (B T + B,) -> (B, T + 1)
         tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].clone()
         first = torch.tensor([len(problem) for problem, _ in examples]).unsqueeze(1)  # (B, 1): the answer begins there
@@ -133,115 +146,18 @@ class TaskData(TokenData):
         """Return a function that makes the training problems."""
         return lambda first, count: self.batch(self.problems(first, count))
 
+    def held_out_examples(self, split: str) -> list[tuple[str, str]]:
+        """Return the problems held out, val or test, and their answers; for train, as many that are not."""
+        return [self.example(int(i)) for i in self._numbers(split)]
+
+    def _numbers(self, split: str) -> np.ndarray:
+        n = self.held_out
+        return {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
+
     def eval_dataset(self, split: str) -> EvaluationSet:
         """Return the problems held out; for train, as many that are not."""
-        n = self.held_out
-        chosen = {"val": self._held[:n], "test": self._held[n:], "train": self.problems(0, n)}[split]
-        tokens, targets = self.batch(chosen)
+        tokens, targets = self.batch(self._numbers(split))
         return of_rows(tokens, targets, batch_size=EVAL_ROWS, **self._place())
-
-
-OPERATORS = "+-*/"
-
-
-class ArithmeticData(TaskData):
-    """Sums, differences, products, and quotients with remainder, of numbers below 10^digits: 17/5=3r2.
-
-    Lee et al., "Teaching Arithmetic to Small Transformers" (2023): results with their digits reversed are learned
-    sooner, as each digit then depends only on what has been written.
-
-    Args:
-        digits: Most digits of an operand.
-        operators: Some of + - * /.
-        reverse: Whether the digits of each number in the result are written from the last to the first.
-        pad: Whether operands have leading zeros, so that digits of equal place value have equal positions.
-        block_size: Tokens in a sequence.
-        batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
-        held_out: Problems for validation, and as many others for testing.
-        num_workers: Processes that prepare batches.
-        seed: Chooses the training problems; set from seed_everything.
-    """
-
-    @checked("data.", UserError)
-    def __init__(
-        self,
-        *,
-        digits: int = 3,
-        operators: str = "+",
-        reverse: bool = True,
-        pad: bool = False,
-        block_size: int = 16,
-        batch_size: int = 256,
-        held_out: int = 10_000,
-        num_workers: int = 0,
-        seed: int = 1337,
-    ) -> None:
-        super().__init__(
-            block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
-        )
-        unknown = [operator for operator in operators if operator not in OPERATORS]
-        if unknown or not operators or len(set(operators)) < len(operators):
-            found = f"unknown operator {unknown[0]!r}" if unknown else f"{operators!r} is empty or says one twice"
-            raise UserError(f"data.operators: {found}: say some of {OPERATORS}, each once")
-        self.digits, self.operators, self.reverse, self.pad = digits, operators, reverse, pad
-
-    @property
-    def symbols(self) -> str:
-        """Digits, operators and signs."""
-        return "0123456789=" + self.operators + ("-" if "-" in self.operators else "") + "r" * ("/" in self.operators)
-
-    @property
-    def size(self) -> int:
-        """The number of pairs of operands, for each operator; nothing is divided by zero."""
-        numbers: int = 10**self.digits
-        return len(self.operators) * numbers**2 - ("/" in self.operators) * numbers
-
-    def example(self, index: int) -> tuple[str, str]:
-        """Return problem and answer number index; divisions come last."""
-        others, numbers = self.operators.replace("/", ""), 10**self.digits
-        if (division := index - len(others) * numbers**2) >= 0:
-            a, b = divmod(division, numbers - 1)
-            return self._problem(a, "/", b + 1)
-        index, place = divmod(index, len(others))
-        a, b = divmod(index, numbers)
-        return self._problem(a, others[place], b)
-
-    def _problem(self, a: int, operator: str, b: int) -> tuple[str, str]:
-        if operator == "/":
-            answer = "r".join(map(self._written, divmod(a, b)))
-        else:
-            answer = self._written({"+": a + b, "-": a - b, "*": a * b}[operator])
-        width = self.digits if self.pad else 1
-        return f"{a:0{width}}{operator}{b:0{width}}=", answer
-
-    def _written(self, number: int) -> str:
-        text = str(abs(number))
-        return "-" * (number < 0) + (text[::-1] if self.reverse else text)
-
-    def question(self, prompt: str) -> tuple[str, str]:
-        """Return a problem without and with the leading zeros used in training, 12+34= and 012+034=."""
-        found = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=?\s*", prompt)
-        if found is None or any(len(found[k].lstrip("0")) > self.digits for k in (1, 3)):
-            raise UserError(
-                f"{prompt[:40]!r} is no problem of this network: it takes two numbers of up to {self.digits} digits "
-                f"with {' or '.join(self.operators)} between them, {self._problem(2, self.operators[0], 1)[0]} say"
-            )
-        a, operator, b = int(found[1]), found[2], int(found[3])
-        if operator == "/" and b == 0:
-            raise UserError(f"{prompt[:40]!r}: nothing is divided by zero: say another number")
-        return f"{a}{operator}{b}=", self._problem(a, operator, b)[0]
-
-    def readable(self, answer: str) -> str:
-        """Return an answer with the digits of its numbers in the usual order."""
-        return re.sub("[0-9]+", lambda number: number[0][::-1], answer) if self.reverse else answer
-
-    def longest(self) -> tuple[str, str]:
-        """Return the problem of the longest answer."""
-        top = 10**self.digits - 1
-        pairs = {"+": (top, top), "-": (top // 10 + 1, top), "*": (top, top), "/": (top, top // 2 + 1)}
-        return max(
-            (self._problem(pairs[op][0], op, pairs[op][1]) for op in self.operators), key=lambda e: len("".join(e))
-        )
 
 
 class ReverseData(TaskData):
@@ -310,6 +226,10 @@ class ReverseData(TaskData):
                 f"{self.longest_length} letters of {self.alphabet}, {self.example(0)[0]} say"
             )
         return f"{text}>", f"{text}>"
+
+    def kind(self, problem: str) -> str:
+        """Return how many letters it has."""
+        return f"{len(problem) - 1} letters"
 
     def longest(self) -> tuple[str, str]:
         """Return the last one."""

@@ -21,6 +21,9 @@ class CharTokenizer(Tokenizer):
         special: Names of further special tokens; they get the last ids.
     """
 
+    advice = "take a text without, or a tokenizer that has them"
+    """What helps where a text has other symbols."""
+
     def __init__(
         self, symbols: Iterable[str], end: str | None = None, end_of_text: bool = False, special: Iterable[str] = ()
     ) -> None:
@@ -49,10 +52,7 @@ class CharTokenizer(Tokenizer):
             listed = ", ".join(map(repr, unknown[:10])) + (
                 f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             )
-            raise UserError(
-                f"the vocabulary of {len(self.symbols)} characters lacks {listed}: "
-                "take a text without, or a tokenizer that has them"
-            )
+            raise UserError(f"the vocabulary of {len(self.symbols)} characters lacks {listed}: {self.advice}")
         return self._order[places]
 
     def token_bytes(self) -> list[bytes]:

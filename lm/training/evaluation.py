@@ -31,6 +31,8 @@ class Evaluated(LightningModule):
         """The newest validation metrics, "step" among them."""
         self.eval_loss: Sums = TokenLoss()
         self.exact_match: MulticlassExactMatch | None = None
+        self.share_right = "exact_match"
+        """What the share of examples that are predicted rightly is called."""
         self.step_log = StepLog()
         self.objective = CrossEntropy()
 
@@ -52,7 +54,7 @@ class Evaluated(LightningModule):
         self.validation = {"step": self.global_step} | {key: float(value) for key, value in values.items()}
         self.validation |= {key: int(values[key]) for key in COUNTS if key in values}
         if self.exact_match is not None:
-            self.validation["exact_match"] = float(self.exact_match.compute())
+            self.validation[self.share_right] = float(self.exact_match.compute())
             self.exact_match.reset()
         shown = {key: value for key, value in self.validation.items() if key not in ("step", *COUNTS)}
         if self.trainer.state.fn != "fit":  # what a Trainer's own validate and test return; ranks have one sum already

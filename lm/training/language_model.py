@@ -158,6 +158,7 @@ class LanguageModel(Evaluated):
             shard(self.net, self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]
         if getattr(data, "exact_match", False):
             self.exact_match = MulticlassExactMatch(data.vocab_size, ignore_index=IGNORED)
+            self.share_right = getattr(data, "share_right", self.share_right)
         lengths = torch.tensor([len(token) for token in data.text_tokenizer.token_bytes()])
         self.register_buffer("token_lengths", lengths, persistent=False)
         leave_constants(self)

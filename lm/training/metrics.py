@@ -43,10 +43,10 @@ class TokenLoss(Sums):
         self.bytes += text_bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """Return loss (nats per token), perplexity, bits_per_byte and tokens."""
+        """Return loss (nats per token), perplexity, bits_per_byte of tokens that stand for text, and tokens."""
         loss = self.nats / self.tokens
-        bits = self.nats / math.log(2)
-        return {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": bits / self.bytes, "tokens": self.tokens}
+        bits = {"bits_per_byte": self.nats / math.log(2) / self.bytes} if self.bytes else {}
+        return {"loss": loss, "perplexity": loss.exp(), **bits, "tokens": self.tokens}
 
 
 class PairLoss(Sums):

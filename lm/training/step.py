@@ -145,7 +145,8 @@ class Step:
         if logits.shape[:-1] != targets.shape:
             raise UserError(
                 f"model.net {type(self.net).__name__} gives logits {tuple(logits.shape)}, the data has targets "
-                f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all"
+                f"{tuple(targets.shape)}: fixed contexts need LinesData with targets last, others targets all; "
+                "ClassData needs Encoder"
             )
         loss = self.objective(logits, targets, self.division)  # ()
         self.note(loss, targets)

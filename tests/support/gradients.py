@@ -8,7 +8,20 @@ from torch.nn import functional as F
 from lm.backprop import Gradients, loss_and_gradients, run
 from lm.backprop.attention import attend
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.models import GPT, GRU, LSTM, MLP, RNN, BagOfWords, Bigram, GatedWaveNet, Seq2Seq, WaveNet, feed_forward
+from lm.models import (
+    GPT,
+    GRU,
+    LSTM,
+    MLP,
+    RNN,
+    BagOfWords,
+    Bigram,
+    Encoder,
+    GatedWaveNet,
+    Seq2Seq,
+    WaveNet,
+    feed_forward,
+)
 from lm.models.dropout import Dropout
 from lm.models.feed_forward import GELU, ReLUSquared
 from lm.models.layers import BatchNorm
@@ -45,6 +58,7 @@ NETWORKS = {
     "gru": lambda: GRU(V, T, n_embd=3, n_hidden=5, n_layer=2),
     "lstm": lambda: LSTM(V, T, n_embd=3, n_hidden=5, n_layer=2),
     "bag of words": lambda: BagOfWords(V, T, n_embd=4, n_hidden=5),
+    "encoder": lambda: Encoder(V, T, **SMALL, dropout=0.2, pad_token=2),
     "seq2seq": lambda: Seq2Seq(V, T, **SMALL, start_token=1, pad_token=2, dropout=0.2),
 }
 LAYERS = {
@@ -74,7 +88,7 @@ LAYERS = {
     "identity": (nn.Identity, (3, 6)),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, dilation=2), (3, 6, 9)),
 }
-FIXED = (MLP, WaveNet)
+FIXED = (MLP, WaveNet, Encoder)
 
 
 def seed(number: int) -> None:

@@ -334,3 +334,17 @@ def test_a_network_of_the_users_own(lm, workplace: Path, monkeypatch: pytest.Mon
         Path("tiny.yaml").write_text(yaml.safe_dump(recipe))
         code, _, err = lm(*RECIPE, "--name", f"tuned{len(refusal)}", "--init_from", LAST)
         assert (code, refusal in err) == (2 if refusal else 0, True), err
+
+
+def test_symbols_that_an_inherited_tokenizer_lacks(lm, workplace: Path) -> None:
+    """The way out is in the message, and leads there."""
+    few = ("--trainer.max_steps", 2, "--trainer.val_check_interval", 2)
+    assert lm("fit", "--config", "tiny.yaml", *few)[0] == 0
+    Path("new.txt").write_text(Path("text.txt").read_text() + "$£")
+    words = ("fit", "--config", "tiny.yaml", "--name", "tuned", "--init_from", "checkpoints/tiny/last.ckpt", *few)
+    words += ("--data.init_args.corpus", "new.txt", "--data.init_args.tokenizer")
+    code, _, err = lm(*words, "inherit")
+    assert code == 2 and err.count("\n") == 1
+    assert "lacks '$', '£': say data.tokenizer char in place of inherit, which adds them as untrained ones" in err
+    code, out, err = lm(*words, "char")
+    assert code == 0 and "2 new, 0 left out" in out, err

@@ -252,7 +252,7 @@ class Endings(Callback):
         known = {"val_loss", *(f"train/{name}" for name in TRAINING)}
         known |= {f"val/{name}" for name in module.eval_loss.names}
         if module.exact_match is not None:
-            known.add("val/exact_match")
+            known.add(f"val/{module.share_right}")
         callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
         others = [one for one in callbacks if not type(one).__module__.startswith(("lightning.pytorch.", "lm."))]
         logs = any(isinstance(one, parts.LearningRateMonitor) for one in callbacks)
