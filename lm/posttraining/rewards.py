@@ -1,9 +1,8 @@
 """What an answer is worth: a verifier, a learned reward model, or a class of your own with the same method."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,16 +27,36 @@ class Answer(NamedTuple):
     """Of the prompt and the answer, its end included."""
 
 
-class Reward(ABC):
-    """Gives each answer a number."""
+class Reward:
+    """Gives each answer a number. A reward of your own has the method `__call__`."""
 
     def check(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Raise a UserError where the reward cannot judge what a policy of this vocabulary and context writes."""
         return
 
-    @abstractmethod
     def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
-        """Return the answers' rewards."""
+        """Return the answers' rewards.
+
+        Raises:
+            UserError: The class has no such method of its own.
+        """
+        raise UserError(
+            f"model.reward {type(self).__name__} lacks the method __call__(self, answers), which returns a number for "
+            "each answer: write it"
+        )
+
+
+def judged(reward: Reward, answers: Sequence[Answer]) -> list[float]:
+    """Return the answers' rewards; raises UserError where a class of the user's gives anything else."""
+    given: Any = reward(answers)
+    try:
+        found = [] if isinstance(given, Mapping | str) else [float(one) for one in given]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = []
+    if len(found) != len(answers):
+        what = f"gives {repr(given)[:60]} for {len(answers)} answers"
+        raise UserError(f"model.reward {type(reward).__name__} {what}: it must give a number for each")
+    return found
 
 
 class ExactAnswer(Reward):
@@ -54,6 +73,41 @@ class GoldName(Reward):
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Return the answers' rewards."""
         return [generated.gold_reward(one.text) for one in answers]
+
+
+class ReasoningGym(Reward):
+    """What `reasoning-gym` gives an answer to one of its problems: a library of more than a hundred verified tasks.
+
+    The data are conversations of the same problems, each question a prompt and its answer the completion.
+
+    Args:
+        task: Its name there, leg_counting say.
+        size: How many problems there are.
+        seed: Of the problems.
+
+    Raises:
+        UserError: The library is missing, or has no such task.
+    """
+
+    def __init__(self, task: str, size: int = 1000, seed: int = 0) -> None:
+        try:
+            from reasoning_gym import create_dataset
+        except ImportError as error:
+            raise UserError(f"model.reward ReasoningGym: {error}: pip install 'lm[reasoning]'") from error
+        try:
+            self.problems = create_dataset(task, size=size, seed=seed)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise UserError(f"model.reward ReasoningGym: task {task}, size {size}, seed {seed}: {error}") from error
+        self.known = {one["question"]: one for one in self.problems}
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Return the answers' rewards; one that did not end has none."""
+        if unknown := [one.prompt for one in answers if one.prompt not in self.known]:
+            raise UserError(
+                f"model.reward ReasoningGym: the prompt {unknown[0][:60]!r} is none of its {len(self.known)} problems: "
+                "make the conversations of the same task, size and seed"
+            )
+        return [one.finished * float(self.problems.score_answer(one.text, self.known[one.prompt])) for one in answers]
 
 
 class LearnedReward(Reward):
