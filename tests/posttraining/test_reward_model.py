@@ -60,7 +60,7 @@ def test_where_a_reward_model_does_not_belong(lm, workplace: Path) -> None:
     """And where one goes on: by --ckpt_path, as it is told."""
     written()
     words = [*recipe("RewardModel"), "--trainer.max_steps", 2, "--name", "reward"]
-    code, out, err = lm(*words, "--samples.max_new_tokens", 5)
+    code, _, err = lm(*words, "--samples.max_new_tokens", 5)
     assert code == 0, err
     seen = b"".join(path.read_bytes() for path in Path("logs/reward").glob("events*"))
     assert b"val/margin" in seen and b"sample" not in seen, "no text of a network that writes none"
