@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Two(Reward):
 
     def __call__(self, answers: list[Answer]) -> list[float]:
         return [2.0] * len(answers)
+
+
+class OnSecond(Reward):
+    """Is not finite on the second process."""
+
+    def __call__(self, answers: list[Answer]) -> list[float]:
+        return [float("inf") if os.environ.get("LOCAL_RANK") == "1" else 1.0] * len(answers)
 
 
 class Unwritten(Reward):
@@ -178,6 +186,16 @@ def test_figures_are_of_all_processes(lm, workplace: Path, kind: str) -> None:
     assert lm(*words, "--name", "one")[0] == 0
     finish(start(*words, "--trainer.devices", 2, "--name", "two", cwd=workplace, ranks=2))
     assert_alike(table("one"), table("two"))
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_not_finite_is_named_by_all(lm, workplace: Path) -> None:
+    words = [*recipe(reward=f"{__name__}.OnSecond", on_nonfinite="skip"), "--trainer.max_steps", 2]
+    process = start(*words, "--trainer.devices", 2, cwd=workplace, ranks=2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    said = "model.reward OnSecond gives what is not finite"
+    assert said in out + err and "the batch was skipped, 2 so far" in out + err, out + err
 
 
 def assert_alike(*tables: list[dict[str, str]]) -> None:
