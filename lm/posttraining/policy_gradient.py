@@ -173,7 +173,8 @@ class PolicyGradient(LanguageModel):
         numbers = torch.arange(first, first + len(prompts) * self.group).numpy()
         seeds = draw_at(data.seed + 1, numbers, 1 << 62).tolist()
         with self.trainer.precision_plugin.forward_context():
-            answers = rollouts.written(self.net, data.text_tokenizer, prompts, seeds, self.max_new_tokens)  # type: ignore[arg-type]
+            lengths = self.max_new_tokens, self.reward.readable
+            answers = rollouts.written(self.net, data.text_tokenizer, prompts, seeds, *lengths)  # type: ignore[arg-type]
         starts = [len(prompt) for prompt, _ in prompts for _ in range(self.group)]
         texts = [one.to(self.device) for one in rollouts.sequences(answers, starts, data.block_size)]  # 2 of (K N, T)
         given = torch.tensor(rewards.judged(self.reward, answers), device=self.device)  # (K N,)

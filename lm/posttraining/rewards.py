@@ -30,6 +30,9 @@ class Answer(NamedTuple):
 class Reward:
     """Gives each answer a number. A reward of your own has the method `__call__`."""
 
+    readable: int | None = None
+    """Most tokens of a prompt and its answer that it reads; None for any."""
+
     def check(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Raise a UserError where the reward cannot judge what a policy of this vocabulary and context writes."""
         return
@@ -65,6 +68,21 @@ class ExactAnswer(Reward):
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Return the answers' rewards."""
         return [float(one.finished and one.text == one.expected) for one in answers]
+
+
+class NearAnswer(Reward):
+    """The share of the symbols of the data's answer, its end among them, that are right at their place.
+
+    Where few answers are right as a whole, it says sooner than `ExactAnswer` which parts are.
+    """
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Return the answers' rewards."""
+        return [
+            sum(a == b for a, b in zip([*one.text, one.finished], [*one.expected, True], strict=False))
+            / (len(one.expected) + 1)
+            for one in answers
+        ]
 
 
 class GoldName(Reward):
@@ -120,9 +138,12 @@ class LearnedReward(Reward):
         UserError: The checkpoint cannot be read, or is of no reward model.
     """
 
+    readable: int
+
     def __init__(self, ckpt_path: Path) -> None:
         self.path = ckpt_path
         self.net, self.tokenizer, *_ = load_network(Path(ckpt_path), change=scalar_head)
+        self.readable = int(self.net.block_size)  # type: ignore[arg-type]
 
     def check(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Refuse a policy of another vocabulary, or of a longer context."""
@@ -131,19 +152,18 @@ class LearnedReward(Reward):
                 f"model.reward: {self.path} has another vocabulary than the policy: begin both runs with the same "
                 "checkpoint, and say data.tokenizer inherit"
             )
-        if int(self.net.block_size) < block_size:  # type: ignore[arg-type]
+        if self.readable < block_size:
             raise UserError(
-                f"model.reward: {self.path} reads {self.net.block_size} tokens, the policy writes up to {block_size}: "
+                f"model.reward: {self.path} reads {self.readable} tokens, the policy writes up to {block_size}: "
                 "train it with the same data.block_size"
             )
 
     @torch.inference_mode()
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Return the answers' rewards."""
-        T = int(self.net.block_size)  # type: ignore[arg-type]  # noqa: N806
         longest = max(len(one.ids) for one in answers)
-        if longest > T:
-            raise UserError(f"model.reward: an answer has {longest} tokens, the context of {self.path} is {T}")
+        if longest > self.readable:
+            raise UserError(f"model.reward: an answer has {longest} tokens, {self.path} reads {self.readable}")
         tokens = torch.tensor([one.ids + [0] * (longest - len(one.ids)) for one in answers])  # (N, T)
         last = torch.tensor([[len(one.ids) - 1] for one in answers])  # (N, 1)
         values: list[float] = self.net(tokens)[..., 0].gather(1, last).squeeze(1).tolist()

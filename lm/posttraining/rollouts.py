@@ -57,7 +57,12 @@ def prompts_of(tokens: Tensor, targets: Tensor) -> list[Prompt]:
 
 
 def written(
-    net: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], seeds: Sequence[int], longest: int | None
+    net: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    longest: int | None = None,
+    readable: int | None = None,
 ) -> list[Answer]:
     """Return what a policy answers.
 
@@ -67,10 +72,12 @@ def written(
         prompts: And the expected answers, in ids.
         seeds: Of the random choices; as many answers follow each prompt as there are seeds for it.
         longest: Most new tokens; None for what the context holds.
+        readable: Most tokens of a prompt and its answer that the reward reads; None for any. The last token of a text
+            is one more than the policy reads.
     """
     each = [one for one in prompts for _ in range(len(seeds) // len(prompts))]
-    stops, context = tokenizer.stops, int(net.block_size)  # type: ignore[arg-type]
-    most = {"longest": longest or context, "context": context}  # a reward model of this context reads all of it
+    stops, context = tokenizer.stops, int(net.block_size) + 1  # type: ignore[arg-type]
+    most = {"longest": longest or context, "context": min(context, readable or context)}
     found = continued(net, [one for one, _ in each], seeds, sampler=Sampler(), ends=stops, **most)
 
     def said(ids: list[int]) -> str:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lm.errors import UserError
-from lm.posttraining.rewards import Answer, ReasoningGym
+from lm.posttraining.rewards import Answer, NearAnswer, ReasoningGym
 
 
 def test_the_library_judges_its_own_problems() -> None:
@@ -23,6 +23,14 @@ def test_the_library_judges_its_own_problems() -> None:
         reward([answer(right, prompt="How?")])
     with pytest.raises(UserError, match="ReasoningGym: task no_such_task, size 3, seed 0: "):
         ReasoningGym("no_such_task", size=3)
+
+
+def test_an_answer_that_is_partly_right() -> None:
+    def answer(text: str, finished: bool = True) -> Answer:
+        return Answer("", text, "579", finished, [])
+
+    found = NearAnswer()([answer("579"), answer("579", False), answer("57"), answer("529"), answer("5790"), answer("")])
+    assert found == [1, 3 / 4, 2 / 4, 3 / 4, 3 / 4, 0]
 
 
 def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from lm.models import Bigram
 from lm.posttraining import rollouts
+from lm.tokenizers import CharTokenizer
 from tests.support.mutants import Mutant, broken
 
 MUTANTS = [
@@ -36,6 +38,20 @@ def check() -> None:
         assert (found[~counts] == 0).all()
     whole = rollouts.advantages(rewards, values, counts, 1.0)[1, 0] + values[1, 0]
     torch.testing.assert_close(whole, rewards[1].sum(), rtol=1e-12, atol=0)
+
+
+def test_an_answer_may_fill_the_context_and_be_ended_by_one_token_more() -> None:
+    """Or the longest sums would never end where the data has room for no more."""
+    tokenizer, context = CharTokenizer("abc.", end="."), 6
+    net = Bigram(4, context).eval()
+    net.table.weight.data.zero_()
+    net.table.weight.data[:, tokenizer.eot] = -1e9  # never ends
+    (answer,) = rollouts.written(net, tokenizer, [([0, 1], [])], [1])
+    assert len(answer.ids) == context + 1 and not answer.finished
+    (answer,) = rollouts.written(net, tokenizer, [([0, 1], [])], [1], readable=5)
+    assert len(answer.ids) == 5, "a reward model reads the last token, too"
+    tokens, targets = rollouts.sequences([answer], [2], context)
+    assert tokens[0, :4].tolist() == answer.ids[:4] and targets[0, 1:4].tolist() == answer.ids[2:]
 
 
 def test_advantages_are_the_sums_of_what_was_not_expected() -> None:
