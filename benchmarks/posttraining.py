@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--part", type=float, default=1.0)
-    parser.add_argument("--half", type=int, default=150, help="steps of addition after which rewards begin")
+    parser.add_argument("--half", type=int, default=145, help="steps of addition after which rewards begin")
     options = parser.parse_args()
     rows: dict[int, list[dict[str, Any]]] = {}
     for seed in options.seeds:
