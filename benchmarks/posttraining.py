@@ -137,7 +137,7 @@ def measured(folder: Path, name: str, judge: LearnedReward) -> dict[str, float]:
     tokenizer = policy.tokenizer
     asked, _ = chat.encode(tokenizer, [{"role": "user", "content": generated.ASKED}])
     prompt = [*asked.tolist(), tokenizer.special_ids[chat.MARKS["assistant"]]]
-    answers = rollouts.written(policy.net, tokenizer, [(prompt, [])], list(range(TEXTS)), None)
+    answers = rollouts.written(policy.net, tokenizer, [(prompt, [])], list(range(TEXTS)), None, judge.readable)
     tokens, targets = rollouts.sequences(answers, [len(prompt)] * TEXTS, int(policy.net.block_size))  # type: ignore[arg-type]
     logs = [log_probabilities(one.net(tokens), targets)[0].sum(1) for one in (policy, before)]
     gold = [generated.gold_reward(one.text) for one in answers]
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--part", type=float, default=1.0)
-    parser.add_argument("--half", type=int, default=140, help="steps of addition after which rewards begin")
+    parser.add_argument("--half", type=int, default=145, help="steps of addition after which rewards begin")
     options = parser.parse_args()
     rows: dict[int, list[dict[str, Any]]] = {}
     for seed in options.seeds:

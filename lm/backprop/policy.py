@@ -39,6 +39,29 @@ def log_probabilities(
     return found, backward
 
 
+def entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return how undecided each prediction is, and the function from its gradient to the logits'.
+
+    H = -Σ_j p_j l_j, with l = log p. As dp_j/dz_i = p_j (1[i = j] - p_i) and dl_j/dz_i = 1[i = j] - p_i,
+        dH/dz_i = -Σ_j l_j p_j (1[i = j] - p_i) - Σ_j p_j (1[i = j] - p_i) = -p_i l_i - p_i H - (p_i - p_i),
+    which is -p_i (l_i + H): what is likelier than average, l_i > -H, is to become less likely.
+
+    Args:
+        logits: (…, T, V).
+        targets: int64 (…, T).
+        ignore_index: The target at which nothing counts: the entropy there is 0.
+    """
+    counts = targets != ignore_index
+    logs = precise(logits).log_softmax(-1)  # (…, T, V)
+    chances = logs.exp()
+    found = -(chances * logs).sum(-1)  # (…, T)
+
+    def backward(dentropy: Tensor) -> Tensor:
+        return dentropy.where(counts, 0.0).unsqueeze(-1) * -chances * (logs + found.unsqueeze(-1))
+
+    return found.where(counts, 0.0), backward
+
+
 def preference(margins: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the loss of pairs of which the better one leads by a margin, and its derivative.
 
@@ -76,3 +99,17 @@ def clipped(logs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple
     ratio = (logs - old).exp()
     free, bounded = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     return -torch.minimum(free, bounded), torch.where(free <= bounded, -free, 0.0)
+
+
+def value_error(values: Tensor, earned: Tensor) -> tuple[Tensor, Tensor]:
+    """Return half the squared error of what a value network expects, ½ (V - R)², and its derivative by V: V - R.
+
+    Args:
+        values: V, what the rest of a text was expected to earn from a token on (N, T).
+        earned: R, a better estimate of it, which is held fixed (N, T).
+
+    Returns:
+        Both (N, T).
+    """
+    error = values - earned
+    return error * error / 2, error

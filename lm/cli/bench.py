@@ -225,6 +225,8 @@ def run(cli: Bench, models: list[str], words: list[str], threads: int) -> dict[s
     writes = cli.config.generate
     if writes and len(models) > 1:
         raise UserError("--generate: gradients take no part in it: say --model once, or not at all")
+    if writes and not (module := parsing.language_model(cli.model)).writes:
+        raise UserError(f"--generate: model {type(module).__name__} writes no text: leave it out")
     recipe = recipe_of(cli, cli.processes)
     flops = needs.flops_per_token(recipe, backward=not writes) * math.prod(recipe.tokens) / math.prod(recipe.targets)
     result = {"parameters": needs.parameters(recipe), "flops_per_token": flops}

@@ -106,7 +106,7 @@ def chat_template(path: Path) -> str:
     """
     from jinja2 import TemplateSyntaxError
 
-    from lm.serving.template_process import environment
+    from lm.tokenizers.template_process import environment
 
     text = text_of("chat_template", path)
     try:

@@ -11,7 +11,8 @@ from typing import Any
 
 from lm.corpus import formats, sources
 from lm.errors import UserError
-from lm.tokenizers.chat import ROLES, Messages
+from lm.tokenizers.chat import ROLES
+from lm.tokenizers.templates import Messages
 
 
 def read(corpus: str) -> list[Messages]:

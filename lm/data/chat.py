@@ -18,6 +18,7 @@ from lm.data.evaluation_sets import EvaluationSet
 from lm.data.module import IGNORED, TokenData, check_fractions
 from lm.errors import UserError
 from lm.tokenizers import Tokenizer, chat, make
+from lm.tokenizers.templates import Messages
 
 EVAL_TOKENS = 8192  # in an evaluation batch, as TextData's
 
@@ -55,7 +56,8 @@ class ChatData(TokenData):
     """Conversations, a JSON object a line: messages of the roles system, user and assistant, or prompt and completion.
 
     The tokenizer gets special tokens, one that opens each role's turn and one that ends a turn, and the template that
-    writes them, which checkpoints keep: `lm chat` and `lm serve` ask as was trained. Text never becomes one of them.
+    writes them, which checkpoints keep: `lm chat` and `lm serve` ask as was trained. Text never becomes one of them. A
+    checkpoint's tokenizer (inherit) that came with another chat template keeps that one.
     Conversations longer than block_size are left out, and counted. Evaluation has one conversation in a sequence, and
     `exact_match` is the share of those in which every token of the assistant's is the likeliest.
 
@@ -112,7 +114,7 @@ class ChatData(TokenData):
         parts = splits.shuffled(self.corpus, found, self.val_fraction, self.test_fraction)
         self.tokenizer = with_turns(self.tokenizer, found)
         encoded = {
-            name: [Encoded(*chat.encode(self.tokenizer, one)) for one in messages] for name, messages in parts.items()
+            name: [Encoded(*one) for one in chat.encode_all(self.tokenizer, part)] for name, part in parts.items()
         }
         self.conversations = {
             name: [one for one in part if len(one.ids) <= self.block_size + 1] for name, part in encoded.items()
@@ -142,7 +144,7 @@ class ChatData(TokenData):
         return EvaluationSet(between, len(part), batch_size=size, **self._place())
 
 
-def with_turns(tokenizer: str | Tokenizer, found: Iterable[chat.Messages]) -> Tokenizer:
+def with_turns(tokenizer: str | Tokenizer, found: Iterable[Messages]) -> Tokenizer:
     """Return a tokenizer, or the one of that name, with the special tokens of conversations.
 
     Args:

@@ -77,16 +77,13 @@ class PairData(TokenData):
         self.tokenizer = with_turns(self.tokenizer, (one for pair in found for one in pair))
         parts = splits.shuffled(self.corpus, found, self.val_fraction, self.test_fraction)
         for name, part in parts.items():
-            encoded = [self._encoded(*pair) for pair in part]
+            texts = chat.encode_all(self.tokenizer, (messages for pair in part for messages in pair))
+            encoded = [(Encoded(*one), Encoded(*next(texts))) for one in texts]
             kept = [pair for pair in encoded if max(len(one.ids) for one in pair) <= self.block_size]
             self.spans[name] = len(self.pairs), len(kept)
             self.pairs += kept
         counts = {name: (len(part), self.spans[name][1]) for name, part in parts.items()}
         note_left_out(self, "pairs", counts)
-
-    def _encoded(self, chosen: chat.Messages, rejected: chat.Messages) -> Pair:
-        one, other = (Encoded(*chat.encode(self.text_tokenizer, messages)) for messages in (chosen, rejected))
-        return one, other
 
     def batch(self, numbers: list[int]) -> Batch:
         """Return the tokens and targets of pairs, both (B, 2, T), and their numbers (B,)."""

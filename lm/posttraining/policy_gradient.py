@@ -4,32 +4,38 @@ Shapes: K steps on one set of texts, B prompts of a step, G answers to each, N =
 """
 
 import copy
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm.backprop import Gradients, run
-from lm.backprop.policy import clipped, log_probabilities
+from lm.backprop.policy import clipped, entropy, log_probabilities, value_error
 from lm.bounds import checked
 from lm.data.chunks import draw_at
 from lm.errors import UserError
-from lm.posttraining import rollouts
+from lm.models.parts import precise
+from lm.posttraining import rewards, rollouts
 from lm.posttraining.by_hand import ByHand, all_count
+from lm.posttraining.figures import StepFigures
+from lm.posttraining.reward_model import scalar_head
 from lm.posttraining.rewards import Answer, ExactAnswer, Reward
-from lm.posttraining.rollouts import LOSS_MEANS, LossMean
+from lm.posttraining.rollouts import LOSS_MEANS, Experience, LossMean
 from lm.training import LanguageModel
+from lm.training.callbacks.samples import write_text
 from lm.training.distributed.sharding import is_sharded
+from lm.training.harmless import harmless
+
+SHOWN = 4  # texts of a logged step
 
 
 class PolicyGradient(LanguageModel):
-    """REINFORCE with the mean of a group as its baseline, GRPO, and PPO's clipped steps.
+    """REINFORCE with the mean of a group as its baseline, GRPO, and PPO.
 
-    In each step the policy answers each of the data's prompts several times. What is
-    better than the mean of its group becomes likelier. Texts are drawn by (seed, number), so that a run that resumes
-    draws the same. Dropout is off: old and new probabilities are of the same network.
+    In each step the policy answers each of the data's prompts several times. What is better than the mean of its group
+    becomes likelier; with `value`, each token that is better than a value network expected. Texts are drawn by
+    (seed, number), so that a run that resumes draws the same. Dropout is off: old and new probabilities are of the same
+    network.
 
     With steps_per_call K above 1, the prompts of K steps are answered at once, and K steps are taken on these texts,
     with the ratio of new to old probability clipped. Checkpoints fall between such calls, so there is nothing of them
@@ -41,6 +47,11 @@ class PolicyGradient(LanguageModel):
         clip: How far the ratio may be from 1 for a token to count.
         kl: What the reward loses for each nat by which the policy departs from the reference, the network as training
             begins. The optimum is then π_ref exp(reward / kl) / Z. 0 needs no reference.
+        entropy: What a nat of a prediction's entropy is worth, which keeps the policy from deciding too early.
+        value: What the value network's error weighs in the loss. It is a second network, a copy of the first one with
+            a single output, which learns what is earned from each token on: the baseline of PPO. 0 is for none.
+        gae: λ of generalised advantage estimation: 1 believes what a text earned, 0 what the value network expects
+            after the next token.
         scale_rewards: Whether advantages are divided by the group's standard deviation, as GRPO does.
         loss_mean: What the mean is over: sum adds up a text's tokens, which is the policy gradient itself; token,
             sequence and group are means over tokens, within texts, and within groups.
@@ -56,6 +67,9 @@ class PolicyGradient(LanguageModel):
         group: int = 8,
         clip: float = 0.2,
         kl: float = 0.0,
+        entropy: float = 0.0,
+        value: float = 0.0,
+        gae: float = 0.95,
         scale_rewards: bool = False,
         loss_mean: LossMean = "sum",
         max_new_tokens: int | None = None,
@@ -64,10 +78,19 @@ class PolicyGradient(LanguageModel):
         super().__init__(**settings)
         if loss_mean not in LOSS_MEANS:
             raise UserError(f"model.loss_mean is {loss_mean}: choose from {', '.join(LOSS_MEANS)}")
+        if not value and group < 2:
+            raise UserError(
+                f"model.group is {group}: it must be at least 2, as answers are compared; or say model.value"
+            )
+        if value and scale_rewards:
+            raise UserError("model.scale_rewards: with model.value, a group is no baseline: set one of them to 0")
         self.reward, self.group, self.clip, self.kl = reward or ExactAnswer(), group, clip, kl
+        self.entropy, self.value, self.gae = entropy, value, gae
         self.scale_rewards, self.loss_mean, self.max_new_tokens = scale_rewards, loss_mean, max_new_tokens
         self.reference: nn.Module | None = None
-        self.ratio = torch.tensor([1.0, 0.0])  # of the last step: the largest, and the share of tokens that are clipped
+        self.critic: nn.Module | None = None
+        self.figures = StepFigures()
+        self.answers: list[tuple[float, Answer]] = []  # of the last call, and their rewards
 
     def setup(self, stage: str) -> None:
         """Refuse what does not go together."""
@@ -109,42 +132,39 @@ class PolicyGradient(LanguageModel):
                 )
 
     def change_network(self) -> None:
-        """Keep the network as training begins: the reference."""
+        """Keep the network as training begins, the reference; and make the value network, another copy of it."""
         if self.kl:
             self.reference = copy.deepcopy(self.net).requires_grad_(False)  # type: ignore[union-attr]
+        if self.value:
+            self.critic = copy.deepcopy(self.net)
+            scalar_head(self.critic)  # type: ignore[arg-type]
+
+    @property
+    def fitted(self) -> list[nn.Module]:
+        """The policy, and the value network."""
+        return super().fitted + ([] if self.critic is None else [self.critic])
 
     # -- a step
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor | None:
         """Let the policy answer the prompts, and learn from what its answers are worth."""
-        assert self.net is not None
+        self.step.decide()
         self.eval()
-        done, many = self.global_step, self.steps_per_call
-        tokens, targets = batch if many == 1 else (one.flatten(0, 1) for one in batch[:2])  # (K B, T)
-        parts, figures = self.rollouts(tokens, targets, batch_idx)
-        loss = super().training_step(
-            parts[0] if many == 1 else tuple(map(torch.stack, zip(*parts, strict=True))), batch_idx
-        )
-        every = self.trainer.log_every_n_steps or self.trainer.max_steps  # type: ignore[attr-defined]
-        if done == 0 or (done + many) // every > done // every:
-            figures |= dict(zip(("ratio", "clipped"), self.ratio.tolist(), strict=True))
-            self.write(
-                {f"train/{name}": value for name, value in figures.items()}, min(done + many, self.trainer.max_steps)
-            )
-        return loss
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step.guard.cause = ""
+        several = self.steps_per_call > 1
+        tokens, targets = (one.flatten(0, 1) for one in batch[:2]) if several else batch  # (K B, T)
+        steps = self.rollouts(tokens, targets, batch_idx)
+        stacked = tuple(map(torch.stack, zip(*steps, strict=True))) if several else steps[0]
+        return super().training_step(stacked, batch_idx)
 
-    def rollouts(
-        self, tokens: Tensor, targets: Tensor, batch_idx: int
-    ) -> tuple[list[tuple[Tensor, ...]], dict[str, float]]:
-        """Return what the steps of a call learn from, and figures about it.
+    def rollouts(self, tokens: Tensor, targets: Tensor, batch_idx: int) -> list[Experience]:
+        """Return what each step of a call learns from.
 
         Args:
             tokens: int64 (K B, T).
             targets: int64 (K B, T).
             batch_idx: Number of the batch in this process.
-
-        Returns:
-            For each step, tokens and targets (N, T), old log-probabilities (N, T), advantages (N, 1), weights (N, T).
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         prompts = rollouts.prompts_of(tokens, targets)
@@ -153,73 +173,101 @@ class PolicyGradient(LanguageModel):
         numbers = torch.arange(first, first + len(prompts) * self.group).numpy()
         seeds = draw_at(data.seed + 1, numbers, 1 << 62).tolist()
         with self.trainer.precision_plugin.forward_context():
-            answers = rollouts.written(self.net, data.text_tokenizer, prompts, seeds, self.max_new_tokens)  # type: ignore[arg-type]
+            lengths = self.max_new_tokens, self.reward.readable
+            answers = rollouts.written(self.net, data.text_tokenizer, prompts, seeds, *lengths)  # type: ignore[arg-type]
         starts = [len(prompt) for prompt, _ in prompts for _ in range(self.group)]
         texts = [one.to(self.device) for one in rollouts.sequences(answers, starts, data.block_size)]  # 2 of (K N, T)
-        given = torch.tensor(self._judged(answers), device=self.device)  # (K N,)
-        self._note_not_finite(given, answers)
+        given = torch.tensor(rewards.judged(self.reward, answers), device=self.device)  # (K N,)
+        self._check_finite(given, answers)
+        ended = torch.tensor([float(one.finished) for one in answers], device=self.device)
+        self.answers = [*zip(given.tolist(), answers, strict=True)]
         size = len(given) // self.steps_per_call
-        steps = [self._step_of(*one) for one in zip(*(whole.split(size) for whole in (*texts, given)), strict=True)]
-        divergence = torch.cat([one[-1] for one in steps])
-        figures = {
-            "reward": float(given.mean()),
-            "kl": float(divergence.mean()),
-            "answer_tokens": float((texts[1] >= 0).sum() / len(given)),
-            "finished": sum(one.finished for one in answers) / len(answers),
-        }
-        return [one[:-1] for one in steps], figures
+        parts = zip(*(whole.split(size) for whole in (*texts, given, ended)), strict=True)
+        return [self._step_of(*part) for part in parts]
 
-    def _step_of(self, tokens: Tensor, targets: Tensor, given: Tensor) -> tuple[Tensor, ...]:
-        """Return what a step learns from, and by how much each text's log-probability is above the reference's (N,)."""
+    def _step_of(self, tokens: Tensor, targets: Tensor, given: Tensor, ended: Tensor) -> Experience:
+        """Return what a step learns from, of texts (N, T) and their rewards (N,)."""
+        counts = targets >= 0
         old = self.log_probabilities(self.net, tokens, targets)
-        divergence = torch.zeros_like(given)
+        apart = torch.zeros_like(old)  # by how much a token is likelier than by the reference
         if self.reference is not None:
             self.reference.requires_grad_(True)  # or its layers would take other kernels, which round otherwise
-            divergence = (old - self.log_probabilities(self.reference, tokens, targets)).sum(1)
+            apart = old - self.log_probabilities(self.reference, tokens, targets)
             self.reference.requires_grad_(False)
-        worth = given - self.kl * divergence
-        above = rollouts.above_mean(worth, self.group, scaled=self.scale_rewards).unsqueeze(1)  # (N, 1)
-        weights = rollouts.token_weights(targets >= 0, self.group, self.loss_mean)
-        return tokens, targets, old, above.to(old.dtype), weights.to(old.dtype), divergence
+        earned = rollouts.token_rewards(given.to(old.dtype), self.kl * apart, counts)  # (N, T)
+        if self.critic is None:
+            better = rollouts.above_mean(earned.sum(1), self.group, scaled=self.scale_rewards)  # (N,)
+            better = better.unsqueeze(1).expand_as(earned)
+        else:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                values = precise(self.critic(tokens)[..., 0])  # (N, T, 1) -> (N, T)
+            better = rollouts.advantages(earned, values, counts, self.gae)
+            earned = better + values
+        weights = rollouts.token_weights(counts, self.group, self.loss_mean).to(old.dtype)
+        about = torch.stack([given, apart.sum(1).to(given), ended], dim=1)  # (N, 3)
+        return Experience(tokens, targets, old, better, earned, weights, about)
 
     def log_probabilities(self, net: Any, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the log-probabilities that a network gives to targets, by the same operations as in a step."""
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             return log_probabilities(net(tokens), targets)[0].detach()
 
-    def _judged(self, answers: list[Answer]) -> list[float]:
-        given: Any = self.reward(answers)
-        try:
-            found = [] if isinstance(given, Mapping | str) else [float(one) for one in given]
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            found = []
-        if len(found) != len(answers):
-            what = f"gives {repr(given)[:60]} for {len(answers)} answers"
-            raise UserError(f"model.reward {type(self.reward).__name__} {what}: it must give a number for each")
-        return found
-
-    def _note_not_finite(self, given: Tensor, answers: list[Answer]) -> None:
-        """Say which answer has a reward that is not finite; then the loss is not finite either, and the guard acts."""
-        for i in (~given.isfinite()).nonzero().flatten().tolist()[:1]:
-            found = f"{float(given[i])} for the answer {answers[i].text[:60]!r}"
-            print(f"note: model.reward {type(self.reward).__name__} gives {found}", file=sys.stderr)
+    def _check_finite(self, given: Tensor, answers: list[Answer]) -> None:
+        """Tell the guard of a reward that is not finite, on all processes: by it, the step's loss is not finite."""
+        wrong = (~given.isfinite()).nonzero().flatten().tolist()
+        count = self.trainer.strategy.reduce(torch.tensor(float(len(wrong)), device=self.device), reduce_op="sum")
+        if not count:
+            return
+        first = [f"{float(given[i])} for the answer {answers[i].text[:60]!r}" for i in wrong[:1]]
+        what = first[0] if first else "what is not finite"
+        self.step.guard.cause = f"model.reward {type(self.reward).__name__} gives {what}, and it must be finite"
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Return a step's loss, whose backward pass follows."""
-        tokens, targets, old, above, weights = batch
-        logs, _ = log_probabilities(self(tokens), targets)
-        losses, dlogs = clipped(logs, old, above, self.clip)  # (N, T)
-        loss = (weights * losses).sum()
-        self._note_ratio(logs - old, dlogs, weights * above)
-        self.step.note(loss, all_count(tokens))
+        step = Experience(*batch)
+        logits = self(step.tokens)
+        logs, _ = log_probabilities(logits, step.targets)
+        losses, dlogs = clipped(logs, step.old, step.advantages, self.clip)  # (N, T)
+        spread, _ = entropy(logits if self.entropy else logits.detach(), step.targets)
+        losses = losses - self.entropy * spread
+        errors = torch.zeros_like(losses)
+        if self.critic is not None:
+            errors, _ = value_error(precise(self.critic(step.tokens)[..., 0]), step.earned)
+            losses = losses + self.value * errors
+        loss = (step.weights * losses).sum()
+        self._note(loss, step, logs, dlogs, spread, errors)
         return loss
 
-    def _note_ratio(self, moved: Tensor, dlogs: Tensor, worth: Tensor) -> None:
-        """Keep the largest ratio of new to old probability, and the share of tokens that are clipped."""
-        counts = worth != 0
-        self.ratio = torch.stack(
-            [moved.detach().max().exp(), ((dlogs == 0) & counts).sum() / counts.sum().clamp(min=1)]
-        )
+    # -- what is logged
+
+    @torch.no_grad()
+    def _note(
+        self, loss: Tensor, step: Experience, logs: Tensor, dlogs: Tensor, spread: Tensor, errors: Tensor
+    ) -> None:
+        """Keep a micro-batch's loss, and figures of it, until the step ends."""
+        self.step.note(loss, all_count(step.tokens))
+        counts = step.targets >= 0
+        figures = dict(zip(("reward", "kl", "finished"), step.about.unbind(1), strict=True))
+        figures |= {"answer_tokens": counts.sum(1), "entropy": spread[counts]}
+        figures["clipped"] = ((dlogs == 0) & (step.advantages != 0))[counts]
+        if self.critic is not None:
+            figures["value_loss"] = errors[counts]
+        self.figures.update((logs - step.old)[counts].exp(), **figures)
+
+    def _finished(self, number: int) -> None:
+        """Give the loggers a step's figures; and TensorBoard the first of its texts, with their rewards."""
+        super()._finished(number)
+        if self.step.is_logged(number):
+            each = len(self.answers) // self.steps_per_call
+            first = (number - 1) % self.steps_per_call * each
+            self._show(self.answers[first : first + SHOWN], number)
+            self.write({f"train/{name}": value for name, value in self.figures.compute().items()}, number)
+        self.figures.reset()
+
+    @harmless
+    def _show(self, answers: list[tuple[float, Answer]], number: int) -> None:
+        text = "\n".join(f"{given:.4g}  {one.prompt} → {one.text}" for given, one in answers)
+        write_text(self.trainer, "rollouts", text, number)
 
 
 class ManualPolicyGradient(PolicyGradient, ByHand):
@@ -231,16 +279,30 @@ class ManualPolicyGradient(PolicyGradient, ByHand):
             return log_probabilities(run(net, Gradients(), tokens)[0], targets)[0]
 
     def loss_by_hand(self, *batch: Tensor, last: bool) -> Tensor:
-        """Return a step's loss, after adding its gradient: w dL/dl at each token the policy wrote."""
-        tokens, targets, old, above, weights = batch
-        by_hand = self._by_hand
+        """Return a step's loss, after adding its gradient.
+
+        With w what a token's loss weighs, the gradient by its logits is w dL/dl times that of its log-probability, less
+        w times the bonus times that of its entropy; and the gradient by its value is w times that of its error.
+        """
+        step, by_hand = Experience(*batch), self._by_hand
         if last:
             by_hand.grads.last_pass()
-        logits, backward = run(by_hand.net, by_hand.grads, tokens)
-        logs, backward_logs = log_probabilities(logits, targets)
-        losses, dlogs = clipped(logs, old, above, self.clip)
-        backward(backward_logs(dlogs * weights * by_hand.division.weight(all_count(tokens), logs.dtype)))
-        loss = (weights * losses).sum()
-        self._note_ratio(logs - old, dlogs, weights * above)
-        self.step.note(loss, all_count(tokens))
+        weights = step.weights * by_hand.division.weight(all_count(step.tokens), step.weights.dtype)  # (N, T)
+        logits, backward = run(by_hand.net, by_hand.grads, step.tokens)
+        logs, backward_logs = log_probabilities(logits, step.targets)
+        losses, dlogs = clipped(logs, step.old, step.advantages, self.clip)
+        spread, backward_spread = entropy(logits, step.targets)
+        losses = losses - self.entropy * spread
+        dlogits = backward_logs(weights * dlogs)
+        if self.entropy:
+            dlogits += backward_spread(-self.entropy * weights)
+        backward(dlogits)
+        errors = torch.zeros_like(losses)
+        if self.critic is not None:
+            values, backward = run(self.critic, by_hand.grads, step.tokens)  # (N, T, 1)
+            errors, dvalues = value_error(precise(values[..., 0]), step.earned)
+            losses = losses + self.value * errors
+            backward((self.value * weights * dvalues).unsqueeze(-1))
+        loss = (step.weights * losses).sum()
+        self._note(loss, step, logs, dlogs, spread, errors)
         return loss

@@ -35,6 +35,8 @@ class RewardModel(PairModel):
     weights, an SFT run's say.
     """
 
+    writes = False
+
     def change_network(self) -> None:
         """Give the network its head."""
         assert self.net is not None

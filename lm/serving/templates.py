@@ -1,20 +1,14 @@
-"""Chat templates: from a conversation to the ids of a prompt.
-
-A template is a program that came with somebody's weights. It runs in jinja2's sandbox, in a process of its own
-(`template_process`), within a budget of processor time, memory and output; what exceeds it ends that process alone.
-"""
+"""Chat templates: from a conversation to the ids of a prompt. `lm.tokenizers.templates` says how they are run."""
 
 import asyncio
 import contextlib
 import json
-import os
-import re
 import secrets
-import sys
 from typing import Any
 
 from lm.serving.errors import ApiError
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import Tokenizer, templates
+from lm.tokenizers.templates import Guarded
 
 WAIT = 30.0
 """Seconds of the clock for what may take a second of processor time."""
@@ -33,7 +27,7 @@ class Templates:
         Raises:
             ApiError: It refuses the conversation, is no template, or exceeds its budget.
         """
-        asked = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
+        asked = templates.asked(template, variables)
         async with self._lock:
             try:
                 answer = await asyncio.wait_for(self._ask(asked), WAIT)
@@ -75,10 +69,9 @@ async def _started() -> asyncio.subprocess.Process:
     """Return a new process that runs templates."""
     try:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "lm.serving.template_process"),
+            *templates.COMMAND,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
-            limit=1 << 24, start_new_session=True,
+            env=templates.process_environment(), limit=1 << 24, start_new_session=True,
         )  # fmt: skip
     except OSError as error:  # it is not the template's fault
         raise ApiError(f"the process for chat templates does not start: {error.strerror}", status=500) from error
@@ -89,7 +82,7 @@ def _refused(why: str) -> ApiError:
 
 
 async def prompt_of(
-    templates: Templates,
+    renderer: Templates,
     tokenizer: Tokenizer,
     chat: dict[str, str],
     messages: list[dict[str, str]],
@@ -105,29 +98,13 @@ async def prompt_of(
         ApiError: The template does not take the messages.
         UserError: The vocabulary lacks a symbol.
     """
-    special = tokenizer.special_ids
-    mark, end = ("\ue000" + secrets.token_hex(8) + "\ue001" for _ in range(2))
-    names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-    template = chat["chat_template"]
-
-    def guarded(name: str, value: str) -> str:
-        if name == "role":
-            return "system" if value == "developer" and "developer" not in template else value
-        return names.sub(lambda found: found[0][0] + mark + found[0][1:], value)
-
-    variables: dict[str, Any] = {name: value for name, value in chat.items() if name != "chat_template"}
-    variables["messages"] = [{name: guarded(name, value) for name, value in one.items()} for one in messages]
+    guarded, end = Guarded(tokenizer, chat), "\ue000" + secrets.token_hex(8) + "\ue001"
+    variables = guarded.variables(messages)
     if goes_on:
         variables["messages"][-1]["content"] += end
-    text = await templates.render(template, {**variables, "add_generation_prompt": not goes_on})
+    text = await renderer.render(guarded.template, variables | {"add_generation_prompt": not goes_on})
     if goes_on:
         text, found, _ = text.rpartition(end)
         if not found:
             raise _refused("it leaves the last message out, so nothing can go on from it")
-    ids: list[int] = []
-    for part in re.split(f"({names.pattern})", text):
-        if part in special:
-            ids.append(special[part])
-        elif part:
-            ids += tokenizer.encode(part.replace(mark, "")).tolist()
-    return ids
+    return guarded.ids(text)

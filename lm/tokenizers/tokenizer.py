@@ -24,7 +24,7 @@ class Tokenizer(ABC):
     """Whether that token precedes every text in training, so that a prompt needs it too."""
     chat: dict[str, str] | None = None
     """How a conversation is written, where that is known: the chat_template of a tokenizer_config.json, and the tokens
-    that it may name, bos_token and the like. `lm.serving.templates` runs it."""
+    that it may name, bos_token and the like. `lm.tokenizers.templates` runs it."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -15,8 +15,9 @@ from lm.errors import CheckError, UserError, setting
 from lm.tokenizers import Tokenizer, identity
 from lm.training import recipes
 
-REFERENCE = "reference"
-"""With which the names of a policy's reference begin, in a checkpoint: a network, or DPO's log-probabilities."""
+KEPT = {"reference": "reference", "critic": "value network"}
+"""With which names begin, in a checkpoint, that are not the network's: a policy's reference, or DPO's log-probabilities
+of it; and its value network."""
 FREE = {"dropout"}
 """Settings that do not change what any network computes from its weights."""
 INITIAL = {"init_std", "base_width", "head_scale", "momentum", "key_dropout"}
@@ -73,21 +74,20 @@ def check(
 
 
 def _check_state(path: str, there: dict[str, Tensor], built_state: dict[str, Tensor], *, optimizer: bool) -> None:
-    """Compare the names and shapes of two states; where training goes on, a policy's reference must be there, too."""
+    """Compare the names and shapes of two states; where training goes on, what a policy keeps must be there, too."""
     saved = {key: tuple(value.shape) for key, value in there.items()}
     built = {key: tuple(value.shape) for key, value in built_state.items()}
     for key in (*saved, *built):
         one, other = saved.get(key, "missing"), built.get(key, "missing")
         if one != other and ((key in saved and key in built) or key.startswith(schema.NET)):
             raise _another(path, key, one, other)
-        if optimizer and one != other and key.startswith(REFERENCE):
-            differ = (
-                "lacks the reference that the recipe's model is"
-                if one == "missing"
-                else "has another reference than is"
-            )
+        kind = next((kind for start, kind in KEPT.items() if key.startswith(start)), None)
+        if optimizer and one != other and kind:
+            has = "no" if one == "missing" else "a" if other == "missing" else "another"
+            needs = {"no": "one", "a": "none", "another": "its own"}[has]
             raise UserError(
-                f"{path} {differ} held to: begin a run with {setting('init_from')} {path}, or keep data and model.kl"
+                f"{path} has {has} {kind}, and the recipe's model needs {needs}: begin a run with "
+                f"{setting('init_from')} {path}, or keep data, model.kl and model.value"
             )
 
 

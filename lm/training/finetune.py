@@ -42,10 +42,16 @@ def take_weights(
         Where the weights are from, for the run's first line.
 
     Raises:
-        UserError: The checkpoint cannot be read, or is of another network, or its vocabulary has too little in common.
+        UserError: The checkpoint cannot be read, or is of another network or a reward model, or its vocabulary has too
+            little in common.
         CheckError: Its weights are not finite.
     """
     saved = imports.load(path, "init_from")
+    if saved.scores:
+        raise UserError(
+            f"{setting('init_from')} {path}: it is a reward model, which writes no text: begin with the run that it "
+            f"began with, or go on with it by {setting('ckpt_path')} and a larger trainer.max_steps"
+        )
     there, said, ids = from_state(saved.tokenizer), "", {}
     if identity(there.state()) == identity(tokenizer.state()):
         tokenizer.chat = tokenizer.chat or there.chat

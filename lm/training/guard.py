@@ -27,6 +27,8 @@ class Guard:
         self.on_nonfinite, self.spike = on_nonfinite, spike
         self.mean, self.weight = 0.0, 0.0  # of the losses, discounted; their ratio is the running mean
         self.skipped = self.in_a_row = 0
+        self.cause = ""
+        """Why the loss of the step in progress cannot be finite, where that is known."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean and the counts."""
@@ -48,10 +50,13 @@ class Guard:
         Raises:
             CheckError: The run is to stop; nothing was updated, so that the state may be saved.
         """
+        advice = "a lower learning rate or "
         if not math.isfinite(loss if scaled else loss + norm):
-            what, advice = f"loss {loss:g} and gradient norm {norm:g} are not finite", "or longer warm-up"
+            what = self.cause or f"loss {loss:g} and gradient norm {norm:g} are not finite"
+            advice = "model.on_nonfinite skip" if self.cause else advice + "longer warm-up"
         elif self.spike is not None and self.weight > 0.05 and loss > self.spike * self.mean / self.weight:
-            what, advice = f"loss {loss:g} is a spike: its mean was {self.mean / self.weight:g}", "or a larger spike"
+            what = f"loss {loss:g} is a spike: its mean was {self.mean / self.weight:g}"
+            advice += "a larger spike"
         else:
             if self.spike is not None:
                 self.mean = MEMORY * self.mean + (1 - MEMORY) * loss
@@ -59,9 +64,9 @@ class Guard:
             self.in_a_row = 0
             return None
         if self.on_nonfinite == "stop" or self.in_a_row == MOST_IN_A_ROW:
+            advice += f" ({self.in_a_row} steps in a row were skipped)" if self.in_a_row else ""
             error = CheckError(
-                f"step {step}: {what}: nothing was updated; continue with {setting('ckpt_path')} last and a lower "
-                f"learning rate {advice}" + (f" ({self.in_a_row} steps in a row were skipped)" if self.in_a_row else "")
+                f"step {step}: {what}: nothing was updated; continue with {setting('ckpt_path')} last and {advice}"
             )
             error.at_boundary = True
             raise error

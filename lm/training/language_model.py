@@ -65,6 +65,8 @@ class LanguageModel(Evaluated):
     """Whether model.compile is for it."""
     learns_from = "texts"
     """What the data must give: `TokenData.gives`."""
+    writes = True
+    """Whether the network writes text."""
 
     @checked("model.", UserError)
     def __init__(
@@ -178,11 +180,16 @@ class LanguageModel(Evaluated):
         assert self.net is not None
         self.net.compile()  # in place: no key of the state changes
 
+    @property
+    def fitted(self) -> list[nn.Module]:
+        """The networks that are fitted, the first of which is saved, sampled and exported."""
+        assert self.net is not None
+        return [self.net]
+
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer over two groups: matrices, which decay, and vectors, which do not."""
-        assert self.net is not None
-        optimizer = make_optimizer(self.make_optimizer, self.net)
-        self.step.configure(self.net, optimizer)
+        optimizer = make_optimizer(self.make_optimizer, *self.fitted)
+        self.step.configure(self.fitted, optimizer)
         return optimizer
 
     def forward(self, tokens: Tensor) -> Tensor:

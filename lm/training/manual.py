@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm.backprop import Gradients, NoRuleError, check
 from lm.bounds import checked
@@ -82,7 +82,7 @@ class ManualLanguageModel(LanguageModel):
         super().on_train_start()
         assert self.net is not None
         ranks = self.trainer.world_size
-        grads = ReducedGradients(self.net, ranks) if ranks > 1 else Gradients()
+        grads = ReducedGradients(nn.ModuleList(self.fitted), ranks) if ranks > 1 else Gradients()
         self.step.check = self._check_gradients
         self._by_hand = StepByHand(
             self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled

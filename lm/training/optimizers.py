@@ -15,13 +15,14 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     """Return a network's parameters in two groups, each parameter in exactly one: matrices, and vectors without decay.
 
     More groups would slow down each step of a small network. "n_hidden" says how many of a group's first parameters are
-    hidden: matrices of linear layers inside the network, neither embedding nor output head. Where the network has a
+    hidden: matrices of linear layers inside the network, neither embedding nor output head, of a vocabulary or of one
+    number. Where the network has a
     width (`GPT.base_width`), "width" is that, and "n_head" says how many of the last parameters are output heads.
     """
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
-    vocab_size = getattr(net, "vocab_size", None)
+    outputs = (getattr(net, "vocab_size", None), 1)
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    inside = {id(module.weight) for module in linear if module.out_features != vocab_size} - tables
+    inside = {id(module.weight) for module in linear if module.out_features not in outputs} - tables
     heads = {id(module.weight) for module in linear} - inside - tables
     fitted = [parameter for parameter in net.parameters() if parameter.requires_grad]
     hidden = [parameter for parameter in fitted if id(parameter) in inside]

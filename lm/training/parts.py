@@ -96,14 +96,14 @@ def _sizes(net: nn.Module, optimizer: Maker | None) -> tuple[int, int, str]:
     return 2 * kept + sum(p.nbytes for p in parameters), count, kind
 
 
-def make_optimizer(make: Maker, net: nn.Module) -> Optimizer:
-    """Return the optimizer of a network's parameters.
+def make_optimizer(make: Maker, *nets: nn.Module) -> Optimizer:
+    """Return the optimizer of networks' parameters.
 
     Raises:
         UserError: Its settings do not go together, or its class fits no network here.
     """
     try:
-        optimizer = make(parameter_groups(net))
+        optimizer = make([group for net in nets for group in parameter_groups(net)])
     except (ValueError, TypeError) as error:
         raise UserError(f"model.optimizer: {error}") from error
     if isinstance(optimizer, torch.optim.SparseAdam | torch.optim.LBFGS) or not isinstance(optimizer, Optimizer):

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,11 +62,11 @@ class Step:
         self._taken = True  # whether the step in progress is trusted, as far as is known
         self._undecided: tuple[int, Tensor, Later] | None = None  # a step's number, its loss, and both numbers to judge
 
-    def configure(self, net: nn.Module, optimizer: Optimizer) -> None:
-        """Set the network and its optimizer."""
+    def configure(self, nets: Sequence[nn.Module], optimizer: Optimizer) -> None:
+        """Set the networks, of which callbacks record the first, and their optimizer."""
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         # walking the module for them would cost a tenth of a small network's step
-        self.net, self.fitted = net, [p for p in net.parameters() if p.requires_grad]
+        self.net, self.fitted = nets[0], [p for net in nets for p in net.parameters() if p.requires_grad]
         assert sorted(map(id, grouped)) == sorted(map(id, self.fitted)), "each parameter belongs to exactly one group"
         # saves a tenth of a small network's step: one norm of a copy costs half of what all parameters' norms do
         self._small = (
@@ -187,7 +187,7 @@ class Step:
         self._loss, self._norm = loss, norm
         if self._leaves_out:
             self._optimizer.found_inf = None  # type: ignore[attr-defined]
-        if self._leaves_out and not (self.watching or self.guard.in_a_row or self._is_logged(number)):
+        if self._leaves_out and not (self.watching or self.guard.in_a_row or self.is_logged(number)):
             self._decide_later(number, loss, norm)
         elif not self._trusted(number, loss, norm):
             for parameter in self.fitted:  # without a gradient, an optimizer leaves a parameter alone
@@ -259,11 +259,12 @@ class Step:
             self._count(number, self._loss, self._taken)
         for watcher in self.watching:
             watcher.after_step(self.net, number)
-        if self._is_logged(number):
+        if self.is_logged(number):
             self.metrics = self.log.line(number, self._loss, self._norm)
             self._write({f"train/{key}": value for key, value in self.metrics.items() if key != "step"}, number)
 
-    def _is_logged(self, number: int) -> bool:
+    def is_logged(self, number: int) -> bool:
+        """Return whether a step's metrics are written."""
         return number % self._log_every == 0 or number in (1, self._max_steps)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lm.backprop.policy import clipped, log_probabilities, preference
+from lm.backprop.policy import clipped, entropy, log_probabilities, preference, value_error
 from tests.support.mutants import Mutant, broken
 
 V, IGNORED = 7, -100
@@ -18,6 +18,13 @@ MUTANTS = [
     Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "-free", "clipped: the constant part has a slope"),
     Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "torch.where(free <= bounded, -advantages, 0.0)", "r"),
     Mutant("policy", "torch.where(free <= bounded, -free, 0.0)", "torch.where(free < bounded, -free, 0.0)", "r = 1"),
+    Mutant("policy:entropy", "logs + found.unsqueeze(-1)", "logs", "the mean is forgotten"),
+    Mutant("policy:entropy", "chances = logs.exp()", "chances = torch.ones_like(logs)", "not by chance"),
+    Mutant("policy:entropy", "-chances", "chances", "entropy: sign"),
+    Mutant("policy:entropy", "dentropy.where(counts, 0.0)", "dentropy", "entropy: ignored targets count"),
+    Mutant("policy:entropy", "found.where(counts, 0.0)", "found", "entropy of what nobody wrote"),
+    Mutant("policy", "error * error / 2", "error * error", "value: the half is forgotten"),
+    Mutant("policy", "values - earned", "earned - values", "value: sign"),
 ]  # fmt: skip
 
 
@@ -33,6 +40,28 @@ def check_log_probabilities() -> None:
         found, backward = log_probabilities(logits, targets)
         torch.testing.assert_close(found, wanted, **CLOSE)
         torch.testing.assert_close(backward(weights), dlogits, **CLOSE)
+
+
+def check_entropy() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(3, 5, V, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (3, 5))
+    targets[torch.rand(targets.shape) < 0.3] = IGNORED
+    wanted = torch.distributions.Categorical(logits=logits).entropy() * (targets != IGNORED)
+    weights = torch.randn(targets.shape, dtype=torch.float64)
+    (dlogits,) = torch.autograd.grad((weights * wanted).sum(), logits)
+    with torch.no_grad():
+        found, backward = entropy(logits, targets)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+        torch.testing.assert_close(backward(weights), dlogits, **CLOSE)
+
+
+def check_value_error() -> None:
+    values = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    earned = torch.tensor([[0.5, 1.0, 0.5]], dtype=torch.float64)
+    error, dvalues = value_error(values, earned)
+    torch.testing.assert_close(error.detach(), torch.tensor([[0.125, 4.5, 0.0]], dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(dvalues, *torch.autograd.grad(error.sum(), values), **CLOSE)
 
 
 def check_preference() -> None:
@@ -63,6 +92,8 @@ def check_clipped() -> None:
 
 def checks() -> None:
     check_clipped()
+    check_entropy()
+    check_value_error()
     check_log_probabilities()
     check_preference()
 

@@ -9,10 +9,11 @@ Shapes: S strings, T tokens, V vocabulary: letters, and 0, which begins and ends
 
 import itertools
 
+import pytest
 import torch
 from torch import Tensor
 
-from lm.backprop.policy import clipped, log_probabilities, preference
+from lm.backprop.policy import clipped, log_probabilities, preference, value_error
 from lm.data.chunks import IGNORED
 from lm.models import Bigram
 from lm.posttraining import rollouts
@@ -83,25 +84,36 @@ def test_dpo_finds_the_optimum() -> None:
     assert divergence(net.table.weight.detach(), optimum) < 0.01
 
 
-def test_the_policy_gradient_finds_the_optimum() -> None:
-    """With texts that the policy draws, in groups, the divergence in the reward, and two clipped steps on each set."""
+@pytest.mark.parametrize("baseline", ["group", "value"])
+def test_the_policy_gradient_finds_the_optimum(baseline: str) -> None:
+    """With texts that the policy draws, the divergence in the reward, and two clipped steps on each set.
+
+    The baseline is the mean of a group, or what a table of values expects at each place after each letter.
+    """
     reference, rewards, optimum = problem()
     torch.manual_seed(3)
-    net = policy(reference)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
+    net, table = policy(reference), torch.zeros(LONGEST, V, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([{"params": net.parameters()}, {"params": [table], "lr": 0.3}], lr=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=200)
     for _ in range(100):
-        with torch.no_grad():
-            before = logs_of(net.table.weight)
-        drawn = torch.multinomial(before.exp(), 512, replacement=True)
+        drawn = torch.multinomial(logs_of(net.table.weight.detach()).exp(), 512, replacement=True)
         tokens, targets = TOKENS[drawn], TARGETS[drawn]
+        counts = targets != IGNORED
         old = log_probabilities(net(tokens), targets)[0].detach()
-        worth = (rewards - BETA * (before - logs_of(reference)))[drawn]
-        above = rollouts.above_mean(worth, 16, scaled=False).unsqueeze(1)
-        weights = rollouts.token_weights(targets != IGNORED, 16, "sum")
+        apart = old - log_probabilities(reference[tokens], targets)[0]
+        earned = rollouts.token_rewards(rewards[drawn], BETA * apart, counts)
+        if baseline == "group":
+            better = rollouts.above_mean(earned.sum(1), 16, scaled=False).unsqueeze(1)
+        else:
+            expected = table[torch.arange(LONGEST), tokens].detach()
+            better = rollouts.advantages(earned, expected, counts, 1.0)
+            earned = better + expected
+        weights = rollouts.token_weights(counts, 16, "sum")
         for _ in range(2):
             optimizer.zero_grad()
-            losses, _ = clipped(log_probabilities(net(tokens), targets)[0], old, above, 0.2)
+            losses, _ = clipped(log_probabilities(net(tokens), targets)[0], old, better, 0.2)
+            if baseline == "value":
+                losses = losses + value_error(table[torch.arange(LONGEST), tokens], earned)[0]
             (weights * losses).sum().backward()
             optimizer.step()
             schedule.step()

@@ -56,6 +56,23 @@ def test_a_reward_does_not_depend_on_padding(workplace: Path) -> None:
     assert nets[0].std() > 0.01
 
 
+def test_where_a_reward_model_does_not_belong(lm, workplace: Path) -> None:
+    """And where one goes on: by --ckpt_path, as it is told."""
+    written()
+    words = [*recipe("RewardModel"), "--trainer.max_steps", 2, "--name", "reward"]
+    code, _, err = lm(*words, "--samples.max_new_tokens", 5)
+    assert code == 0, err
+    seen = b"".join(path.read_bytes() for path in Path("logs/reward").glob("events*"))
+    assert b"val/margin" in seen and b"sample" not in seen, "no text of a network that writes none"
+    last = "checkpoints/reward/last.ckpt"
+    code, _, err = lm(*words, "--name", "again", "--init_from", last)
+    assert code == 2 and f"--init_from {last}: it is a reward model" in err and "--ckpt_path" in err, err
+    assert err.count("\n") == 1
+    assert lm(*words, "--ckpt_path", last, "--trainer.max_steps", 4)[0] == 0
+    code, _, err = lm("bench", *words[1:3], "--generate")
+    assert code == 2 and "--generate: model RewardModel writes no text" in err and err.count("\n") == 1, err
+
+
 @pytest.mark.slow
 def test_it_learns_what_is_preferred_and_resumes(lm, workplace: Path) -> None:
     written()

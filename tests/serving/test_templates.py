@@ -3,14 +3,13 @@
 import asyncio
 import os
 import signal
-import sys
 from typing import Any
 
 import pytest
 
 from lm.serving.errors import ApiError
 from lm.serving.templates import Templates, prompt_of
-from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, templates
 from lm.tokenizers.merges import to_text
 
 CHATML = (
@@ -123,7 +122,7 @@ def test_who_goes_away_leaves_no_process_at_work() -> None:
 
 
 def test_a_process_that_does_not_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(templates, "COMMAND", ("/nowhere/python",))
     with pytest.raises(ApiError, match="does not start: No such file") as error:
         ids(ByteTokenizer(), "a", TALK)
     assert error.value.status == 500

@@ -8,6 +8,7 @@ from lm.serving.templates import Templates, prompt_of
 from lm.tokenizers import BytePairTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, chat, from_state, to_state
 from lm.tokenizers.huggingface import chat_of, from_files, to_files
 from lm.tokenizers.merges import to_text
+from lm.tokenizers.templates import Messages
 
 SYMBOLS = "".join(map(chr, range(32, 127)))
 TOKENIZERS: dict[str, Tokenizer] = {
@@ -57,7 +58,7 @@ def test_text_keeps_its_ids_and_a_checkpoint_keeps_all(name: str) -> None:
 def test_the_template_writes_what_training_reads() -> None:
     tokenizer = chat.for_chat(ByteTokenizer())
 
-    async def prompt(messages: chat.Messages) -> list[int]:
+    async def prompt(messages: Messages) -> list[int]:
         templates = Templates()
         try:
             return await prompt_of(templates, tokenizer, tokenizer.chat or {}, list(messages))

@@ -14,7 +14,7 @@ from lm.training.harmless import harmless
 
 
 class SampleText(Callback):
-    """Writes a text sample to TensorBoard at every validation.
+    """Writes a text sample to TensorBoard at every validation, where the network writes text.
 
     Args:
         max_new_tokens: Its length; 0 switches samples off.
@@ -44,12 +44,12 @@ class SampleText(Callback):
     @harmless
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and write."""
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not self.max_new_tokens or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if not is_sharded(trainer) and not (trainer.is_global_zero and boards):  # sharded, all ranks must compute
-            return
         module: Any = pl_module
+        if not self.max_new_tokens or trainer.sanity_checking or trainer.state.fn != "fit" or not module.writes:
+            return
+        alone = not is_sharded(trainer)  # or all ranks must compute
+        if alone and not (trainer.is_global_zero and boards(trainer)):
+            return
         prompt = torch.tensor([start_tokens(module.tokenizer, self.prompt)], device=module.device)  # (1, T)
         stream = TextStream(module.tokenizer, [])
         tokens = generate(module.net, prompt, sampler=self.sampler, generator=self._generator())
@@ -59,12 +59,21 @@ class SampleText(Callback):
                 text += stream.add(int(next(tokens)))
                 if stream.done:
                     break
-        for board in boards if trainer.is_global_zero else []:  # indented by four: Markdown shows it verbatim
-            lines = (text + stream.finish()).splitlines()
-            board.experiment.add_text("sample", "\n".join("    " + line for line in lines), trainer.global_step)
+        write_text(trainer, "sample", text + stream.finish(), trainer.global_step)
 
     def _generator(self) -> torch.Generator:
         try:
             return torch.Generator().manual_seed(self.seed)
         except (RuntimeError, ValueError, OverflowError) as error:
             raise UserError(f"samples.seed is {self.seed}: it must fit into 64 bits") from error
+
+
+def boards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """Return the loggers that show text."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def write_text(trainer: Trainer, name: str, text: str, step: int) -> None:
+    """Write a text to TensorBoard, by one process; indented by four, which Markdown shows verbatim."""
+    for board in boards(trainer) if trainer.is_global_zero else []:
+        board.experiment.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)

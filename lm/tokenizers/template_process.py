@@ -5,13 +5,14 @@ inside an operation that never returns to Python, and limits of memory and files
 """
 
 import datetime
+import functools
 import json
 import resource
 import signal
 import sys
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -52,6 +53,12 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
+@functools.lru_cache(maxsize=4)
+def parsed(template: str) -> Template:
+    """Return a template, which is read once for all of a corpus's conversations."""
+    return environment().from_string(template)
+
+
 def rendered(template: str, variables: dict[str, Any]) -> str:
     """Return a template's text.
 
@@ -59,7 +66,7 @@ def rendered(template: str, variables: dict[str, Any]) -> str:
         ValueError: It is too long.
     """
     parts, length = [], 0
-    for part in environment().from_string(template).generate(**variables):
+    for part in parsed(template).generate(**variables):
         parts.append(part)
         length += len(part)
         if length > LONGEST:
