@@ -121,17 +121,19 @@ def test_every_option_in_readme_and_docs_is_found_in_some_help(capsys: pytest.Ca
     helps += "".join(shown(capsys, "fit", f"--help.{section}") for section in ("model", "data"))
     for kind in ("LinesData", "ArithmeticData"):
         helps += shown(capsys, "fit", "--help.data", "--data", f"lm.data.{kind}")
-    helps += shown(capsys, "fit", "--help.model", "--model", "lm.training.ManualLanguageModel")
+    for kind in ("training.ManualLanguageModel", "posttraining.PolicyGradient"):
+        helps += shown(capsys, "fit", "--help.model", "--model", f"lm.{kind}")
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     lines = [line for path in texts for line in path.read_text().splitlines() if re.search(r"\blm [a-z]+ --", line)]
     assert len(lines) > 40
     said = [re.split(r"\blm (?=[a-z]+ --)", line, maxsplit=1)[1] for line in lines]
     options = {option for text in said for option in re.findall(r"(?<!\S)--([\w.]+)", text)}
-    nets = {option for option in options if option.startswith("model.init_args.net.init_args.")}
+    parts = ("model.init_args.net.init_args.", "model.init_args.reward.init_args.")
+    nets = {option for option in options if option.startswith(parts)}
     missing = [
         o
         for o in options - nets - NOT_OURS
         if not o.startswith("help.") and not re.search(rf"--{o.replace('.init_args', '')}\b", helps)
     ]
     assert missing == []
-    assert nets, "those of a network stand in its class"
+    assert nets, "those of a network and of a reward stand in its class"
