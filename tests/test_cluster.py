@@ -79,11 +79,11 @@ def test_torchrun_starts_again_what_lost_a_rank(workplace: Path, rank: str) -> N
     job = launch(workplace, name, *words, PROCESSES=2, MAX_RESTARTS=1, MASTER_PORT=29613)
     wait_for(Path(f"checkpoints/{name}/last.ckpt"), job)
     os.kill(the_rank(rank, name), signal.SIGKILL)
-    out, _ = job.communicate(timeout=180)
+    out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
     assert len(list(Path(f"logs/{name}").glob("config*.yaml"))) == 2
     whole = launch(workplace, "whole", *words, PROCESSES=2, MASTER_PORT=29613)
-    out, _ = whole.communicate(timeout=180)
+    out, _ = whole.communicate(timeout=400)
     assert whole.returncode == 0, out
     assert_equal(state(Path("checkpoints/whole/last.ckpt")), state(Path(f"checkpoints/{name}/last.ckpt")))
 

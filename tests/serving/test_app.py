@@ -49,7 +49,7 @@ def figures(url: str) -> dict[str, float]:
 
 
 def until(condition: Any) -> None:
-    for _ in range(400):
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.05)

@@ -28,6 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% for one in messages %}{{ one['role'] + ': ' + one['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
     )
     written(folder / "letters.ckpt", CharTokenizer(LETTERS, end_of_text=True), chat=template, block=256)
+    written(folder / "slow.ckpt", CharTokenizer(LETTERS, end_of_text=True), chat=template, block=256, width=512)
     (folder / "key").write_text("open-sesame\n")
     return folder
 
@@ -63,7 +64,7 @@ def slide(tab: Any, name: str, value: float) -> None:
 @pytest.mark.browser
 @pytest.mark.slow
 def test_in_a_browser(tab: Any, place: Path) -> None:
-    with served("--ckpt_path", "letters.ckpt", cwd=place) as (url, _):
+    with served("--ckpt_path", "slow.ckpt", cwd=place) as (url, _):
         tab.goto(url)
         tab.wait_for_selector("#model option", state="attached")
         tab.fill("#prompt", "To be")

@@ -22,12 +22,14 @@ TEMPLATE = (
 )
 
 
-def written(path: Path, tokenizer: Tokenizer | None = None, *, chat: str | None = TEMPLATE, block: int = BLOCK) -> Path:
+def written(
+    path: Path, tokenizer: Tokenizer | None = None, *, chat: str | None = TEMPLATE, block: int = BLOCK, width: int = 32
+) -> Path:
     """Write the checkpoint of a random network of bytes, whose likeliest tokens are clearly so; return its path."""
     tokenizer = tokenizer or ByteTokenizer()
     tokenizer.chat = {"chat_template": chat, "eos_token": "<|endoftext|>"} if chat else None
     torch.manual_seed(3)
-    settings: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "positions": "rotary"}
+    settings: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": width, "positions": "rotary"}
     net = GPT(tokenizer.n_vocab, block, **settings, init_std=0.3)
     return _saved(path, net, tokenizer, {"class_path": "lm.models.GPT", "init_args": settings})
 
