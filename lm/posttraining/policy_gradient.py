@@ -59,6 +59,8 @@ class PolicyGradient(LanguageModel):
         settings: All that `LanguageModel` takes.
     """
 
+    calls_matter = True
+
     @checked("model.", UserError)
     def __init__(
         self,

@@ -67,6 +67,8 @@ class LanguageModel(Evaluated):
     """What the data must give: `TokenData.gives`."""
     writes = True
     """Whether the network writes text."""
+    calls_matter = False
+    """Whether another steps_per_call is another algorithm, rather than the same steps in other portions."""
 
     @checked("model.", UserError)
     def __init__(

@@ -136,7 +136,9 @@ def test_a_wrong_gradient_is_found(mutant: Mutant) -> None:
         check_gradient()
 
 
-FOUR = ["--trainer.val_check_interval", 4, "--checkpoint.every_n_steps", 4]  # or calls are cut to fewer steps
+def every(steps: int) -> list[object]:
+    """Evaluations and checkpoints between sets of texts of so many steps."""
+    return ["--trainer.val_check_interval", steps, "--checkpoint.every_n_steps", steps]
 
 
 def figures(run: str, name: str) -> list[float]:
@@ -243,7 +245,7 @@ def test_training_by_hand_is_training_by_autograd(lm, workplace: Path, settings:
     tables = []
     for kind in ("PolicyGradient", "ManualPolicyGradient"):
         words = recipe(kind, kl=0.05, steps_per_call=3, **settings)
-        code, _, err = lm(*words, "--trainer.precision", "64-true", "--name", kind)
+        code, _, err = lm(*words, *every(3), "--trainer.precision", "64-true", "--name", kind)
         assert code == 0, err
         tables.append(table(kind))
     for one, other in zip(*tables, strict=True):
@@ -269,6 +271,11 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
             for what in ("one", "nothing", "numbers by key", "too large", "a table")
         ),
         ({"spike": 3}, [], "model.spike: "),
+        (
+            {"steps_per_call": 4},
+            ["--trainer.val_check_interval", 6],
+            "trainer.val_check_interval 6 and checkpoint.every_n_steps 5 would fall within: use multiples of 4",
+        ),
         ({"loss_mean": "token"}, ["--trainer.accumulate_grad_batches", 2], "model.loss_mean token: "),
     ):
         code, _, err = lm(*recipe(**settings), *words, "--name", len(list(Path("checkpoints").glob("*"))))
@@ -282,10 +289,16 @@ def test_what_does_not_go_on(lm, workplace: Path) -> None:
     for more, message in (
         (["--model.init_args.kl", 0, "--trainer.max_steps", 4], "has a reference, and the recipe's model needs none"),
         (["--model.init_args.value", 0, "--trainer.max_steps", 4], "has a value network, and the recipe's"),
-        (["--model.init_args.steps_per_call", 4, *FOUR, "--trainer.max_steps", 8], "the checkpoint is of step 2"),
+        (["--model.init_args.steps_per_call", 4, *every(4), "--trainer.max_steps", 8], "the checkpoint is of step 2"),
     ):
         code, _, err = lm(*words, *more, "--ckpt_path", "last")
         assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_another_number_of_steps_on_a_set_of_texts_is_told_when_a_run_goes_on(lm, workplace: Path) -> None:
+    assert lm(*recipe(steps_per_call=2), *every(2), "--trainer.max_steps", 4)[0] == 0
+    code, out, err = lm(*recipe(steps_per_call=4), *every(4), "--trainer.max_steps", 8, "--ckpt_path", "last")
+    assert code == 0 and "steps_per_call 2 → 4" in out + err, out + err
 
 
 @pytest.mark.slow
