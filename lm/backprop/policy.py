@@ -90,7 +90,7 @@ def clipped(logs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple
     Args:
         logs: Log-probabilities (N, T).
         old: Those of the policy that drew the tokens (N, T).
-        advantages: By how much a text's reward is above what was expected (N, 1), or (N, T).
+        advantages: By how much each token was better than expected (N, T).
         clip: c.
 
     Returns:

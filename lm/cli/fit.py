@@ -172,11 +172,24 @@ class Fit(rules.WithRules):
 
         Nothing can be done inside a call that takes several steps, so calls are cut to the largest number of steps that
         divides all intervals.
+
+        Raises:
+            UserError: Intervals would cut a call, and the model would learn otherwise by shorter ones.
         """
         model = self.config_init.model
         steps = getattr(model, "steps_per_call", 1)
-        intervals = [settings["val_check_interval"], self.config_init.checkpoint.every_n_steps]
-        cut = math.gcd(steps, *(one for one in intervals if isinstance(one, int)))
+        intervals = {
+            "trainer.val_check_interval": settings["val_check_interval"],
+            "checkpoint.every_n_steps": self.config_init.checkpoint.every_n_steps,
+        }
+        cut = math.gcd(steps, *(one for one in intervals.values() if isinstance(one, int)))
+        if cut < steps and getattr(model, "calls_matter", False):
+            wrong = {name: one for name, one in intervals.items() if isinstance(one, int) and one % steps}
+            raise UserError(
+                f"model.steps_per_call {steps}: so many steps of {type(model).__name__} learn from one set of texts, "
+                f"and {' and '.join(f'{name} {one}' for name, one in wrong.items())} would fall within: use multiples "
+                f"of {steps}"
+            )
         if cut < steps:
             self.say(
                 f"note: model.steps_per_call {steps} is cut to {cut}: evaluations and checkpoints fall between calls"

@@ -4,6 +4,7 @@ Shapes: K steps on one set of texts, B prompts of a step, G answers to each, N =
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lm.training.distributed.sharding import is_sharded
 from lm.training.harmless import harmless
 
 SHOWN = 4  # texts of a logged step
+SAID = 60  # symbols of an answer that a message shows
 
 
 class PolicyGradient(LanguageModel):
@@ -59,6 +61,8 @@ class PolicyGradient(LanguageModel):
         settings: All that `LanguageModel` takes.
     """
 
+    calls_matter = True
+
     @checked("model.", UserError)
     def __init__(
         self,
@@ -83,7 +87,11 @@ class PolicyGradient(LanguageModel):
                 f"model.group is {group}: it must be at least 2, as answers are compared; or say model.value"
             )
         if value and scale_rewards:
-            raise UserError("model.scale_rewards: with model.value, a group is no baseline: set one of them to 0")
+            raise UserError(
+                "model.scale_rewards: with model.value, a group is no baseline: set it to false, or model.value to 0"
+            )
+        if gae != 0.95 and not value:
+            raise UserError(f"model.gae {gae} is for a value network: say model.value, or leave it out")
         self.reward, self.group, self.clip, self.kl = reward or ExactAnswer(), group, clip, kl
         self.entropy, self.value, self.gae = entropy, value, gae
         self.scale_rewards, self.loss_mean, self.max_new_tokens = scale_rewards, loss_mean, max_new_tokens
@@ -91,6 +99,8 @@ class PolicyGradient(LanguageModel):
         self.critic: nn.Module | None = None
         self.figures = StepFigures()
         self.answers: list[tuple[float, Answer]] = []  # of the last call, and their rewards
+        self.causes = [""] * self.steps_per_call
+        """Why the loss of each step of a call cannot be finite: a reward that is not; "" where it is."""
 
     def setup(self, stage: str) -> None:
         """Refuse what does not go together."""
@@ -151,7 +161,7 @@ class PolicyGradient(LanguageModel):
         self.step.decide()
         self.eval()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.step.guard.cause = ""
+            self.causes = [""] * self.steps_per_call
         several = self.steps_per_call > 1
         tokens, targets = (one.flatten(0, 1) for one in batch[:2]) if several else batch  # (K B, T)
         steps = self.rollouts(tokens, targets, batch_idx)
@@ -178,7 +188,8 @@ class PolicyGradient(LanguageModel):
         starts = [len(prompt) for prompt, _ in prompts for _ in range(self.group)]
         texts = [one.to(self.device) for one in rollouts.sequences(answers, starts, data.block_size)]  # 2 of (K N, T)
         given = torch.tensor(rewards.judged(self.reward, answers), device=self.device)  # (K N,)
-        self._check_finite(given, answers)
+        found = self._not_finite(given, answers)
+        self.causes = [one or other for one, other in zip(self.causes, found, strict=True)]
         ended = torch.tensor([float(one.finished) for one in answers], device=self.device)
         self.answers = [*zip(given.tolist(), answers, strict=True)]
         size = len(given) // self.steps_per_call
@@ -212,15 +223,24 @@ class PolicyGradient(LanguageModel):
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             return log_probabilities(net(tokens), targets)[0].detach()
 
-    def _check_finite(self, given: Tensor, answers: list[Answer]) -> None:
-        """Tell the guard of a reward that is not finite, on all processes: by it, the step's loss is not finite."""
-        wrong = (~given.isfinite()).nonzero().flatten().tolist()
-        count = self.trainer.strategy.reduce(torch.tensor(float(len(wrong)), device=self.device), reduce_op="sum")
-        if not count:
-            return
-        first = [f"{float(given[i])} for the answer {answers[i].text[:60]!r}" for i in wrong[:1]]
-        what = first[0] if first else "what is not finite"
-        self.step.guard.cause = f"model.reward {type(self.reward).__name__} gives {what}, and it must be finite"
+    def _not_finite(self, given: Tensor, answers: list[Answer]) -> list[str]:
+        """Return of each step of a call which reward is not finite, on any process; "" where none is."""
+        steps = self.steps_per_call
+        rows = torch.zeros(
+            steps, 1 + SAID, device=self.device
+        )  # the first such reward of each, and its answer's symbols
+        for i in (~given.isfinite()).nonzero().flatten().tolist()[::-1]:
+            symbols = [float(ord(symbol)) for symbol in answers[i].text[:SAID].ljust(SAID, "\0")]
+            rows[i * steps // len(answers)] = torch.tensor([float(given[i]), *symbols])
+        found = []
+        for of_ranks in self.trainer.strategy.all_gather(rows).reshape(-1, steps, 1 + SAID).unbind(1):
+            wrong = next((row for row in of_ranks.tolist() if not math.isfinite(row[0])), None)
+            found.append("")
+            if wrong is not None:
+                text = "".join(chr(int(one)) for one in wrong[1:] if one)
+                name = f"model.reward {type(self.reward).__name__}"
+                found[-1] = f"{name} gives {wrong[0]} for the answer {text!r}, and it must be finite"
+        return found
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Return a step's loss, whose backward pass follows."""
@@ -244,7 +264,9 @@ class PolicyGradient(LanguageModel):
     def _note(
         self, loss: Tensor, step: Experience, logs: Tensor, dlogs: Tensor, spread: Tensor, errors: Tensor
     ) -> None:
-        """Keep a micro-batch's loss, and figures of it, until the step ends."""
+        """Keep a micro-batch's loss, and figures of it, until the step ends; tell the guard of its rewards."""
+        self.step.decide()  # of the step before, which has another cause
+        self.step.guard.cause = self.causes[self.global_step % self.steps_per_call]
         self.step.note(loss, all_count(step.tokens))
         counts = step.targets >= 0
         figures = dict(zip(("reward", "kl", "finished"), step.about.unbind(1), strict=True))

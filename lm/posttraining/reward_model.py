@@ -15,6 +15,8 @@ from lm.posttraining.pair_model import ManualPairs, PairModel, Scores
 def scalar_head(net: nn.Module) -> None:
     """Put a head with one output in place of a network's head over the vocabulary; it begins at zero.
 
+    A soft cap is for logits: no bound stays on the number.
+
     Raises:
         UserError: The network has no such head.
     """
@@ -25,6 +27,8 @@ def scalar_head(net: nn.Module) -> None:
         )
     net.lm_head = nn.Linear(head.in_features, 1, bias=False, device=head.weight.device, dtype=head.weight.dtype)
     nn.init.zeros_(net.lm_head.weight)
+    if hasattr(net, "logit_soft_cap"):
+        net.logit_soft_cap = None  # type: ignore[assignment]
 
 
 class RewardModel(PairModel):

@@ -96,7 +96,8 @@ class GoldName(Reward):
 class ReasoningGym(Reward):
     """What `reasoning-gym` gives an answer to one of its problems: a library of more than a hundred verified tasks.
 
-    The data are conversations of the same problems, each question a prompt and its answer the completion.
+    The data are conversations of the same problems, each question a prompt and its answer the completion. Any chat
+    template and system message may stand around a question: it is found as it is written.
 
     Args:
         task: Its name there, leg_counting say.
@@ -116,16 +117,23 @@ class ReasoningGym(Reward):
             self.problems = create_dataset(task, size=size, seed=seed)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"model.reward ReasoningGym: task {task}, size {size}, seed {seed}: {error}") from error
-        self.known = {one["question"]: one for one in self.problems}
+        self.known = {one["question"].strip(): one for one in self.problems}  # many templates strip what they write
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Return the answers' rewards; one that did not end has none."""
-        if unknown := [one.prompt for one in answers if one.prompt not in self.known]:
+        problems = {prompt: self._problem(prompt) for prompt in {one.prompt for one in answers}}
+        return [one.finished * float(self.problems.score_answer(one.text, problems[one.prompt])) for one in answers]
+
+    def _problem(self, prompt: str) -> Any:
+        """Return the problem that a prompt asks: the last one in it, and of those that end alike the longest."""
+        found = [(prompt.rfind(question) + len(question), len(question), question) for question in self.known]
+        end, _, question = max((one for one in found if one[0] >= one[1]), default=(0, 0, ""))
+        if not end:
             raise UserError(
-                f"model.reward ReasoningGym: the prompt {unknown[0][:60]!r} is none of its {len(self.known)} problems: "
+                f"model.reward ReasoningGym: the prompt {prompt[:60]!r} has none of its {len(self.known)} problems: "
                 "make the conversations of the same task, size and seed"
             )
-        return [one.finished * float(self.problems.score_answer(one.text, self.known[one.prompt])) for one in answers]
+        return self.known[question]
 
 
 class LearnedReward(Reward):

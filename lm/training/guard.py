@@ -53,7 +53,9 @@ class Guard:
         advice = "a lower learning rate or "
         if not math.isfinite(loss if scaled else loss + norm):
             what = self.cause or f"loss {loss:g} and gradient norm {norm:g} are not finite"
-            advice = "model.on_nonfinite skip" if self.cause else advice + "longer warm-up"
+            advice += "longer warm-up"
+            if self.cause:
+                advice = "a corrected reward" + (" or model.on_nonfinite skip" if self.on_nonfinite == "stop" else "")
         elif self.spike is not None and self.weight > 0.05 and loss > self.spike * self.mean / self.weight:
             what = f"loss {loss:g} is a spike: its mean was {self.mean / self.weight:g}"
             advice += "a larger spike"

@@ -46,7 +46,8 @@ class LanguageModel(Evaluated):
         optimizer: Makes the optimizer from parameter groups. Its weight decay applies to matrices only. Default: AdamW
             with learning rate 1e-3 and weight decay 0.1.
         schedule: Factor on the learning rate, a pure function of the step; constant by default.
-        clip_norm: Largest global norm of the gradient; larger ones are scaled down to it. 0 and None never scale.
+        clip_norm: Largest global norm of the gradient; larger ones are scaled down to it, each network's
+            by itself. 0 and None never scale.
         steps_per_call: Optimizer steps in each step of the Trainer, whose loop costs about half a millisecond, more
             than a whole step of a small network; with 100, a hundredth of that. Evaluations, checkpoints and stops by a
             signal come at its multiples. For one process, in full precision, without accumulation.
@@ -67,6 +68,8 @@ class LanguageModel(Evaluated):
     """What the data must give: `TokenData.gives`."""
     writes = True
     """Whether the network writes text."""
+    calls_matter = False
+    """Whether another steps_per_call is another algorithm, rather than the same steps in other portions."""
 
     @checked("model.", UserError)
     def __init__(
@@ -154,7 +157,8 @@ class LanguageModel(Evaluated):
             self.origin = take_weights(self.net, self.make_net, data.text_tokenizer, self.init_from, self.config)
         self.change_network()
         if self.activation_checkpointing:
-            recompute_blocks(self.net)
+            for net in self.fitted:
+                recompute_blocks(net)
         self._compile()
         if is_sharded(self.trainer):
             shard(self.net, self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
 
     More groups would slow down each step of a small network. "n_hidden" says how many of a group's first parameters are
     hidden: matrices of linear layers inside the network, neither embedding nor output head, of a vocabulary or of one
-    number. Where the network has a
-    width (`GPT.base_width`), "width" is that, and "n_head" says how many of the last parameters are output heads.
+    number. A head of one number comes right after them, where earlier checkpoints have its state. Where the network has
+    a width (`GPT.base_width`), "width" is that, and "n_head" says how many of the last parameters are output heads.
     """
     tables = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
     outputs = (getattr(net, "vocab_size", None), 1)
@@ -27,6 +27,8 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     fitted = [parameter for parameter in net.parameters() if parameter.requires_grad]
     hidden = [parameter for parameter in fitted if id(parameter) in inside]
     others = [parameter for parameter in fitted if parameter.ndim >= 2 and id(parameter) not in inside]
+    if getattr(net, "width", None) is None:
+        others.sort(key=lambda parameter: not (id(parameter) in heads and len(parameter) == 1))
     vectors = [parameter for parameter in fitted if parameter.ndim < 2]
     groups: list[dict[str, Any]] = [
         {"params": hidden + others, "n_hidden": len(hidden)},

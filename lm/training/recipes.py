@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 NO_MATTER = {"num_workers", "steps_per_call", "compile", "activation_checkpointing", "audit_every"}
-"""Settings that say how a step is computed, not what comes out."""
+"""Settings that say how a step is computed, not what comes out; but see `LanguageModel.calls_matter`."""
 OF_TRAINER = (
     "max_steps",
     "min_steps",
@@ -55,7 +55,9 @@ def between(there: dict[str, Any], here: dict[str, Any]) -> list[Difference]:
     sections = [("", "seed_everything"), ("data", "data"), ("model", "model"), ("trainer", "trainer")]
     pairs = [(name, *(_trained(recipe, section) for recipe in (there, here))) for name, section in sections]
     found = [difference for name, one, other in pairs for difference in differences(one, other, name)]
-    return [one for one in found if one.name.rpartition(".")[2] not in NO_MATTER]
+    kind = pkgutil.resolve_name(here["model"]["class_path"]) if _is_class(here.get("model")) else None
+    ignored = NO_MATTER - ({"steps_per_call"} if getattr(kind, "calls_matter", False) else set())
+    return [one for one in found if one.name.rpartition(".")[2] not in ignored]
 
 
 def _trained(recipe: dict[str, Any], section: str) -> Any:

@@ -33,7 +33,7 @@ class Step:
     Args:
         objective: What is minimised.
         schedule: Factor on the learning rate, a pure function of the step.
-        clip_norm: Largest global norm of the gradient; None for no limit.
+        clip_norm: Largest global norm of each network's gradient; None for no limit.
         guard: Decides what to do with a step whose loss or gradient is not finite, or whose loss is a spike.
         log: Averages losses between two logged steps.
     """
@@ -66,7 +66,8 @@ class Step:
         """Set the networks, of which callbacks record the first, and their optimizer."""
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         # walking the module for them would cost a tenth of a small network's step
-        self.net, self.fitted = nets[0], [p for net in nets for p in net.parameters() if p.requires_grad]
+        self.net, self._parts = nets[0], [[p for p in net.parameters() if p.requires_grad] for net in nets]
+        self.fitted = [p for part in self._parts for p in part]
         assert sorted(map(id, grouped)) == sorted(map(id, self.fitted)), "each parameter belongs to exactly one group"
         # saves a tenth of a small network's step: one norm of a copy costs half of what all parameters' norms do
         self._small = (
@@ -177,13 +178,15 @@ class Step:
         if self._scaler is not None and getattr(self._optimizer, "_step_supports_amp_scaling", False):
             # Lightning leaves unscaling to a fused optimizer, and clips while gradients are still scaled (issue 9694)
             self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self.fitted if p.grad is not None]
+        parts = [[p.grad for p in part if p.grad is not None] for part in self._parts]  # of each network
+        gradients = [gradient for part in parts for gradient in part]
         loss = self._reduce(gradients)
         self.check(loss)
         if self._small and self.clip_norm is None:
             norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
         else:
-            norm = global_norm(gradients)
+            norms = [global_norm(part) for part in parts]
+            norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         self._loss, self._norm = loss, norm
         if self._leaves_out:
             self._optimizer.found_inf = None  # type: ignore[attr-defined]
@@ -194,7 +197,8 @@ class Step:
                 parameter.grad = None
             return
         if self.clip_norm is not None:
-            clip(gradients, self.clip_norm, norm)
+            for part, its_norm in zip(parts, norms, strict=True):  # or a value network would scale the policy's down
+                clip(part, self.clip_norm, its_norm)
         for watcher in self.watching:
             watcher.before_update(self.net)
 

@@ -16,6 +16,11 @@ from lm.posttraining.reward_model import scalar_head
 from lm.posttraining.rewards import Answer, Reward
 from lm.posttraining.rollouts import Experience
 from lm.training.by_hand import StepByHand
+from lm.training.guard import Guard
+from lm.training.loggers.step_log import StepLog
+from lm.training.objectives import CrossEntropy
+from lm.training.schedules import Constant
+from lm.training.step import Step
 from tests.conftest import RECIPE, start
 from tests.support.cases import often
 from tests.support.mutants import Mutant, broken
@@ -136,7 +141,9 @@ def test_a_wrong_gradient_is_found(mutant: Mutant) -> None:
         check_gradient()
 
 
-FOUR = ["--trainer.val_check_interval", 4, "--checkpoint.every_n_steps", 4]  # or calls are cut to fewer steps
+def every(steps: int) -> list[object]:
+    """Evaluations and checkpoints between sets of texts of so many steps."""
+    return ["--trainer.val_check_interval", steps, "--checkpoint.every_n_steps", steps]
 
 
 def figures(run: str, name: str) -> list[float]:
@@ -194,7 +201,7 @@ def test_what_one_process_finds_not_finite_is_named_by_all(lm, workplace: Path) 
     process = start(*words, "--trainer.devices", 2, cwd=workplace, ranks=2)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    said = "model.reward OnSecond gives what is not finite"
+    said = "model.reward OnSecond gives inf for the answer '"
     assert said in out + err and "the batch was skipped, 2 so far" in out + err, out + err
 
 
@@ -243,7 +250,7 @@ def test_training_by_hand_is_training_by_autograd(lm, workplace: Path, settings:
     tables = []
     for kind in ("PolicyGradient", "ManualPolicyGradient"):
         words = recipe(kind, kl=0.05, steps_per_call=3, **settings)
-        code, _, err = lm(*words, "--trainer.precision", "64-true", "--name", kind)
+        code, _, err = lm(*words, *every(3), "--trainer.precision", "64-true", "--name", kind)
         assert code == 0, err
         tables.append(table(kind))
     for one, other in zip(*tables, strict=True):
@@ -269,6 +276,12 @@ def test_what_does_not_go_together(lm, workplace: Path) -> None:
             for what in ("one", "nothing", "numbers by key", "too large", "a table")
         ),
         ({"spike": 3}, [], "model.spike: "),
+        ({"gae": 1.0}, [], "model.gae 1.0 is for a value network"),
+        (
+            {"steps_per_call": 4},
+            ["--trainer.val_check_interval", 6],
+            "trainer.val_check_interval 6 and checkpoint.every_n_steps 5 would fall within: use multiples of 4",
+        ),
         ({"loss_mean": "token"}, ["--trainer.accumulate_grad_batches", 2], "model.loss_mean token: "),
     ):
         code, _, err = lm(*recipe(**settings), *words, "--name", len(list(Path("checkpoints").glob("*"))))
@@ -282,10 +295,48 @@ def test_what_does_not_go_on(lm, workplace: Path) -> None:
     for more, message in (
         (["--model.init_args.kl", 0, "--trainer.max_steps", 4], "has a reference, and the recipe's model needs none"),
         (["--model.init_args.value", 0, "--trainer.max_steps", 4], "has a value network, and the recipe's"),
-        (["--model.init_args.steps_per_call", 4, *FOUR, "--trainer.max_steps", 8], "the checkpoint is of step 2"),
+        (["--model.init_args.steps_per_call", 4, *every(4), "--trainer.max_steps", 8], "the checkpoint is of step 2"),
     ):
         code, _, err = lm(*words, *more, "--ckpt_path", "last")
         assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+class OnceBroken(Reward):
+    """Is not finite for an answer of the first step's."""
+
+    def __call__(self, answers: list[Answer]) -> list[float]:
+        return [float("nan") if i == 3 else float(len(one.text)) for i, one in enumerate(answers)]
+
+
+def test_a_reward_that_is_not_finite_is_the_cause_of_its_own_step_alone(lm, workplace: Path) -> None:
+    words = recipe(steps_per_call=2, on_nonfinite="skip", reward=f"{__name__}.OnceBroken")
+    code, out, err = lm(*words, *every(2), "--trainer.max_steps", 2)
+    assert code == 0 and "step 1: model.reward OnceBroken gives nan for the answer '" in out + err, err
+    assert (out + err).count("the batch was skipped") == 1
+
+
+def test_a_value_networks_gradient_does_not_scale_the_policys_down() -> None:
+    """Whatever the reward's scale: each network is clipped by itself, and the norm that is logged is of both."""
+    changes = []
+    for scale in (1.0, 1000.0):
+        policy, critic = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+        optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=1.0)
+        step = Step(CrossEntropy(), Constant(), 1.0, Guard(), StepLog())
+        step.configure([policy, critic], optimizer)
+        step._optimizer, step._scaler, step._leaves_out = optimizer, None, False
+        policy.weight.grad, critic.weight.grad = torch.tensor([[0.3, 0.4]]), scale * torch.tensor([[3.0, 4.0]])
+        step.losses.append(torch.tensor(1.0))
+        step.settle(1)
+        assert float(step._norm) == pytest.approx(math.hypot(0.5, 5 * scale))
+        torch.testing.assert_close(critic.weight.grad, torch.tensor([[0.6, 0.8]]))
+        changes.append(policy.weight.grad.tolist())
+    assert changes == [torch.tensor([[0.3, 0.4]]).tolist()] * 2
+
+
+def test_another_number_of_steps_on_a_set_of_texts_is_told_when_a_run_goes_on(lm, workplace: Path) -> None:
+    assert lm(*recipe(steps_per_call=2), *every(2), "--trainer.max_steps", 4)[0] == 0
+    code, out, err = lm(*recipe(steps_per_call=4), *every(4), "--trainer.max_steps", 8, "--ckpt_path", "last")
+    assert code == 0 and "steps_per_call 2 → 4" in out + err, out + err
 
 
 @pytest.mark.slow

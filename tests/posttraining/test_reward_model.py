@@ -7,6 +7,7 @@ import torch
 from lm.data import PairData
 from lm.models import GPT
 from lm.posttraining.reward_model import last_token, scalar_head
+from lm.training.optimizers import parameter_groups
 from tests.support.mutants import Mutant, broken
 from tests.support.pairs import example, recipe, small, written
 from tests.support.runs import assert_runs_equal, stop_with
@@ -34,6 +35,15 @@ def test_scores_and_their_gradient() -> None:
     check_scores()
     with broken(WRONG), pytest.raises(AssertionError):
         check_scores()
+
+
+def test_a_head_of_one_number_has_no_bound_and_its_state_stays_where_it_was() -> None:
+    net = GPT(11, 8, n_layer=1, n_head=2, n_embd=8, logit_soft_cap=1.0)
+    scalar_head(net)
+    torch.nn.init.normal_(net.lm_head.weight, std=100.0)
+    assert float(net(torch.tensor([[1, 2, 3]])).detach().abs().max()) > 1
+    matrices = parameter_groups(net)[0]
+    assert matrices["n_hidden"] == 4 and matrices["params"][4] is net.lm_head.weight, "after the hidden ones"
 
 
 def test_a_reward_does_not_depend_on_padding(workplace: Path) -> None:

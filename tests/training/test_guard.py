@@ -1,6 +1,7 @@
 """Steps that are not to be trusted, and tokens that weigh the same wherever they are."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -82,3 +83,12 @@ def test_each_token_weighs_the_same_however_the_batch_is_divided(lm, workplace: 
     assert len(whole) >= 24
     for divided in ("1x8", "2x2"):
         assert numbers(divided) == pytest.approx(whole, rel=1e-10)
+
+
+@pytest.mark.parametrize(("on_nonfinite", "advised"), [("stop", True), ("skip", False)])
+def test_what_is_set_is_not_advised(on_nonfinite: Literal["stop", "skip"], advised: bool) -> None:
+    guard = Guard(on_nonfinite)
+    guard.cause, guard.in_a_row = "model.reward Broken gives nan", 0 if on_nonfinite == "stop" else 20
+    with pytest.raises(CheckError, match="a corrected reward") as caught:
+        guard.verdict(21, float("nan"), 1.0, scaled=False)
+    assert ("model.on_nonfinite skip" in str(caught.value)) == advised
