@@ -3,10 +3,11 @@
 Shapes: N texts, T block_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lm.bounds import checked
 from lm.corpus import columns
@@ -95,8 +96,7 @@ class ClassData(TokenData):
     def _encoded(self, rows: list[columns.Row]) -> Batch:
         """Return texts (N, T) and their classes (N,)."""
         ids = classes(self.text_tokenizer)
-        padded = "".join(row.second.ljust(self.block_size, PAD) for row in rows)
-        tokens = torch.from_numpy(self.text_tokenizer.encode(padded)).view(-1, self.block_size)
+        tokens = encoded(self.text_tokenizer, [row.second for row in rows], self.block_size)
         return tokens, torch.tensor([ids[row.first] for row in rows], dtype=torch.int64)
 
     def training_examples(self) -> Callable[[int, int], Batch]:
@@ -108,6 +108,16 @@ class ClassData(TokenData):
         """Return all texts of a split once; test is validation where there is no test split."""
         tokens, targets = self.examples[split if split != "test" or self.test_fraction else "val"]
         return of_rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())
+
+
+def encoded(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> Tensor:
+    """Return texts as networks read them in training and ever after, int64 (N, T), each filled up with the mark.
+
+    Raises:
+        UserError: The vocabulary lacks a symbol.
+    """
+    padded = "".join(text.ljust(block_size, PAD) for text in texts)
+    return torch.from_numpy(tokenizer.encode(padded)).view(-1, block_size)  # (N T) -> (N, T)
 
 
 def classes(tokenizer: Tokenizer) -> dict[str, int]:
