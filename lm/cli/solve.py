@@ -50,7 +50,7 @@ def solve(arguments: list[str]) -> None:
         raise UserError('lm solve takes problems, as lm solve "12*34", or --split test: say one of them')
     if options.ckpt_path == CALCULATOR and not CALCULATOR.exists():
         raise UserError(f"--ckpt_path {CALCULATOR}: there is none: lm fit --config configs/tasks/calculator.yaml")
-    fitted = load_network(options.ckpt_path, devices.device(options.device))
+    fitted = load_network(options.ckpt_path, devices.device(options.device), writes=True)
     task, net = _task(options.ckpt_path, fitted), packed(fitted.net, options.dtype)
     if options.split:
         _print_table(task, fitted, net, options)

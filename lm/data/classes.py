@@ -45,6 +45,7 @@ class ClassData(TokenData):
     """Whether the share of right predictions is measured."""
     share_right = "accuracy"
     """What it is called."""
+    writes = False
 
     @checked("data.", UserError)
     def __init__(

@@ -66,7 +66,7 @@ class LanguageModel(Evaluated):
     learns_from = "texts"
     """What the data must give: `TokenData.gives`."""
     writes = True
-    """Whether the network writes text."""
+    """Whether the network writes text, if the data lets it."""
 
     @checked("model.", UserError)
     def __init__(
@@ -136,6 +136,7 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.writes = self.writes and getattr(data, "writes", True)
         if (found := getattr(data, "gives", self.learns_from)) != self.learns_from:
             raise UserError(
                 f"model {type(self).__name__} learns from {self.learns_from}, and data {type(data).__name__} has "
@@ -306,6 +307,7 @@ class LanguageModel(Evaluated):
             guard=self.step.guard.state_dict(),
             log=self.step_log.state_dict(step),
             sequences=data.sequences(step) if isinstance(data, TokenData) else None,
+            writes=self.writes,
             train=self.step.metrics,
             validation=self.validation,
         ).entry()

@@ -57,8 +57,14 @@ def test_it_learns_and_says_the_class(lm: Run, workplace: Path) -> None:
     assert first["probabilities"]["more a"] == pytest.approx(float(logits[ids].softmax(0)[1]), rel=1e-5)
     shown = lm("inspect", "--config", "classes.yaml")[1]
     assert "→ 'more a')" in shown and "→ 'fewer a')" in shown
-    code, _, err = lm("sample", "--ckpt_path", path)
-    assert code == 2 and "it says classes and writes no text: use lm classify" in err and err.count("\n") == 1
+    for command in (("sample",), ("serve", "--port", 0), ("chat",), ("solve", "ab")):
+        code, out, err = lm(*command, "--ckpt_path", path)
+        said = f"error: checkpoint {path}: its network says a text's class: use lm classify\n"
+        assert (code, out, err) == (2, "", said), command
+    logged = [file.read_bytes() for file in Path("logs/classes").rglob("events.*")]
+    assert logged and not any(b"sample" in one for one in logged), "no text is drawn"
+    code, _, err = lm("bench", "--config", "classes.yaml", "--generate")
+    assert (code, err) == (2, "error: --generate: data ClassData writes no text: leave it out\n")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +152,7 @@ def test_what_cannot_be_classified(lm: Run, workplace: Path) -> None:
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err
     written(workplace / "text.ckpt")
     code, _, err = lm("classify", "--ckpt_path", "text.ckpt", "ab")
-    assert code == 2 and "it was not trained on lm.data.ClassData" in err
+    assert code == 2 and err.endswith("text.ckpt: its network writes text: lm sample continues it\n")
     Path("texts.tsv").write_text("new\tab\nmore a\tbb\n" + "".join(f"new\t{'a' * (i % 5 + 1)}b\n" for i in range(20)))
     code, _, err = lm("validate", "--ckpt_path", path)
     assert code == 2 and "its label 'new' is none of the checkpoint's classes fewer a, more a" in err
