@@ -12,7 +12,7 @@ from torch import Tensor
 from lm.bounds import checked
 from lm.corpus import columns
 from lm.data import splits
-from lm.data.chat import EVAL_TOKENS, note_left_out
+from lm.data.chat import EVAL_TOKENS, note_left_out, note_repeated
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import TokenData, check_fractions
@@ -28,8 +28,8 @@ class ClassData(TokenData):
     """A label and a text a line, tab-separated or as JSON lines; a text has one target, its class.
 
     Characters are tokens, and so are the labels, after them, which no text becomes. Texts that are longer than
-    block_size are left out, and counted; equal lines count once. The share of texts whose class is the likeliest is
-    `accuracy`.
+    block_size are left out, and counted; equal lines count once, and a text with two labels is refused. The share of
+    texts whose class is the likeliest is `accuracy`.
 
     Args:
         corpus: reviews (generated), or the path of a file: label, a tab, text; or JSON lines with label and text.
@@ -69,13 +69,14 @@ class ClassData(TokenData):
         """Read, split and encode the texts.
 
         Raises:
-            UserError: A line has not both label and text, there are fewer than two labels, the checkpoint's vocabulary
-                lacks one, or the context holds no text of a split.
+            UserError: A line has not both label and text, or another label than an equal text has; there are fewer than
+                two labels, the checkpoint's vocabulary lacks one, or the context holds no text of a split.
         """
         _ = self.micro_batch_size
         if self.examples:
             return
-        rows = columns.read(self.corpus, NAMES)
+        rows, repeated = columns.read(self.corpus, NAMES, given=1)
+        note_repeated(self, "lines", repeated)
         labels = sorted({row.first for row in rows})
         if len(labels) < 2:
             raise UserError(f"corpus {self.corpus}: all lines have the label {labels[0]!r}: expected two or more")
