@@ -24,9 +24,9 @@ def make_parser() -> ArgumentParser:
 @torch.inference_mode()
 def classify(arguments: list[str]) -> None:
     """Run `lm classify`."""
+    options = values.parse(make_parser(), arguments)
     from lm.data.classes import PAD, classes, encoded  # imports Lightning, which takes a second
 
-    options = values.parse(make_parser(), arguments)
     device = devices.device(options.device)
     net, tokenizer, *_ = load_network(options.ckpt_path, device, writes=False)
     longest = int(net.block_size)  # type: ignore[arg-type]
