@@ -67,6 +67,16 @@ def test_it_learns_and_says_the_class(lm: Run, workplace: Path) -> None:
     assert (code, err) == (2, "error: --generate: data ClassData writes no text: leave it out\n")
 
 
+def test_what_may_be_monitored(lm: Run, workplace: Path) -> None:
+    recipe()
+    words = ("fit", "--config", "classes.yaml", "--trainer.max_steps", 1, "--trainer.val_check_interval", 1)
+    stop = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor")
+    code, _, err = lm(*words, *stop, "val/bits_per_byte")
+    assert code == 2 and "monitor is val/bits_per_byte: there are" in err and "val/accuracy, val/loss, val/per" in err
+    code, _, err = lm(*words, *stop, "val/accuracy")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("MLP", {"n_hidden": 20}), ("Encoder", {**ENCODER, "pad_token": None})],
