@@ -28,7 +28,7 @@ def solved(folder: Path, seed: int, way: str, part: float) -> dict[str, float]:
     seconds = run(*words, *few, folder=folder)["seconds"]
     found = run("solve", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", "test", folder=folder)
     kinds = {one["kind"]: one["right"] / one["problems"] for one in found["kinds"]}
-    return {**kinds, "all": found["exact_match"], "minutes": seconds / 60}
+    return {**kinds, "all": found["right_result"], "minutes": seconds / 60}
 
 
 def main() -> None:

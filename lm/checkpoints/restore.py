@@ -28,7 +28,11 @@ class Fitted(NamedTuple):
 
 
 def load_network(
-    path: Path, device: torch.device | str = "cpu", change: Callable[[nn.Module], None] | None = None
+    path: Path,
+    device: torch.device | str = "cpu",
+    change: Callable[[nn.Module], None] | None = None,
+    *,
+    writes: bool | None = None,
 ) -> Fitted:
     """Return the network and tokenizer of a checkpoint.
 
@@ -38,9 +42,10 @@ def load_network(
         path: The checkpoint.
         device: Where the network is to be.
         change: Changes the network that the recipe names into the one that was trained: gives a reward model its head.
+        writes: Whether it is to write text, True, or to say a text's class, False; None where both will do.
 
     Raises:
-        UserError: The file is missing, damaged or not one of ours.
+        UserError: The file is missing, damaged or not one of ours, or its network is of the other kind.
         CheckError: Its weights are not finite.
     """
     loaded = checkpoint.load(path)
@@ -52,6 +57,9 @@ def load_network(
         if scores != (change is not None):
             what = "a reward model, which writes no text" if scores else "no reward model"
             raise UserError(f"checkpoint {path}: it is {what}: name another one")
+        if writes not in (None, saved.writes):
+            what = "writes text: lm sample continues it" if saved.writes else "says a text's class: use lm classify"
+            raise UserError(f"checkpoint {path}: its network {what}")
         if change is not None:
             change(net)
         try:

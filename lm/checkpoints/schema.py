@@ -69,6 +69,8 @@ class Saved:
     """The state of the `StepLog`."""
     sequences: int | None = None
     """How many sequences the run has consumed; None where its data does not count them."""
+    writes: bool = True
+    """Whether its network writes text; else it scores texts, or says their class."""
 
     @property
     def scores(self) -> bool:

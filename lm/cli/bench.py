@@ -225,8 +225,9 @@ def run(cli: Bench, models: list[str], words: list[str], threads: int) -> dict[s
     writes = cli.config.generate
     if writes and len(models) > 1:
         raise UserError("--generate: gradients take no part in it: say --model once, or not at all")
-    if writes and not (module := parsing.language_model(cli.model)).writes:
-        raise UserError(f"--generate: model {type(module).__name__} writes no text: leave it out")
+    for part, one in (("model", parsing.language_model(cli.model)), ("data", cli.datamodule)):
+        if writes and not getattr(one, "writes", True):
+            raise UserError(f"--generate: {part} {type(one).__name__} writes no text: leave it out")
     recipe = recipe_of(cli, cli.processes)
     flops = needs.flops_per_token(recipe, backward=not writes) * math.prod(recipe.tokens) / math.prod(recipe.targets)
     result = {"parameters": needs.parameters(recipe), "flops_per_token": flops}

@@ -32,7 +32,7 @@ def chat(arguments: list[str]) -> None:
     options = values.parse(make_parser(), arguments)
     common.need_packages("chat", "jinja2")
     sampler = Sampler(**{name: options[name] for name in Sampler.__dataclass_fields__})
-    fitted = load_network(options.ckpt_path, devices.device(options.device))
+    fitted = load_network(options.ckpt_path, devices.device(options.device), writes=True)
     if options.chat_template is not None:
         template = common.chat_template(options.chat_template)
         fitted.tokenizer.chat = {**(fitted.tokenizer.chat or {}), "chat_template": template}

@@ -9,8 +9,6 @@ from lm.checkpoints.restore import load_network
 from lm.cli import common, devices, plain_help, values
 from lm.errors import UserError
 
-DATA = "lm.data.ClassData"
-
 
 def make_parser() -> ArgumentParser:
     """Return the parser of `lm classify`."""
@@ -27,18 +25,21 @@ def make_parser() -> ArgumentParser:
 def classify(arguments: list[str]) -> None:
     """Run `lm classify`."""
     options = values.parse(make_parser(), arguments)
+    from lm.data.classes import PAD, classes, encoded  # imports Lightning, which takes a second
+
     device = devices.device(options.device)
-    net, tokenizer, _, data = load_network(options.ckpt_path, device)
-    if data.get("class_path") != DATA:
-        raise UserError(f"--ckpt_path {options.ckpt_path}: it was not trained on {DATA}: lm sample continues texts")
-    longest, names = int(net.block_size), tokenizer.special_ids  # type: ignore[arg-type]
+    net, tokenizer, *_ = load_network(options.ckpt_path, device, writes=False)
+    longest = int(net.block_size)  # type: ignore[arg-type]
     for text in options.texts:
         if not 1 <= len(text) <= longest:
             raise UserError(f"{text[:40]!r} has {len(text)} characters: it takes 1 to {longest}")
-    ids = [tokenizer.encode(text) for text in options.texts]
+        if PAD in text:
+            raise UserError(f"{text[:40]!r} has the control character 3, which pads texts here: take it out")
+    names = classes(tokenizer)
+    tokens = encoded(tokenizer, options.texts, longest).to(device)
     out, found = common.output(options.json), []
-    for text, one in zip(options.texts, ids, strict=True):
-        logits = net(torch.from_numpy(one).to(device).unsqueeze(0))[0, list(names.values())]  # (1, T) -> (V,) -> (K,)
+    for text, one in zip(options.texts, tokens, strict=True):
+        logits = net(one.unsqueeze(0))[0, list(names.values())]  # (1, T) -> (V,) -> (K,)
         likely = dict(zip(names, logits.double().softmax(0).tolist(), strict=True))
         best = max(likely, key=lambda name: likely[name])
         print(f"{best} {likely[best]:.4f}", file=out, flush=True)

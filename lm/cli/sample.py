@@ -22,7 +22,6 @@ from lm.tokenizers import identity
 if TYPE_CHECKING:
     from lm.data.tasks import TaskData
 
-CLASSES = "lm.data.ClassData"
 TEXT = ("lm.data.TextData", "lm.data.LinesData", "lm.data.ChatData")
 
 
@@ -68,9 +67,7 @@ def sample(arguments: list[str]) -> None:
         raise UserError("--stop '': an empty string would stop every text at once")
     prompt = _prompt(options.prompt, options.prompt_file)
     known = None if options.compare is None else _lines(options.compare)
-    fitted = load_network(options.ckpt_path, devices.device(options.device))
-    if isinstance(fitted.data, dict) and fitted.data.get("class_path") == CLASSES:
-        raise UserError(f"--ckpt_path {options.ckpt_path}: it says classes and writes no text: use lm classify")
+    fitted = load_network(options.ckpt_path, devices.device(options.device), writes=True)
     task = _task(fitted.data)
     try:
         prompt, asked = task.question(prompt) if task and prompt else (prompt, prompt)  # a task has a form of its own
@@ -129,7 +126,7 @@ def _tokens(
         guesser: Draft = Repetition(fitted.net.vocab_size)  # type: ignore[arg-type]
         networks = [net]
     else:
-        smaller = load_network(Path(options.draft), prompt.device)
+        smaller = load_network(Path(options.draft), prompt.device, writes=True)
         if identity(smaller.tokenizer.state()) != identity(fitted.tokenizer.state()):
             raise UserError(f"--draft {options.draft} has another vocabulary: name a checkpoint of the same tokenizer")
         networks = [net, packed(smaller.net, options.dtype)]

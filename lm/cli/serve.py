@@ -123,7 +123,7 @@ def names(words: list[str]) -> dict[str, Path]:
 def _worker(name: str, path: Path, options: Any, template: str | None, metrics: Any) -> Any:
     from lm.serving.worker import Worker
 
-    fitted = load_network(path, devices.device(options.device))
+    fitted = load_network(path, devices.device(options.device), writes=True)
     if template is not None:
         fitted.tokenizer.chat = {**(fitted.tokenizer.chat or {}), "chat_template": template}
     net = packed(fitted.net, options.dtype)

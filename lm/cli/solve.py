@@ -36,7 +36,7 @@ def make_parser() -> ArgumentParser:
         "--split",
         type=Literal["val", "test"] | None,
         default=None,
-        help="Solve the problems that training held out, and print how many of each kind are right.",
+        help="Solve the problems that training held out, and print how many results of each kind are right.",
     )
     devices.add_options(parser)
     parser.add_argument("--json", action="store_true", help="Print the result as JSON; the text goes to stderr.")
@@ -50,7 +50,7 @@ def solve(arguments: list[str]) -> None:
         raise UserError('lm solve takes problems, as lm solve "12*34", or --split test: say one of them')
     if options.ckpt_path == CALCULATOR and not CALCULATOR.exists():
         raise UserError(f"--ckpt_path {CALCULATOR}: there is none: lm fit --config configs/tasks/calculator.yaml")
-    fitted = load_network(options.ckpt_path, devices.device(options.device))
+    fitted = load_network(options.ckpt_path, devices.device(options.device), writes=True)
     task, net = _task(options.ckpt_path, fitted), packed(fitted.net, options.dtype)
     if options.split:
         _print_table(task, fitted, net, options)
@@ -96,7 +96,7 @@ def answers(task: "TaskData", fitted: Fitted, net: nn.Module, problems: Sequence
 
 
 def _print_table(task: "TaskData", fitted: Fitted, net: nn.Module, options: Any) -> None:
-    """Solve what was held out, and print how many of each kind are right."""
+    """Solve what was held out, and print how many results of each kind are right; steps before one are not compared."""
     task.setup("test")
     examples = task.held_out_examples(options.split)
     right, there = Counter[str](), Counter[str]()
@@ -109,11 +109,11 @@ def _print_table(task: "TaskData", fitted: Fitted, net: nn.Module, options: Any)
     kinds = [*sorted(there.keys() - {ALL}), ALL]
     out = common.output(options.json)
     print(
-        f"{options.split} at step {fitted.step}\n\n| problems | right | of | exact match |\n{'| --- ' * 4}|", file=out
+        f"{options.split} at step {fitted.step}\n\n| problems | right | of | right result |\n{'| --- ' * 4}|", file=out
     )
     for kind in kinds:
         print(f"| {kind} | {right[kind]} | {there[kind]} | {right[kind] / there[kind]:.2%} |", file=out)
     if options.json:
         rows = [{"kind": kind, "right": right[kind], "problems": there[kind]} for kind in kinds[:-1]]
-        total = {"exact_match": right[ALL] / there[ALL], "problems": there[ALL]}
+        total = {"right_result": right[ALL] / there[ALL], "problems": there[ALL]}
         common.print_json({**total, "kinds": rows, "step": fitted.step})

@@ -32,9 +32,34 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """
     prepare(arguments)
     with common.one_line_errors(lambda: parser, arguments):
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(side_by_side(parser, arguments))
     check(options, parser.prog.split()[-1])
     return options
+
+
+def side_by_side(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """Return a command's words with the options first, where it takes several other words.
+
+    argparse wants those side by side; people also say `lm solve 1+2 --show_steps 3+4`.
+    """
+    if not any(one.nargs in ("*", "+") and not one.option_strings for one in parser._actions):
+        return arguments
+    options, rest = list[str](), list[str]()
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            return [*options, word, *rest, *words]
+        if not word.startswith("-"):
+            rest.append(word)
+            continue
+        action = parser._option_string_actions.get(word)
+        if action is None or action.nargs == 0:
+            options.append(word)
+        elif (value := next(words, None)) is not None:
+            options += [word, value]
+        else:
+            return [*options, *rest, word]  # its value is missing: no other word becomes it
+    return [*options, *rest]
 
 
 def prepare(arguments: list[str]) -> None:

@@ -21,22 +21,29 @@ class Row(NamedTuple):
     """Where it is, for messages."""
 
 
-def read(corpus: str, names: tuple[str, str]) -> list[Row]:
-    """Return the lines of a named corpus or of a file; of equal ones, the first.
+def read(corpus: str, names: tuple[str, str], given: int) -> tuple[list[Row], int]:
+    """Return the lines of a named corpus or of a file, each once, and how many repeat an earlier one.
 
     Args:
         corpus: Which one.
         names: What the two texts of a line are called, and their keys in JSON lines.
+        given: Which of the two a network reads, 0 or 1. It has one answer: with two, it could stand in both splits.
 
     Raises:
-        UserError: It cannot be read, or a line has not both texts: says which line, and what is expected.
+        UserError: It cannot be read, or a line has not both texts, or another answer than an earlier one: says which
+            line, and what is expected.
     """
-    found: dict[tuple[str, str], Row] = {}
+    found: dict[str, Row] = {}
+    repeated = 0
     for row in _json(corpus, names) if _is_json(corpus) else _tabs(corpus, names):
-        found.setdefault(row[:2], row)
+        first = found.setdefault(row[given], row)
+        if first[:2] != row[:2]:
+            line, answer = first.place.rpartition(", ")[2], names[1 - given]
+            raise UserError(f"{row.place}: its {names[given]} has another {answer} in {line}: keep one of the two")
+        repeated += first is not row
     if not found:
         raise UserError(f"corpus {corpus}: it has no lines: a line is {_form(names)}")
-    return [*found.values()]
+    return [*found.values()], repeated
 
 
 def _is_json(corpus: str) -> bool:

@@ -48,8 +48,20 @@ def note_left_out(data: TokenData, what: str, counts: dict[str, tuple[int, int]]
     corpus = data.corpus  # type: ignore[attr-defined]
     if empty := [name for name, (there, fit) in counts.items() if there and not fit]:
         raise UserError(f"corpus {corpus}: {said}, all of the {empty[0]} split: make it larger")
-    if kept < every and data._place()["rank"] == 0:
-        print(f"note: corpus {corpus}: {said}: they are left out", file=sys.stderr)
+    if kept < every:
+        note(data, f"{said}: they are left out")
+
+
+def note_repeated(data: TokenData, what: str, repeated: int) -> None:
+    """Say how many texts, which are called `what`, repeat an earlier one."""
+    if repeated:
+        note(data, f"{repeated} {what} repeat an earlier one: each counts once")
+
+
+def note(data: TokenData, text: str) -> None:
+    """Print what is worth knowing of a corpus, on one rank."""
+    if data._place()["rank"] == 0:
+        print(f"note: corpus {data.corpus}: {text}", file=sys.stderr)  # type: ignore[attr-defined]
 
 
 class ChatData(TokenData):

@@ -3,15 +3,16 @@
 Shapes: N texts, T block_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lm.bounds import checked
 from lm.corpus import columns
 from lm.data import splits
-from lm.data.chat import EVAL_TOKENS, note_left_out
+from lm.data.chat import EVAL_TOKENS, note_left_out, note_repeated
 from lm.data.chunks import Batch, random_rows
 from lm.data.evaluation_sets import EvaluationSet, of_rows
 from lm.data.module import TokenData, check_fractions
@@ -27,8 +28,8 @@ class ClassData(TokenData):
     """A label and a text a line, tab-separated or as JSON lines; a text has one target, its class.
 
     Characters are tokens, and so are the labels, after them, which no text becomes. Texts that are longer than
-    block_size are left out, and counted; equal lines count once. The share of texts whose class is the likeliest is
-    `accuracy`.
+    block_size are left out, and counted; equal lines count once, and a text with two labels is refused. The share of
+    texts whose class is the likeliest is `accuracy`.
 
     Args:
         corpus: reviews (generated), or the path of a file: label, a tab, text; or JSON lines with label and text.
@@ -44,6 +45,7 @@ class ClassData(TokenData):
     """Whether the share of right predictions is measured."""
     share_right = "accuracy"
     """What it is called."""
+    writes = False
 
     @checked("data.", UserError)
     def __init__(
@@ -67,13 +69,14 @@ class ClassData(TokenData):
         """Read, split and encode the texts.
 
         Raises:
-            UserError: A line has not both label and text, there are fewer than two labels, the checkpoint's vocabulary
-                lacks one, or the context holds no text of a split.
+            UserError: A line has not both label and text, or another label than an equal text has; there are fewer than
+                two labels, the checkpoint's vocabulary lacks one, or the context holds no text of a split.
         """
         _ = self.micro_batch_size
         if self.examples:
             return
-        rows = columns.read(self.corpus, NAMES)
+        rows, repeated = columns.read(self.corpus, NAMES, given=1)
+        note_repeated(self, "lines", repeated)
         labels = sorted({row.first for row in rows})
         if len(labels) < 2:
             raise UserError(f"corpus {self.corpus}: all lines have the label {labels[0]!r}: expected two or more")
@@ -95,8 +98,7 @@ class ClassData(TokenData):
     def _encoded(self, rows: list[columns.Row]) -> Batch:
         """Return texts (N, T) and their classes (N,)."""
         ids = classes(self.text_tokenizer)
-        padded = "".join(row.second.ljust(self.block_size, PAD) for row in rows)
-        tokens = torch.from_numpy(self.text_tokenizer.encode(padded)).view(-1, self.block_size)
+        tokens = encoded(self.text_tokenizer, [row.second for row in rows], self.block_size)
         return tokens, torch.tensor([ids[row.first] for row in rows], dtype=torch.int64)
 
     def training_examples(self) -> Callable[[int, int], Batch]:
@@ -108,6 +110,16 @@ class ClassData(TokenData):
         """Return all texts of a split once; test is validation where there is no test split."""
         tokens, targets = self.examples[split if split != "test" or self.test_fraction else "val"]
         return of_rows(tokens, targets, batch_size=max(1, EVAL_TOKENS // self.block_size), **self._place())
+
+
+def encoded(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> Tensor:
+    """Return texts as networks read them in training and ever after, int64 (N, T), each filled up with the mark.
+
+    Raises:
+        UserError: The vocabulary lacks a symbol.
+    """
+    padded = "".join(text.ljust(block_size, PAD) for text in texts)
+    return torch.from_numpy(tokenizer.encode(padded)).view(-1, block_size)  # (N T) -> (N, T)
 
 
 def classes(tokenizer: Tokenizer) -> dict[str, int]:

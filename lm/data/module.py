@@ -44,6 +44,8 @@ class TokenData(LightningDataModule, ABC):
 
     gives = "texts"
     """What a batch has: texts, or pairs of texts."""
+    writes = True
+    """Whether a network that learns from it writes text."""
 
     @checked("data.", UserError)
     def __init__(self, *, block_size: int, batch_size: int, num_workers: int, seed: int) -> None:

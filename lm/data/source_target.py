@@ -4,7 +4,7 @@ from functools import cached_property
 
 from lm.bounds import checked
 from lm.corpus import columns
-from lm.data.chat import note_left_out
+from lm.data.chat import note_left_out, note_repeated
 from lm.data.tasks import TaskData
 from lm.errors import UserError
 
@@ -17,7 +17,8 @@ class SourceTargetData(TaskData):
     """A source and its target a line, tab-separated or as JSON lines: dates to be rewritten, sentences to translate.
 
     For `lm.models.Seq2Seq`, whose start_token is 1, or a GPT, which reads the source before the same mark. Characters
-    are tokens. Lines that are longer than the context are left out, and counted; equal ones count once.
+    are tokens. Lines that are longer than the context are left out, and counted; equal ones count once, and a source
+    with two targets is refused.
 
     Args:
         corpus: dates (generated), or the path of a file: source, a tab, target; or JSON lines with source and target.
@@ -48,10 +49,11 @@ class SourceTargetData(TaskData):
 
     @cached_property
     def _rows(self) -> list[columns.Row]:
-        rows = columns.read(self.corpus, NAMES)
+        rows, repeated = columns.read(self.corpus, NAMES, given=0)
+        note_repeated(self, "lines", repeated)
         for row in rows:
-            if {END, START} & {*row.first, *row.second}:
-                raise UserError(f"{row.place}: it has the control character 2 or 3, which are marks here: take it out")
+            if min(row.first + row.second) <= END:  # one below would come before the marks, and shift their ids
+                raise UserError(f"{row.place}: it has a control character, 0 to 3, which are marks here: take it out")
         kept = [row for row in rows if len(row.first) + len(row.second) + 2 <= self.block_size]
         note_left_out(self, "lines", {"train": (len(rows), len(kept))})
         return kept

@@ -11,12 +11,6 @@ SAMPLERS = ("tpe", "random", "grid", "gp")
 PRUNERS = ("none", "median", "hyperband", "wilcoxon")
 KEYS = ("recipe", "settings", "minimise", "maximise", "at", "sampler", "pruner", "trials", "seeds", "seed", "budget")
 TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
-METRICS = (
-    "val_loss",
-    *(f"val/{name}" for name in ("loss", "perplexity", "bits_per_byte", "exact_match")),
-    *(f"train/{name}" for name in TRAINING),
-)
-"""What every run logs, and a task's exact_match."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +105,13 @@ def _metric(found: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, bool]:
     maximise = "maximise" in found
     metric = found.get("maximise" if maximise else "minimise", "val_loss")
     own = (recipe.get("trainer") or {}).get("callbacks")  # those may log anything
-    if not isinstance(metric, str) or (
-        metric not in METRICS and not metric.startswith("train/learning_rate_") and not own
-    ):
-        check_names("maximise" if maximise else "minimise", [str(metric)[:80]], METRICS)
+    if metric == "val_loss" or (isinstance(metric, str) and (own or metric.startswith("train/learning_rate_"))):
+        return metric, maximise
+    from lm.training.metrics import SHOWN  # imports torch, which takes a second
+
+    known = ("val_loss", "val/loss", *(f"val/{name}" for name in SHOWN), *(f"train/{name}" for name in TRAINING))
+    if metric not in known:
+        check_names("maximise" if maximise else "minimise", [str(metric)[:80]], known)
     return str(metric), maximise
 
 

@@ -24,6 +24,7 @@ class Evaluated(LightningModule):
 
     net: nn.Module | None
     token_lengths: Tensor  # bytes of each id (V,)
+    writes: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +36,12 @@ class Evaluated(LightningModule):
         """What the share of examples that are predicted rightly is called."""
         self.step_log = StepLog()
         self.objective = CrossEntropy()
+
+    @property
+    def logged(self) -> set[str]:
+        """The names of what an evaluation gives, once the data are known."""
+        names = {*self.eval_loss.names, *([self.share_right] if self.exact_match is not None else [])}
+        return names if self.writes else names - {"bits_per_byte"}  # only a text has bytes
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch of tokens (B, T) and targets (B, T) or (B,) to the evaluation's sums."""

@@ -67,7 +67,7 @@ class LanguageModel(Evaluated):
     learns_from = "texts"
     """What the data must give: `TokenData.gives`."""
     writes = True
-    """Whether the network writes text."""
+    """Whether the network writes text, if the data lets it."""
     calls_matter = False
     """Whether another steps_per_call is another algorithm, rather than the same steps in other portions."""
 
@@ -139,6 +139,7 @@ class LanguageModel(Evaluated):
         if self.net is not None:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.writes = self.writes and getattr(data, "writes", True)
         if (found := getattr(data, "gives", self.learns_from)) != self.learns_from:
             raise UserError(
                 f"model {type(self).__name__} learns from {self.learns_from}, and data {type(data).__name__} has "
@@ -310,6 +311,7 @@ class LanguageModel(Evaluated):
             guard=self.step.guard.state_dict(),
             log=self.step_log.state_dict(step),
             sequences=data.sequences(step) if isinstance(data, TokenData) else None,
+            writes=self.writes,
             train=self.step.metrics,
             validation=self.validation,
         ).entry()

@@ -34,6 +34,16 @@ def test_answers_are_padded_turned_round_and_plain(lm: Run, calculator: Path) ->
     assert [one["answer"] for one in solutions] == ["408", "24 remainder 1", "-93"]
 
 
+def test_options_may_stand_between_problems(lm: Run, calculator: Path) -> None:
+    words = ("1+2", "--show_steps", "12*34", "--ckpt_path", calculator, "8/4", "--device=cpu", "97/4")
+    code, out, err = lm("solve", *words)
+    assert code == 0 and out == "1+2=3\n12*34=48+360=408\n8/4=0r0,2r0=2r0\n97/4=2r1,4r1=24r1\n", err
+    for bad, message in {"--ckpt_path": "--ckpt_path", "--show_step": "did you mean show_steps?"}.items():
+        code, out, err = lm("solve", "1+2", bad)
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err, err
+    assert lm("solve", "--ckpt_path", calculator, "--", "1+2", "2+1")[:2] == (0, "3\n3\n")
+
+
 REFUSED = {
     "123+4": "'123+4' is no problem of this network: it takes two numbers of up to 2 digits with + or - or * or /",
     "12^2": "is no problem of this network",
@@ -81,12 +91,13 @@ def test_how_many_are_right(lm: Run, workplace: Path) -> None:
     written(workplace / "errs.ckpt", "ArithmeticData", few, wrong=sums[:2], endless=sums[2:3])
     code, out, _ = lm("solve", "--ckpt_path", "errs.ckpt", "--split", "test", "--json")
     found = json.loads(out.splitlines()[-1])
-    assert code == 0 and len(set(held)) == 30 and found["exact_match"] == 0.9 and found["step"] == 7
+    assert code == 0 and len(set(held)) == 30 and found["right_result"] == 0.9 and found["step"] == 7
     there = {"+": len(sums), "/": 30 - len(sums)}
     assert found["kinds"] == [
         {"kind": "+ of 1 digit", "right": there["+"] - 3, "problems": there["+"]},
         {"kind": "/ of 1 digit", "right": there["/"], "problems": there["/"]},
     ]
     table = lm("solve", "--ckpt_path", "errs.ckpt", "--split", "test")[1]
+    assert "| problems | right | of | right result |" in table
     assert re.search(r"^\| all \| 27 \| 30 \| 90.00% \|$", table, re.MULTILINE)
     assert lm("solve", "--ckpt_path", "errs.ckpt", "--split", "val")[1].endswith("| all | 30 | 30 | 100.00% |\n")

@@ -35,18 +35,19 @@ def test_only_the_target_and_its_mark_are_learned(workplace: Path) -> None:
 def test_lines_are_in_one_split(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written()
     with Path("pairs.tsv").open("a") as file:
-        file.write("\n0 and 1.\t1, 0\nmuch too long for it\tto be kept")
+        file.write("\n0 and 1.\t1, 0\n5 and 6.\t6, 5\nmuch too long for it\tto be kept")
     data = made()
     drawn, held = set(data.problems(0, 2000).tolist()), set(data._held.tolist())
     assert data.size == 60 and len(held) == 20 and not drawn & held and len(drawn | held) == 60
     assert capsys.readouterr().err == (
+        "note: corpus pairs.tsv: 2 lines repeat an earlier one: each counts once\n"
         "note: corpus pairs.tsv: 1 of 61 lines are longer than data.block_size 20: they are left out\n"
     )
 
 
 def test_bad_lines(workplace: Path) -> None:
     for text, message in {
-        "a\x02\tb": "pairs.tsv, line 1: it has the control character 2 or 3, which are marks here",
+        "a\tb\na\tc": "pairs.tsv, line 2: its source has another target in line 1: keep one of the two",
         "a": "pairs.tsv, line 1: it has 0 tabs",
         "a\tb": "data.held_out 10 for validation and as many for test leave none to train on: there are 1 problems",
         "a" * 30 + "\tb": "1 of 1 lines are longer than data.block_size 20",
@@ -55,6 +56,15 @@ def test_bad_lines(workplace: Path) -> None:
         with pytest.raises(UserError) as error:
             made()
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mark", range(4))
+def test_no_text_has_a_character_before_the_marks(workplace: Path, mark: int) -> None:
+    """It would get one of their ids."""
+    for source, target in ((f"a{chr(mark)}", "b"), ("a", f"{chr(mark)}b")):
+        Path("pairs.jsonl").write_text("\n" + json.dumps({"source": source, "target": target}))
+        with pytest.raises(UserError, match="pairs.jsonl, line 2: it has a control character, 0 to 3, which are marks"):
+            made(corpus="pairs.jsonl")
 
 
 def test_it_is_fitted_and_asked(lm, workplace: Path) -> None:

@@ -5,6 +5,7 @@ import yaml
 
 from lm.errors import UserError
 from lm.experiments import spec
+from lm.training.metrics import SHOWN
 from tests.conftest import ROOT
 from tests.support.recipes import CONFIGS, SWEEPS
 
@@ -21,6 +22,12 @@ def test_the_defaults() -> None:
         "none",
     )
     assert (found.trials, found.seeds, found.steps, found.minutes) == (20, 1, None, None)
+
+
+def test_whatever_an_evaluation_gives_may_be_the_metric() -> None:
+    """Also a classifier's accuracy, and a reward model's margin."""
+    for name in ("loss", *SHOWN):
+        assert spec.parse({**GOOD, "maximise": f"val/{name}"}, {}).metric == f"val/{name}"
 
 
 def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:

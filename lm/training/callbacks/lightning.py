@@ -250,9 +250,7 @@ class Endings(Callback):
         module: Any = pl_module
         schedules.check(module.step.schedule, trainer.global_step, trainer.max_steps)
         known = {"val_loss", *(f"train/{name}" for name in TRAINING)}
-        known |= {f"val/{name}" for name in module.eval_loss.names}
-        if module.exact_match is not None:
-            known.add(f"val/{module.share_right}")
+        known |= {f"val/{name}" for name in module.logged}
         callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
         others = [one for one in callbacks if not type(one).__module__.startswith(("lightning.pytorch.", "lm."))]
         logs = any(isinstance(one, parts.LearningRateMonitor) for one in callbacks)
