@@ -12,7 +12,7 @@ from lm.models import GPT
 from lm.planning import needs
 from tests.conftest import MISSING, ROOT
 from tests.support.cases import often
-from tests.support.recipes import CONFIGS, one_of_a_kind
+from tests.support.recipes import CONFIGS
 
 
 def test_the_command(lm, workplace: Path) -> None:
@@ -43,7 +43,9 @@ def test_bad_input(lm, workplace: Path, words: tuple, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", often(CONFIGS, one_of_a_kind), ids=lambda path: str(path.relative_to(ROOT / "configs"))
+    "config",
+    often(CONFIGS, lambda config: config.stem in ("quickstart", "gru", "reverse")),
+    ids=lambda path: str(path.relative_to(ROOT / "configs")),
 )
 def test_every_recipe_is_planned(lm, data_for, config: Path) -> None:
     data = data_for(yaml.safe_load(config.read_text()))

@@ -30,6 +30,7 @@ from lm.corpus.shard_writer import ShardWriter
 from lm.data.examples import Running
 from lm.errors import UserError
 from tests.conftest import start
+from tests.support.cases import often
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -216,7 +217,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("signum", "code"), often([(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]))
 def test_a_signal_stops_it_in_one_line_and_it_goes_on(workplace: Path, many: Path, signum: int, code: int) -> None:
     shutil.copytree(many / "docs", workplace / "docs")
     command = ("prepare", "--source", "docs", "--tokenizer", "byte", "--output", "out", "--workers", 2)

@@ -36,7 +36,7 @@ def no_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "backward", refuse)
 
 
-@pytest.mark.parametrize("name", often(NETWORKS, 4))
+@pytest.mark.parametrize("name", often(NETWORKS, 2))
 def test_losses_are_autograds(lm, workplace: Path, name: str) -> None:
     recipe(name, steps_per_call=1)
     words = ["fit", "--config", "net.yaml", *DOUBLE, "--trainer.max_steps", 40, "--trainer.val_check_interval", 20]

@@ -54,7 +54,7 @@ def goes_on_to_the_same(lm, recipe: list[object], number: int) -> None:
     assert files(name) == files("whole"), number
 
 
-@pytest.mark.parametrize("evaluation", ["at an interval", "only at the end", "between periodic checkpoints"])
+@pytest.mark.parametrize("evaluation", often(["at an interval", "only at the end", "between periodic checkpoints"]))
 def test_a_stop_in_the_last_step_is_made_up_for(lm, workplace: Path, evaluation: str) -> None:
     recipe = [*FIT, *EVALUATIONS[evaluation]]
     assert lm(*recipe, "--name", "whole", *at_forward(0))[0] == 0
