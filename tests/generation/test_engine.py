@@ -13,6 +13,7 @@ from lm.generation.engine import Engine, Request, Text, steady_rows
 from lm.generation.packed import packed
 from lm.models import GPT, LSTM, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.tokenizers import CharTokenizer
+from tests.support.cases import often
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,;:'\n"
 TOKENIZER = CharTokenizer(LETTERS)
@@ -115,7 +116,7 @@ NETS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", often(NETS, [*NETS][::2].__contains__))
 def test_its_tokens_are_those_of_generate(name: str) -> None:
     """In float64: also beyond the context, and for a batch of unequal prompts."""
     torch.manual_seed(3)

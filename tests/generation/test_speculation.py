@@ -11,6 +11,7 @@ from lm.errors import UserError
 from lm.generation import Sampler, generate
 from lm.generation.speculation import Draft, Repetition, SmallerNetwork, speculate
 from lm.models import GPT
+from tests.support.cases import often
 
 V, BLOCK = 5, 32
 
@@ -42,7 +43,7 @@ def test_the_greedy_text_is_the_same(name: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize("draws", [1000, pytest.param(100_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ["smaller", "repetition"])
+@pytest.mark.parametrize("name", often(["smaller", "repetition"]))
 def test_the_distribution_is_the_same(name: str, draws: int) -> None:
     """χ² of draws of two tokens together, of 25 pairs: 51.2 is exceeded once in a thousand times."""
     net, sampler = made(1, n_layer=2), Sampler(temperature=0.8)

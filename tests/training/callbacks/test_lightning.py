@@ -307,7 +307,7 @@ WORKS = {
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule")
-@pytest.mark.parametrize("name", often(WORKS, [*WORKS][::2].__contains__))
+@pytest.mark.parametrize("name", often(WORKS, [*WORKS][::3].__contains__))
 def test_argument(name: str, fit: Run) -> None:
     assert ARGUMENTS[name].startswith("works")
     WORKS[name](fit)
@@ -458,7 +458,7 @@ WORKING: dict[str, Callable[..., None]] = {
 
 
 @pytest.mark.parametrize("way", often(WAYS))
-@pytest.mark.parametrize("name", often(WORKING, [*WORKING][::2].__contains__))
+@pytest.mark.parametrize("name", often(WORKING, [*WORKING][::3].__contains__))
 def test_callback(name: str, way: str, fit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CALLBACKS[name].startswith("works")
     monkeypatch.setattr(CPUAccelerator, "get_device_stats", CPUAccelerator.get_device_stats)
