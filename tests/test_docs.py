@@ -25,7 +25,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PICTURES = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in (".svg", ".png"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
-STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
+STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 4 --trainer.limit_val_batches 2"
 FEW = [*STEPS.split(), "--samples.max_new_tokens", "8", "--figures.every_n_steps", "0"]
 HELPERS = {
     "fault_kinds",
