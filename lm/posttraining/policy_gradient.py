@@ -226,9 +226,8 @@ class PolicyGradient(LanguageModel):
     def _not_finite(self, given: Tensor, answers: list[Answer]) -> list[str]:
         """Return of each step of a call which reward is not finite, on any process; "" where none is."""
         steps = self.steps_per_call
-        rows = torch.zeros(
-            steps, 1 + SAID, device=self.device
-        )  # the first such reward of each, and its answer's symbols
+        # the first such reward of each step, and its answer's symbols: tensors are what processes can exchange
+        rows = torch.zeros(steps, 1 + SAID, device=self.device)
         for i in (~given.isfinite()).nonzero().flatten().tolist()[::-1]:
             symbols = [float(ord(symbol)) for symbol in answers[i].text[:SAID].ljust(SAID, "\0")]
             rows[i * steps // len(answers)] = torch.tensor([float(given[i]), *symbols])

@@ -70,7 +70,8 @@ def test_all_is_in_the_vocabulary() -> None:
         data = made(operators=operators, held_out=50)
         data.setup("fit")
         for index in range(0, data.size, 97):
-            data.text_tokenizer.encode("".join(data.example(index)))
+            text = "".join(data.example(index))
+            assert data.text_tokenizer.decode(data.text_tokenizer.encode(text).tolist()) == text
 
 
 def test_signs_that_people_write() -> None:
