@@ -19,10 +19,12 @@ from reproduce import CONFIGS, parameters, run
 NET, OPTIMIZER = "--model.init_args.net.init_args", "--model.init_args.optimizer"
 BASE = [  # what the recipe has changed itself
     *(f"{NET}.positions", "learned", f"{NET}.norm", "layer", f"{NET}.feed_forward", "gelu"),
+    *(f"{NET}.qk_norm", "false", f"{NET}.token_shift", "false"),
     *(OPTIMIZER, "torch.optim.AdamW"),
 ]
 MUON = [OPTIMIZER, "lm.training.optimizers.MuonAdamW", f"{OPTIMIZER}.init_args.muon_lr", 0.02]
 LLAMA = [f"{NET}.positions", "rotary", f"{NET}.norm", "rms", f"{NET}.feed_forward", "swiglu"]
+OWN = [*LLAMA[:-1], "relu_squared", f"{NET}.qk_norm", "true", f"{NET}.token_shift", "true"]
 VARIANTS: dict[str, list[object]] = {
     "GPT-2 without biases (base)": [],
     "with biases": [f"{NET}.bias", "true"],
@@ -33,10 +35,12 @@ VARIANTS: dict[str, list[object]] = {
     "squared ReLU": [f"{NET}.feed_forward", "relu_squared"],
     "QK-norm": [f"{NET}.qk_norm", "true"],
     "2 key-value heads": [f"{NET}.n_kv_head", 2],
+    "token shift": [f"{NET}.token_shift", "true"],
     "logit soft cap 15": [f"{NET}.logit_soft_cap", 15],
     "Muon": MUON,
     "rotary + RMSNorm + SwiGLU": LLAMA,
     "rotary + RMSNorm + SwiGLU + QK-norm + Muon": [*LLAMA, f"{NET}.qk_norm", "true", *MUON],
+    "the recipe": [*OWN, *MUON],
 }
 
 

@@ -20,6 +20,7 @@ from lm.corpus import sources
 def main() -> None:
     """Pretrain once, then run both for each number of steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, help="Steps before, in place of the recipe's.")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300, 1000])
     options = parser.parse_args()
     if home := os.environ.get("LM_DATA_HOME"):
@@ -29,8 +30,10 @@ def main() -> None:
         symbols = "".join(sorted(set(sources.find("shakespeare").read())))
         (folder / "docs.txt").write_text(sources.find("python-docs").read() + "\n" + symbols)
         first = ["fit", "--config", CONFIGS / "quickstart.yaml", "--data.init_args.corpus", "docs.txt"]
-        before = run(*first, "--name", "pretrained", folder=folder)
-        still = ["--trainer.max_steps", 1, "--model.init_args.optimizer.init_args.lr", 0]  # the vocabulary, untrained
+        few = [] if options.first is None else ["--trainer.max_steps", options.first]
+        before = run(*first, *few, "--name", "pretrained", folder=folder)
+        rates = [f"--model.init_args.optimizer.init_args.{name}" for name in ("lr", "muon_lr")]
+        still = ["--trainer.max_steps", 1, *(word for rate in rates for word in (rate, 0))]  # the vocabulary, untrained
         run(*first, "--name", "untrained", *still, folder=folder)
         print(f"pretrained on python-docs: {before['step']} steps, validation loss {before['val_loss']:.4f}\n")
         print("| steps on tiny Shakespeare | from scratch | fine-tuned | difference |\n| --- | --- | --- | --- |")

@@ -38,9 +38,11 @@ def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> 
 
 
 LOW = ", bfloat16"
+SMALL = "GPT 4×128, context 64, batch 12"
 LARGE = "GPT 6×384, context 256, batch 16"
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {  # what, and steps a round
-    "GPT 4×128, context 64, batch 12": (lambda: gpt(4, 4, 128, 64, 12), 20),
+    SMALL: (lambda: gpt(4, 4, 128, 64, 12), 20),
+    SMALL + LOW: (lambda: gpt(4, 4, 128, 64, 12), 20),
     LARGE: (lambda: gpt(6, 6, 384, 256, 16), 1),
     LARGE + LOW: (lambda: gpt(6, 6, 384, 256, 16), 1),
     "MLP, batch 32": (lambda: (MLP(27, 3), torch.randint(27, (32, 3)), torch.randint(27, (32,))), 400),

@@ -35,17 +35,16 @@ def instantiate(kind: type, spec: dict[str, Any], **more: Any) -> Any:
 
 
 def optimizer_of(settings: dict[str, Any], net: Any) -> Any:
-    """Return the recipe's optimizer, over matrices, which decay, and vectors, which do not."""
+    """Return the recipe's optimizer, over the same groups of parameters."""
     from importlib import import_module
+
+    from lm.training.optimizers import parameter_groups
 
     module, name = settings["optimizer"]["class_path"].rsplit(".", 1)
     arguments = dict(settings["optimizer"]["init_args"])
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
-    matrices = [p for p in net.parameters() if p.ndim >= 2]
-    vectors = [p for p in net.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return getattr(import_module(module), name)(groups, **arguments)
+    return getattr(import_module(module), name)(parameter_groups(net), **arguments)
 
 
 def batches(data: Any, steps: int) -> Any:
@@ -85,12 +84,12 @@ def bare(recipe: dict[str, Any], steps: int) -> dict[str, float]:
     data.setup("fit")
     net = instantiate(nn.Module, settings["net"], vocab_size=data.vocab_size, block_size=data.block_size)
     optimizer = optimizer_of(settings, net)
-    rate, schedule = optimizer.param_groups[0]["lr"], instantiate(Schedule, settings["schedule"])
+    rates, schedule = [group["lr"] for group in optimizer.param_groups], instantiate(Schedule, settings["schedule"])
     every = recipe["trainer"]["val_check_interval"]
     began = time.monotonic()
     training = batches(data, settings.get("steps_per_call", 1))
     for step in range(steps):
-        for group in optimizer.param_groups:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step, steps)
         take(net, optimizer, *next(training), clip_norm=settings["clip_norm"])
         if settings.get("calibrate") and step + 1 == steps:
@@ -127,8 +126,10 @@ def main() -> None:
     parser.add_argument("--worker", choices=("bare", "trainer"))
     options, more = parser.parse_known_args()
     config = options.config.resolve()
+    recipe = yaml.safe_load(config.read_text())
+    if recipe["trainer"].get("precision", "32-true") != "32-true":
+        parser.error(f"{config.name} has trainer.precision {recipe['trainer']['precision']}: the bare loop has 32 bits")
     if options.worker:
-        recipe = yaml.safe_load(config.read_text())
         result = bare(recipe, options.steps) if options.worker == "bare" else trainer(config, options.steps, more)
         print(json.dumps({"seconds": result["seconds"], "val_loss": result["val_loss"]}))
         return

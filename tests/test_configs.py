@@ -41,6 +41,7 @@ def test_there_are_recipes() -> None:
         "gpt2-1558m",
         "quickstart",
         "shakespeare",
+        "shakespeare-15-minutes",
         "shakespeare-cpu",
     } <= {path.stem for path in CONFIGS}
 

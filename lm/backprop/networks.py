@@ -251,22 +251,34 @@ def residual(grads: Gradients, branch: nn.Module, dy: Tensor, dbranch: Tensor) -
 @rule(Block)
 def block(layer: Block, grads: Gradients, x: Tensor, *mask: Tensor) -> tuple[Tensor, Backward]:
     """Attention, under its mask where there is one, then the feed-forward network, each a `_branch`."""
-    x, backward = _branch(layer, grads, x, layer.ln_1, layer.attn, *mask)
-    if layer.mlp is None:
-        return x, backward
-    x, backward_mlp = _branch(layer, grads, x, layer.ln_2, layer.mlp)
-    return x, chained([backward, backward_mlp])
+    backwards = []
+    for parts in layer.parts(*mask):
+        x, backward = _branch(layer, grads, x, *parts)
+        backwards.append(backward)
+    return x, chained(backwards)
 
 
 def _branch(
-    layer: Block, grads: Gradients, x: Tensor, norm: nn.Module, f: nn.Module, *mask: Tensor
+    layer: Block,
+    grads: Gradients,
+    x: Tensor,
+    norm: nn.Module,
+    shift: nn.Module | None,
+    f: nn.Module,
+    more: tuple[Tensor, ...],
 ) -> tuple[Tensor, Backward]:
-    """y = x + f(norm(x)): x is read twice, so dx = dy + what comes back by f and norm. Post-norm: norm(x + f(x))."""
+    """y = x + f(shift(norm(x))), the shift where there is one. Post-norm: norm(x + f(shift(x))).
+
+    x is read twice, so dx = dy + what comes back by f, shift and norm.
+    """
     y, backwards = x, []
     if not layer.post:
         y, backward_norm = run(norm, grads, y)
         backwards.append(backward_norm)
-    y, backward_f = run(f, grads, y, *mask)
+    if shift is not None:
+        y, backward_shift = run(shift, grads, y)
+        backwards.append(backward_shift)
+    y, backward_f = run(f, grads, y, *more)
     through = chained([*backwards, backward_f])
     if layer.residual:
         y = x + y

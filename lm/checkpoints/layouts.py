@@ -87,6 +87,7 @@ COMMON: dict[str, Collection[Any]] = {
     "logit_soft_cap": (None,),
     "head_bias": (False,),
     "document_end": (None,),
+    "token_shift": (False,),
 }
 """What neither layout has more than one value of."""
 ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu", "relu_squared": "relu2"}

@@ -1,6 +1,6 @@
 """A cache of many texts at once, each at a place of its own in its text.
 
-Shapes: N slots, B rows read now, T new tokens of each, S keys looked at, D channels of a head.
+Shapes: N slots, B rows read now, T new tokens of each, S keys looked at, C channels (n_embd), D channels of a head.
 """
 
 import torch
@@ -73,6 +73,13 @@ class Slots(Cache):
         for store, one in zip(self._kept[layer], new, strict=True):
             store.movedim(-2, 1)[rows, self._positions] = one.movedim(-2, 1)  # (N, S, …, D), (B, T, …, D)
         return tuple(store[self._rows, ..., : self._keys, :] for store in self._kept[layer])
+
+    def earlier(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Keep what a layer reads now, (B, T, C); return what it read at the position before each; see `Cache`."""
+        (read,) = self.extend(layer, x)  # (B, S, C)
+        before = (self._positions - 1)[:, :, None]  # (B, T, 1)
+        near = before.clamp(0, self._keys - 1)  # rows that mean nothing may be further on
+        return read.gather(1, near.expand_as(x)).masked_fill(before < 0, 0.0)
 
     @property
     def bytes(self) -> int:

@@ -1,10 +1,12 @@
 """What a network keeps of the tokens it has read, so that its next call reads the new ones alone.
 
-Shapes: B batch, T new tokens, S all tokens so far, D channels of a head, … a layer's own leading dimensions.
+Shapes: B batch, T new tokens, S all tokens so far, C channels (n_embd), D channels of a head, … a layer's own leading
+dimensions.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lm.models.masks import same_document
 
@@ -95,6 +97,15 @@ class Cache:
         for store, one in zip(kept, new, strict=True):
             store.narrow(-2, S - one.shape[-2], one.shape[-2]).copy_(one)
         return tuple(store.narrow(-2, 0, S) for store in kept)
+
+    def earlier(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Keep what a layer reads now, (B, T, C); return for each position what it read at the one before, or zeros.
+
+        All positions are kept, so that a cache can be cut, and be one of many texts.
+        """
+        (read,) = self.extend(layer, x)  # (B, S, C)
+        before = read[:, -x.shape[1] - 1 : -1]  # (B, T, C), or (B, T - 1, C) at a text's beginning
+        return F.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))  # -> (B, T, C)
 
     def kept(self, layer: nn.Module, length: int) -> tuple[Tensor, ...]:
         """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""

@@ -22,6 +22,7 @@ from lm.models.layers import check_heads, check_length, initialise, rescale
 from lm.models.masks import same_document
 from lm.models.norms import Norm, make_norm
 from lm.models.rotary import Rotary
+from lm.models.shift import TokenShift
 
 NormPosition = Literal["pre", "post"]
 Positions = Literal["learned", "rotary", "none"]
@@ -38,27 +39,38 @@ class Block(nn.Module):
         norms: tuple[nn.Module, nn.Module],
         norm_position: NormPosition = "pre",
         residual: bool = True,
+        shifts: tuple[TokenShift | None, TokenShift | None] = (None, None),
     ) -> None:
         super().__init__()
         self.post = norm_position == "post"
         self.residual = residual
         self.ln_1 = norms[0]
+        self.shift_1 = shifts[0]
         self.attn = attn
         if mlp is not None:
             self.ln_2 = norms[1]
+            self.shift_2 = shifts[1]
         self.mlp = mlp
 
-    def branch(self, x: Tensor, norm: nn.Module, f: nn.Module, *context: Any) -> Tensor:
-        """Return x + f(norm(x)), or with post-norm norm(x + f(x)); without residual, the same without "x +"."""
-        y = f(x if self.post else norm(x), *context)
-        if self.residual:
-            y = x + y
-        return norm(y) if self.post else y
+    def parts(self, *context: Any) -> list[tuple[nn.Module, TokenShift | None, nn.Module, tuple[Any, ...]]]:
+        """Return what each branch is made of: its norm, its token shift, f, and what f takes beside its input."""
+        first = (self.ln_1, self.shift_1, self.attn, context)
+        return [first] if self.mlp is None else [first, (self.ln_2, self.shift_2, self.mlp, ())]
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map the residual stream (B, T, C) to (B, T, C); a mask, positions and a cache go to attention."""
-        x = self.branch(x, self.ln_1, self.attn, *context)
-        return x if self.mlp is None else self.branch(x, self.ln_2, self.mlp)
+        """Map the residual stream (B, T, C) to (B, T, C); a mask, or a mask, positions and a cache go to attention.
+
+        Each branch gives x + f(shift(norm(x))), or with post-norm norm(x + f(shift(x))); without residual, the same
+        without "x +".
+        """
+        cache = context[2] if len(context) == 3 else None
+        for norm, shift, f, more in self.parts(*context):
+            y = x if self.post else norm(x)
+            y = y if shift is None else shift(y, cache)
+            y = f(y, *more)
+            y = x + y if self.residual else y
+            x = norm(y) if self.post else y
+        return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,7 @@ class Layout:
     qk_norm: bool
     key_dropout: bool
     document_end: int | None
+    token_shift: bool
     feed_forward: FeedForward
     norm: Norm
     norm_position: NormPosition
@@ -95,6 +108,10 @@ class Layout:
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose one of its divisors"
+            )
+        if self.token_shift and self.document_end is not None:
+            raise ValueError(
+                f"token_shift with document_end {self.document_end}: a document would see the one before; drop one"
             )
         if self.norm == "none" and self.norm_position == "post":
             raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")
@@ -158,6 +175,8 @@ class GPT(nn.Module):
         head_bias: Whether the output head has a bias.
         document_end: Id of the end-of-text token, after which attention starts anew, so that no document sees another;
             None lets a token see all earlier ones.
+        token_shift: Whether attention and the feed-forward network read each channel mixed with the position before
+            (see `lm.models.shift`); not with document_end.
         init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
             embeddings of deviation 1 do not suit tie_weights.
         base_width: The n_embd at which initial weights are as init_std says; at another one, hidden matrices have
@@ -199,6 +218,7 @@ class GPT(nn.Module):
         logit_soft_cap: float | None = None,
         head_bias: bool = False,
         document_end: int | None = None,
+        token_shift: bool = False,
         init_std: float | None = 0.02,
         base_width: int | None = None,
     ) -> None:
@@ -207,6 +227,7 @@ class GPT(nn.Module):
             n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, qk_norm=qk_norm, norm=norm,
             key_dropout=key_dropout, document_end=document_end, feed_forward=feed_forward, norm_position=norm_position,
             positions=positions, base_width=base_width, tie_weights=tie_weights, init_std=init_std,
+            token_shift=token_shift,
         )  # fmt: skip
         self.document_end = document_end
         self.vocab_size = vocab_size
@@ -220,11 +241,13 @@ class GPT(nn.Module):
         heads = {"n_head": n_head, "n_kv_head": n_kv_head, "attention_bias": attention_bias, "projection": projection}
         common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
         norms = partial(make_norm, norm, n_embd, bias=bias, eps=norm_eps)
+        wiring: dict[str, Any] = {"norm_position": norm_position, "residual": residual}
 
         def block() -> Block:
             attn = make_attention(attention, qk_norm=qk_norm, key_dropout=key_dropout, rotary=rotary, **heads, **common)
             mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
-            return Block(attn=attn, mlp=mlp, norms=(norms(), norms()), norm_position=norm_position, residual=residual)
+            shifts = (TokenShift(n_embd), TokenShift(n_embd)) if token_shift else (None, None)
+            return Block(attn=attn, mlp=mlp, norms=(norms(), norms()), shifts=shifts, **wiring)
 
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None

@@ -295,6 +295,7 @@ def test_a_run_goes_out_and_comes_back(lm: Run) -> None:
 
 REFUSED = {
     "qk_norm": ({**SMALL, "qk_norm": True}, "neither gpt2 nor llama holds qk_norm true"),
+    "shift": ({**SMALL, "token_shift": True}, "neither gpt2 nor llama holds token_shift true"),
     "cap": ({**SMALL, **TODAY, "logit_soft_cap": 30.0}, "neither gpt2 nor llama holds logit_soft_cap 30.0"),
     "documents": ({**SMALL, "document_end": 3}, "neither gpt2 nor llama holds document_end 3"),
     "post": ({**SMALL, "norm_position": "post"}, "neither gpt2 nor llama holds norm_position post"),

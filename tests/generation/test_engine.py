@@ -23,6 +23,7 @@ KINDS: dict[str, Any] = {
     "rotary": {"positions": "rotary", "n_kv_head": 2, "norm": "rms", "feed_forward": "swiglu", "bias": False},
     "documents": {"document_end": 3, "qk_norm": True, "logit_soft_cap": 20.0},
     "separate": {"attention": "separate"},
+    "shift": {"token_shift": True, "positions": "rotary"},
 }
 
 

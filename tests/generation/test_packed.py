@@ -42,6 +42,7 @@ def test_a_packed_layer_is_the_layer(dtype: torch.dtype, bias: bool) -> None:
 
 NETS = {
     "gpt": lambda: GPT(256, 64, n_layer=2, n_head=4, n_embd=64, positions="rotary", feed_forward="swiglu", norm="rms"),
+    "shift": lambda: GPT(256, 64, n_layer=2, n_head=4, n_embd=64, feed_forward="relu_squared", token_shift=True),
     "separate": lambda: GPT(256, 64, n_layer=1, n_head=2, n_embd=32, attention="separate"),
     "seq2seq": lambda: Seq2Seq(256, 64, n_embd=64, start_token=62),
     "mlp": lambda: MLP(256, 8),

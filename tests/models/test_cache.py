@@ -26,8 +26,13 @@ SETTINGS = st.fixed_dictionaries(
         "document_end": st.sampled_from([None, END]),
         "logit_soft_cap": st.sampled_from([None, 5.0]),
         "residual": st.booleans(),
+        "token_shift": st.booleans(),
     }
-).filter(lambda one: one["norm"] != "none" or one["norm_position"] == "pre")
+).filter(
+    lambda one: (
+        (one["norm"] != "none" or one["norm_position"] == "pre") and not (one["token_shift"] and one["document_end"])
+    )
+)
 
 
 def made(seed: int = 0, **settings: Any) -> GPT:

@@ -35,6 +35,8 @@ VARIANTS = {
     "qk-norm": LLAMA | {"qk_norm": True},
     "one-kv-head": {"n_kv_head": 1},
     "soft-cap": {"logit_soft_cap": 1.0},
+    "shift": {"token_shift": True},
+    "shift-alone": {"token_shift": True, "feed_forward": "none"},
 }
 
 
@@ -115,6 +117,13 @@ def test_a_network_whose_weights_are_to_be_loaded_draws_none(settings: dict) -> 
     assert torch.equal(net.eval()(tokens), drawn.eval()(tokens))  # what is no part of the state is there, too
 
 
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_each_parameter_is_used(settings: dict) -> None:
+    net = GPT(65, 16, **SMALL, **settings)
+    net(torch.randint(65, (2, 16))).square().sum().backward()
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
+
+
 def test_tied_head_is_the_embedding_itself() -> None:
     tied, untied = GPT(65, 16, **SMALL), GPT(65, 16, **SMALL, tie_weights=False)
     assert tied.lm_head.weight is tied.wte.weight
@@ -163,6 +172,7 @@ def test_dropout_acts_in_its_place_and_only_in_training(place: str, settings: di
         ({"positions": "rotary", "rope_theta": 0.0}, "rope_theta is 0: it must be above 0"),
         ({"norm": "batch"}, "norm is batch: choose from layer, rms, none"),
         ({"attention": "separate", "n_kv_head": 2}, "n_kv_head 2 needs attention batched"),
+        ({"token_shift": True, "document_end": 3}, "token_shift with document_end 3: a document would see the one"),
         ({"attention": "separate", "qk_norm": True}, "qk_norm True needs attention batched"),
         ({"attention": "separate", "positions": "rotary"}, "positions rotary needs attention batched"),
         ({"feed_forward": "single", "hidden_size": 8}, "hidden_size 8 with feed_forward single"),

@@ -26,6 +26,7 @@ from lm.models.dropout import Dropout
 from lm.models.feed_forward import GELU, ReLUSquared
 from lm.models.layers import BatchNorm
 from lm.models.norms import RMSNorm
+from lm.models.shift import TokenShift
 
 V, T = 11, 8
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -53,6 +54,9 @@ NETWORKS = {
     "gpt rms eps": lambda: GPT(V, T, **SMALL, norm="rms", norm_eps=0.1),
     "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1, key_dropout=True),
     "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
+    "gpt token shift": lambda: GPT(V, T, **SMALL, token_shift=True, dropout=0.1),
+    "gpt token shift alone": lambda: GPT(V, T, **SMALL, token_shift=True, feed_forward="none"),
+    "gpt token shift post norm": lambda: GPT(V, T, **SMALL, token_shift=True, norm_position="post"),
     "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),
     "rnn": lambda: RNN(V, T, n_embd=3, n_hidden=5, n_layer=2, dropout=0.2),
     "gru": lambda: GRU(V, T, n_embd=3, n_hidden=5, n_layer=2),
@@ -86,6 +90,7 @@ LAYERS = {
     "dropout of rows": (lambda: Dropout(0.3, rows=True), (3, 20, 4)),
     "torch's dropout": (lambda: nn.Dropout(0.3), (3, 60)),
     "identity": (nn.Identity, (3, 6)),
+    "token shift": (lambda: TokenShift(6), (3, 5, 6)),
     "convolution": (lambda: nn.Conv1d(6, 4, 3, dilation=2), (3, 6, 9)),
 }
 FIXED = (MLP, WaveNet, Encoder)

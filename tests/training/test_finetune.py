@@ -228,6 +228,7 @@ SETTINGS: list[tuple[str, object]] = [
     ("projection", False),
     ("bias", False),
     ("head_bias", True),
+    ("token_shift", True),
 ]
 """What a GPT computes from given weights depends on each; few of them show in the weights' shapes."""
 
