@@ -20,11 +20,13 @@ CASES = {
     "dtypes": "dtypes --config configs/quickstart.yaml --steps 2",
     "finetune": "finetune --first 2 --steps 2",
     "calculator": "calculator --seeds 1 --part 0.002",
-    "conversations": "posttraining sft --seeds 1 --part 0.003",
     "rewards": "posttraining rewards --seeds 1 --part 0.03",
     "preferences": "posttraining preferences --seeds 1 --part 0.02",
 }
-LONG = {"optimism": "posttraining optimism --seeds 1 --part 0.02"}
+LONG = {
+    "conversations": "posttraining sft --seeds 1 --part 0.003",
+    "optimism": "posttraining optimism --seeds 1 --part 0.02",
+}
 PARAMETERS = [pytest.param(words, id=name, marks=pytest.mark.slow) for name, words in CASES.items()] + [
     pytest.param(words, id=name, marks=pytest.mark.long) for name, words in LONG.items()
 ]
