@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ CASES = {
     "preferences": "posttraining preferences --seeds 1 --part 0.02",
 }
 LONG = {
+    "records": "records --only 'shakespeare-cpu, 280 steps' --seeds 1",
     "conversations": "posttraining sft --seeds 1 --part 0.003",
     "optimism": "posttraining optimism --seeds 1 --part 0.02",
 }
@@ -34,7 +36,7 @@ PARAMETERS = [pytest.param(words, id=name, marks=pytest.mark.slow) for name, wor
 
 @pytest.mark.parametrize("command", PARAMETERS)
 def test_it_prints_its_table(command: str, tmp_path: Path, reference: Path) -> None:
-    script, *words = command.split()
+    script, *words = shlex.split(command)
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LM_DATA_HOME": str(reference)}
     program = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *words]

@@ -7,7 +7,6 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D channels of a head (C/H
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,7 +62,7 @@ class Block(nn.Module):
         Each branch gives x + f(shift(norm(x))), or with post-norm norm(x + f(shift(x))); without residual, the same
         without "x +".
         """
-        cache = context[2] if len(context) == 3 else None
+        cache = next((one for one in context if isinstance(one, Cache)), None)
         for norm, shift, f, more in self.parts(*context):
             y = x if self.post else norm(x)
             y = y if shift is None else shift(y, cache)
@@ -75,7 +74,9 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The settings of a `GPT` that depend on each other; see there. `lm.bounds` has checked each number by itself.
+    """The settings of a `GPT` that blocks are made of, or that depend on each other; see there.
+
+    `lm.bounds` has checked each number by itself.
 
     Raises:
         ValueError: Names a setting, its value and what to do.
@@ -85,13 +86,20 @@ class Layout:
     n_head: int
     n_kv_head: int | None
     attention: Attention
+    attention_bias: bool | None
     qk_norm: bool
+    projection: bool
+    dropout: float
     key_dropout: bool
+    bias: bool
     document_end: int | None
     token_shift: bool
     feed_forward: FeedForward
+    hidden_size: int | None
+    residual: bool
     norm: Norm
     norm_position: NormPosition
+    norm_eps: float
     positions: Positions
     base_width: int | None
     tie_weights: bool
@@ -127,6 +135,32 @@ class Layout:
                 raise ValueError(f"{name} {value} needs attention batched, and it is separate: drop one")
         if self.positions == "rotary":
             raise ValueError("positions rotary needs attention batched, and it is separate: change one")
+
+    def make_norm(self) -> nn.Module:
+        """Return a new normalisation."""
+        return make_norm(self.norm, self.n_embd, bias=self.bias, eps=self.norm_eps)
+
+    def make_block(self, rotary: Rotary | None) -> Block:
+        """Return a new block; all of them share the rotary angles."""
+        common: dict[str, Any] = {"n_embd": self.n_embd, "dropout": self.dropout, "bias": self.bias}
+        return Block(
+            attn=make_attention(
+                self.attention,
+                n_head=self.n_head,
+                n_kv_head=self.n_kv_head,
+                attention_bias=self.attention_bias,
+                projection=self.projection,
+                qk_norm=self.qk_norm,
+                key_dropout=self.key_dropout,
+                rotary=rotary,
+                **common,
+            ),
+            mlp=make_feed_forward(self.feed_forward, hidden_size=self.hidden_size, **common),
+            norms=(self.make_norm(), self.make_norm()),
+            norm_position=self.norm_position,
+            residual=self.residual,
+            shifts=(TokenShift(self.n_embd), TokenShift(self.n_embd)) if self.token_shift else (None, None),
+        )
 
 
 CHOICES = {
@@ -223,11 +257,12 @@ class GPT(nn.Module):
         base_width: int | None = None,
     ) -> None:
         super().__init__()
-        Layout(
-            n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, qk_norm=qk_norm, norm=norm,
-            key_dropout=key_dropout, document_end=document_end, feed_forward=feed_forward, norm_position=norm_position,
-            positions=positions, base_width=base_width, tie_weights=tie_weights, init_std=init_std,
-            token_shift=token_shift,
+        layout = Layout(
+            n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head, attention=attention, attention_bias=attention_bias,
+            qk_norm=qk_norm, projection=projection, dropout=dropout, key_dropout=key_dropout, bias=bias,
+            document_end=document_end, token_shift=token_shift, feed_forward=feed_forward, hidden_size=hidden_size,
+            residual=residual, norm=norm, norm_position=norm_position, norm_eps=norm_eps, positions=positions,
+            base_width=base_width, tie_weights=tie_weights, init_std=init_std,
         )  # fmt: skip
         self.document_end = document_end
         self.vocab_size = vocab_size
@@ -238,22 +273,11 @@ class GPT(nn.Module):
         rotary = None
         if positions == "rotary":
             rotary = Rotary(head_size=n_embd // n_head, block_size=block_size, theta=rope_theta)
-        heads = {"n_head": n_head, "n_kv_head": n_kv_head, "attention_bias": attention_bias, "projection": projection}
-        common: dict[str, Any] = {"n_embd": n_embd, "dropout": dropout, "bias": bias}
-        norms = partial(make_norm, norm, n_embd, bias=bias, eps=norm_eps)
-        wiring: dict[str, Any] = {"norm_position": norm_position, "residual": residual}
-
-        def block() -> Block:
-            attn = make_attention(attention, qk_norm=qk_norm, key_dropout=key_dropout, rotary=rotary, **heads, **common)
-            mlp = make_feed_forward(feed_forward, hidden_size=hidden_size, **common)
-            shifts = (TokenShift(n_embd), TokenShift(n_embd)) if token_shift else (None, None)
-            return Block(attn=attn, mlp=mlp, norms=(norms(), norms()), shifts=shifts, **wiring)
-
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd) if positions == "learned" else None
         self.drop = Dropout(dropout)
-        self.h = nn.ModuleList(block() for _ in range(n_layer))
-        self.ln_f = norms() if norm_position == "pre" else nn.Identity()
+        self.h = nn.ModuleList(layout.make_block(rotary) for _ in range(n_layer))
+        self.ln_f = layout.make_norm() if norm_position == "pre" else nn.Identity()
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=head_bias)
         self.reset_parameters()
         if tie_weights:
