@@ -94,7 +94,7 @@ def reason(error: BaseException, folder: Path) -> str:
     found = next((one for one in chain if isinstance(one, OSError)), chain[-1])
     if isinstance(found, OSError) and found.errno:
         return os.strerror(found.errno)
-    return os.strerror(errno.ENOSPC) if _free(folder) < 1 << 20 else (str(found).splitlines() or [""])[0]
+    return os.strerror(errno.ENOSPC) if is_full(folder) else (str(found).splitlines() or [""])[0]
 
 
 def refusal(path: Path, error: BaseException) -> UserError:
@@ -111,6 +111,12 @@ def refusal(path: Path, error: BaseException) -> UserError:
 def remedy(folder: Path) -> str:
     """Return what to do about a folder that cannot be written to."""
     return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"
+
+
+def is_full(folder: Path, said: str = "") -> bool:
+    """Return whether the disk where a folder is has no room left, or a program's last words say so."""
+    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+    return _free(folder) < 1 << 20 or any(words in said for words in full)
 
 
 def _free(folder: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lm import log, storage
+from lm.checkpoints.disk import full_disk_is_a_user_error
 from lm.cli import common, plain_help, streams, values, yaml_files
 from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.experiments import space, spec
@@ -53,7 +54,8 @@ def sweep(arguments: list[str]) -> None:
         raise UserError("lm sweep needs Optuna: pip install 'lm[sweep]'") from error
     node = options.node if options.node is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
     folder = Path("sweeps") / name
-    with streams.losable(), storage.folder_made(folder), alone(folder, node), ExitStack() as exits:
+    full = full_disk_is_a_user_error(folder)
+    with full, streams.losable(), storage.folder_made(folder), alone(folder, node), ExitStack() as exits:
         began = time.monotonic()
         processes = Processes({})  # imports while the storage is opened
         try:

@@ -15,7 +15,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lm import storage
-from lm.checkpoints import checkpoint
+from lm.checkpoints import checkpoint, disk
 from lm.errors import UserError
 from lm.experiments.processes import Processes, memory_kills
 from lm.experiments.space import recipe_with, short_names
@@ -197,6 +197,10 @@ class Sweep:
         del self.slots[slot]
         if code:
             said = "out of memory" if stopped and memory_kills() > work.oom else last_words(self.folder, name, code)
+            if disk.is_full(self.folder, said):  # no fault of the trial's: it goes on once there is room
+                raise UserError(
+                    f"trial {work.trial.number}: {said}; once {self.folder} has room, the same command goes on"
+                )
             self.trials.note(work.trial, reason=said)
             self._finish(work, TrialState.FAIL, reason=said)
         elif work.given_up:

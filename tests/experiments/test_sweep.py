@@ -1,10 +1,15 @@
 """Sweeps in processes of their own, which are killed, fail, and are compared."""
 
 import json
+import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -75,17 +80,51 @@ def test_the_best_recipe_trains_to_the_best_value(lm, workplace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trials_that_fail_are_said_and_not_repeated(workplace: Path) -> None:
-    sweeps.write(workplace, settings={sweeps.RATE: [0.01, 1e30]}, trials=5, sampler="random")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({sweeps.RATE: [0.01, 1e30]}, "not finite"), ({"data.init_args.batch_size": [4, 1 << 20]}, "memory")],
+)
+def test_trials_that_fail_are_said_and_not_repeated(workplace: Path, settings: dict[str, Any], said: str) -> None:
+    long = {**sweeps.RECIPE, "data": {**sweeps.DATA, "init_args": {**sweeps.DATA["init_args"], "block_size": 256}}}
+    sweeps.write(workplace, long, settings=settings, trials=5, sampler="random")
     process = sweeps.begin(workplace, "--json")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     found = yaml.safe_load(out.splitlines()[-1])
     assert (found["trials"], found["complete"], found["failed"]) == (2, 1, 1)
-    assert "failed: " in err and "not finite" in err
+    assert re.search(f"failed: .*{said}", err), err
     before = sweeps.picture(workplace)
     sweeps.run(workplace)
     assert sweeps.picture(workplace) == before
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_no_trial(workplace: Path) -> None:
+    """Real small file systems, on which other files leave more and more room: the sweep ends as an undisturbed one."""
+    one, other = place(workplace, "one"), place(workplace, "other")
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(other)]
+    if os.getuid() or subprocess.run(command).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        for folder in (one, other):
+            sweeps.write(folder, trials=4)
+        (other / "text.txt").write_bytes((one / "text.txt").read_bytes())
+        sweeps.run(one)
+        ends = []
+        for room in (4, 200, 400, 4000):  # KiB
+            filled = shutil.disk_usage(other).free - room * 1024
+            (other / "others").write_bytes(b"\0" * max(0, filled))
+            process = sweeps.begin(other)
+            _, err = process.communicate(timeout=100)
+            ends.append((process.returncode, [line for line in err.splitlines() if line.startswith("error: ")]))
+            (other / "others").unlink()
+        assert ends[-1] == (0, []) and ends[0][0] == 2, ends
+        for code, errors in ends:
+            assert code == 0 or (code == 2 and len(errors) == 1 and "No space left" in errors[0]), ends
+        assert sweeps.picture(one) == sweeps.picture(other)
+        sweeps.assert_same_weights(one / "sweeps/sweep", other / "sweeps/sweep")
+    finally:
+        subprocess.run(["umount", str(other)], check=True)
 
 
 @pytest.mark.slow

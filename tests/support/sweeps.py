@@ -13,6 +13,10 @@ from lm.checkpoints import checkpoint
 from tests.support.processes import start
 from tests.support.runs import assert_equal
 
+DATA: dict[str, Any] = {
+    "class_path": "lm.data.TextData",
+    "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 4},
+}
 RECIPE = {
     "seed_everything": 7,
     "trainer": {"max_steps": 40, "val_check_interval": 10, "log_every_n_steps": 10, "accelerator": "cpu", "devices": 1},
@@ -23,7 +27,7 @@ RECIPE = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         },
     },
-    "data": {"class_path": "lm.data.TextData", "init_args": {"corpus": "text.txt", "block_size": 8, "batch_size": 4}},
+    "data": DATA,
     "checkpoint": {"every_n_steps": 10},
     "samples": {"max_new_tokens": 0},
     "figures": {"every_n_steps": 0},
