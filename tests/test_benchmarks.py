@@ -16,6 +16,7 @@ CASES = {
     "overhead, several steps a call": "overhead --config configs/names/mlp.yaml --steps 400 --rounds 1",
     "manual": "manual --rounds 1 --only eager --case MLP",
     "dense": "dense --length 8 --rounds 1",
+    "startup": "startup --rounds 1",
     "sweep": "sweep --trials 2 --steps 20",
     "widths": "widths --steps 4 --widths 64 --rates 0.004 0.008",
     "dtypes": "dtypes --config configs/quickstart.yaml --steps 2",

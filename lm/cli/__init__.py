@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LM_DEBUG") or (found := as_user_error(error)) is None:
             raise
         return _end(_naming_the_option(found, error, words))
+    finally:
+        if arguments is None:
+            gc.freeze()  # the interpreter's own search for garbage, as it ends, takes a second
 
 
 def _naming_the_option(found: UserError, error: Exception, words: list[str]) -> UserError:

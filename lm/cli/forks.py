@@ -8,6 +8,7 @@ its trials with it. Messages are JSON on the socket whose number is N.
 import contextlib
 import ctypes
 import gc
+import importlib
 import io
 import json
 import os
@@ -20,15 +21,10 @@ import sys
 import traceback
 from typing import Any
 
-import numpy as np
-import torch
-import torch.utils.tensorboard
-
-import lm.cli.fit
-import lm.data.text  # noqa: F401
-from lm.cli import parsing
 from lm.errors import CommandError
 from lm.planning.turns import DIES_WITH_ITS_PARENT
+
+NEEDED = ("lm.cli.fit", "lm.data.text", "torch.utils.tensorboard")
 
 
 def serve(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
@@ -61,7 +57,6 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], int] | None:
         request = json.loads(message)
         if "check" in request:
             tell_sweep(connection, {"checked": check(request["check"])})
-            gc.collect()
             gc.freeze()  # or a collection in a trial would copy all of it
             continue
         parent = os.getpid()
@@ -90,6 +85,8 @@ def tell_sweep(connection: socket.socket, message: dict[str, Any]) -> None:
 
 def check(files: list[str]) -> str | None:
     """Parse recipes, which also warms what parsing the trials' needs; return the first error."""
+    from lm.cli import parsing
+
     try:
         for i, file in enumerate(files):
             with contextlib.redirect_stdout(io.StringIO()):
@@ -105,6 +102,10 @@ def check(files: list[str]) -> str | None:
 
 def become(request: dict[str, Any], number: int) -> None:
     """Take over a trial's output, environment, cores and command line."""
+    import numpy as np
+    import torch
+
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
@@ -125,6 +126,13 @@ def become(request: dict[str, Any], number: int) -> None:
 
 def main() -> None:
     """Serve, and be `lm fit` in each process that is made."""
+    gc.disable()  # imported objects stay; searching them for garbage takes half a second
+    for module in NEEDED:
+        importlib.import_module(module)
+    import torch
+
+    from lm.cli import parsing
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     parsing.quiet()

@@ -13,7 +13,6 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lm import log, storage
-from lm.checkpoints.disk import full_disk_is_a_user_error
 from lm.cli import common, plain_help, streams, values, yaml_files
 from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.experiments import space, spec
@@ -54,8 +53,7 @@ def sweep(arguments: list[str]) -> None:
         raise UserError("lm sweep needs Optuna: pip install 'lm[sweep]'") from error
     node = options.node if options.node is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
     folder = Path("sweeps") / name
-    full = full_disk_is_a_user_error(folder)
-    with full, streams.losable(), storage.folder_made(folder), alone(folder, node), ExitStack() as exits:
+    with streams.losable(), storage.folder_made(folder), alone(folder, node), ExitStack() as exits:
         began = time.monotonic()
         processes = Processes({})  # imports while the storage is opened
         try:
@@ -76,6 +74,7 @@ def _search(
     found: spec.Spec, options: Any, name: str, folder: Path, node: int, processes: Processes, exits: ExitStack
 ) -> dict[str, Any]:
     """Run the trials, and return what `--json` prints."""
+    from lm.checkpoints.disk import full_disk_is_a_user_error
     from lm.experiments.study import Lock, Trials, open_storage
     from lm.experiments.sweep import Sweep, checkpoint_of
 
@@ -84,6 +83,7 @@ def _search(
     def say(text: str, **fields: Any) -> None:
         print(log.line(text, run=name, **fields), file=stream, flush=True)
 
+    exits.enter_context(full_disk_is_a_user_error(folder))
     place = Path(exits.enter_context(tempfile.TemporaryDirectory()))
     fresh = not (folder / "journal.log").exists()
     if fresh:  # bad settings leave nothing

@@ -21,7 +21,6 @@ from lm.errors import UserError, described
 from lm.experiments.runs import flattened
 from lm.experiments.space import Setting, active, combinations
 from lm.experiments.spec import Spec
-from lm.training import recipes
 
 ATTEMPTS = 8  # to choose what was not tried before
 
@@ -117,6 +116,8 @@ class Trials:
                 self._refuse(there or {})
 
     def _refuse(self, there: dict[str, Any]) -> None:
+        from lm.training import recipes  # imports Lightning, which takes seconds
+
         one, other = dict(flattened(there)), dict(flattened(self.spec.identity))
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         found = [str(recipes.Difference(name, one.get(name), other.get(name))) for name in names]
