@@ -253,7 +253,7 @@ def block(layer: Block, grads: Gradients, x: Tensor, *mask: Tensor) -> tuple[Ten
     """Attention, under its mask where there is one, then the feed-forward network, each a `_branch`."""
     backwards = []
     for parts in layer.parts(*mask):
-        x, backward = _branch(layer, grads, x, *parts)
+        x, backward = _branch(layer, grads, x, *parts, mask)
         backwards.append(backward)
     return x, chained(backwards)
 
@@ -266,6 +266,7 @@ def _branch(
     shift: nn.Module | None,
     f: nn.Module,
     more: tuple[Tensor, ...],
+    mask: tuple[Tensor, ...],
 ) -> tuple[Tensor, Backward]:
     """y = x + f(shift(norm(x))), the shift where there is one. Post-norm: norm(x + f(shift(x))).
 
@@ -276,7 +277,7 @@ def _branch(
         y, backward_norm = run(norm, grads, y)
         backwards.append(backward_norm)
     if shift is not None:
-        y, backward_shift = run(shift, grads, y)
+        y, backward_shift = run(shift, grads, y, *mask)
         backwards.append(backward_shift)
     y, backward_f = run(f, grads, y, *more)
     through = chained([*backwards, backward_f])

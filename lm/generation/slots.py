@@ -61,6 +61,7 @@ class Slots(Cache):
             document = ends.cumsum(1) - ends.long()  # how many documents ended before
             here = document.gather(1, positions.clamp(max=self._keys - 1))  # (B, T)
             allowed &= document[:, None, :] == here[:, :, None]  # (B, 1, S), (B, T, 1)
+            self._begins = (texts.gather(1, (positions - 1).clamp(min=0)) == document_end)[..., None]  # (B, T, 1)
         return positions, allowed[:, None]
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +80,8 @@ class Slots(Cache):
         (read,) = self.extend(layer, x)  # (B, S, C)
         before = (self._positions - 1)[:, :, None]  # (B, T, 1)
         near = before.clamp(0, self._keys - 1)  # rows that mean nothing may be further on
-        return read.gather(1, near.expand_as(x)).masked_fill(before < 0, 0.0)
+        begins = before < 0 if self._begins is None else (before < 0) | self._begins
+        return read.gather(1, near.expand_as(x)).masked_fill(begins, 0.0)
 
     @property
     def bytes(self) -> int:

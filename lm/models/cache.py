@@ -27,6 +27,8 @@ class Cache:
         self.tokens: Tensor | None = None
         """int64 (B, S), all tokens so far."""
         self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
+        self._begins: Tensor | None = None
+        """Whether a document begins at each of the tokens read last, bool (B, T, 1); None where there is but one."""
 
     @property
     def length(self) -> int:
@@ -78,7 +80,11 @@ class Cache:
         """
         seen, T = self.read(tokens), tokens.shape[1]  # noqa: N806
         positions = torch.arange(seen.shape[1] - T, seen.shape[1], device=tokens.device)  # (T,)
-        return positions, None if document_end is None else same_document(seen, document_end, last=T)
+        if document_end is None:
+            return positions, None
+        before = F.pad(seen, (1, -1))[:, -T:]  # (B, S) -> (B, T)
+        self._begins = (before == document_end)[..., None]
+        return positions, same_document(seen, document_end, last=T)
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Keep what a layer has made of the tokens read last; return what it has of all so far.
@@ -99,13 +105,15 @@ class Cache:
         return tuple(store.narrow(-2, 0, S) for store in kept)
 
     def earlier(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Keep what a layer reads now, (B, T, C); return for each position what it read at the one before, or zeros.
+        """Keep what a layer reads now, (B, T, C); return for each position what it read at the one before.
 
-        All positions are kept, so that a cache can be cut, and be one of many texts.
+        Where a document begins there are zeros. All positions are kept, so that a cache can be cut, and be one of many
+        texts.
         """
         (read,) = self.extend(layer, x)  # (B, S, C)
         before = read[:, -x.shape[1] - 1 : -1]  # (B, T, C), or (B, T - 1, C) at a text's beginning
-        return F.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))  # -> (B, T, C)
+        before = F.pad(before, (0, 0, x.shape[1] - before.shape[1], 0))  # -> (B, T, C)
+        return before if self._begins is None else before.masked_fill(self._begins, 0.0)
 
     def kept(self, layer: nn.Module, length: int) -> tuple[Tensor, ...]:
         """Return what `extend` has kept of a layer's first positions, zeros where nothing, each (…, length, D)."""

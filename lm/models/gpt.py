@@ -57,15 +57,16 @@ class Block(nn.Module):
         return [first] if self.mlp is None else [first, (self.ln_2, self.shift_2, self.mlp, ())]
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """Map the residual stream (B, T, C) to (B, T, C); a mask, or a mask, positions and a cache go to attention.
+        """Map the residual stream (B, T, C) to (B, T, C).
+
+        A mask, or a mask, positions and a cache, go to attention and to the shifts.
 
         Each branch gives x + f(shift(norm(x))), or with post-norm norm(x + f(shift(x))); without residual, the same
         without "x +".
         """
-        cache = next((one for one in context if isinstance(one, Cache)), None)
         for norm, shift, f, more in self.parts(*context):
             y = x if self.post else norm(x)
-            y = y if shift is None else shift(y, cache)
+            y = y if shift is None else shift(y, *context)
             y = f(y, *more)
             y = x + y if self.residual else y
             x = norm(y) if self.post else y
@@ -116,10 +117,6 @@ class Layout:
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose one of its divisors"
-            )
-        if self.token_shift and self.document_end is not None:
-            raise ValueError(
-                f"token_shift with document_end {self.document_end}: a document would see the one before; drop one"
             )
         if self.norm == "none" and self.norm_position == "post":
             raise ValueError("norm_position post with norm none: there is nothing to place; choose norm layer or rms")
@@ -207,10 +204,10 @@ class GPT(nn.Module):
         rope_theta: The base of rotary angles.
         logit_soft_cap: Bounds logits to ±this by cap · tanh(logits / cap) (Gemma 2: 30); None leaves them.
         head_bias: Whether the output head has a bias.
-        document_end: Id of the end-of-text token, after which attention starts anew, so that no document sees another;
-            None lets a token see all earlier ones.
+        document_end: Id of the end-of-text token, after which attention and token shift start anew, so that no
+            document sees another; None lets a token see all earlier ones.
         token_shift: Whether attention and the feed-forward network read each channel mixed with the position before
-            (see `lm.models.shift`); not with document_end.
+            (see `lm.models.shift`).
         init_std: Standard deviation of initial weights; None leaves torch's own initialisation of each layer, whose
             embeddings of deviation 1 do not suit tie_weights.
         base_width: The n_embd at which initial weights are as init_std says; at another one, hidden matrices have

@@ -5,6 +5,7 @@ Shapes: B batch, T queries, S keys, of which the queries are the last.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def past(T: int, S: int, device: torch.device) -> Tensor:  # noqa: N803
@@ -26,3 +27,8 @@ def same_document(tokens: Tensor, document_end: int, last: int | None = None) ->
     document = ends.cumsum(1) - ends.long()  # (B, S): how many documents ended before
     same = document[:, S - T :, None] == document[:, None, :]  # (B, T, S)
     return same.tril(S - T)[:, None]
+
+
+def sees_previous(mask: Tensor) -> Tensor:
+    """Return whether each position may see the one before it, bool (B, T), of a mask (B, 1, T, T)."""
+    return F.pad(mask[:, 0].diagonal(-1, 1, 2), (1, 0))  # (B, T - 1) -> (B, T)

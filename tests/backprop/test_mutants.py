@@ -132,8 +132,10 @@ MUTANTS = [
     Mutant("networks", "shares.flip(1).cumsum(1).flip(1)", "shares.cumsum(1)", "causal average: sums from the beginning"),
     Mutant("networks", "residual(grads, net.average, dx, backward_average(dx))", "dx", "bag of words: the average forgotten"),
     Mutant("networks", "residual(grads, net.mlp, dy, backward_mlp(dy))", "dy", "bag of words: the hidden layer forgotten"),
-    Mutant("shift", "F.pad(dy, (0, 0, -1, 1))", "earlier(dy)", "token shift: the wrong way in time"),
-    Mutant("shift", "precise(earlier(x) - x)", "precise(earlier(x))", "token shift: x's own part of dw"),
+    Mutant("shift", "F.pad(seen(dy, mask), (0, 0, -1, 1))", "earlier(dy, mask)", "token shift: the wrong way in time"),
+    Mutant("shift", "seen(dy, mask)", "dy", "token shift: dx beyond a document's end"),
+    Mutant("shift", "precise(earlier(x, mask) - x)", "precise(earlier(x, mask))", "token shift: x's own part of dw"),
+    Mutant("shift", "precise(earlier(x, mask) - x)", "precise(earlier(x) - x)", "token shift: dw beyond a document's end"),
     Mutant("networks", "backwards.append(backward_shift)", "pass", "token shift: passed by"),
     Mutant("networks", "dkernel.mT.flatten(1)", "dkernel.flatten(1)", "dense wavenet: taps not moved back"),
 ]  # fmt: skip

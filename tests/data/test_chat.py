@@ -55,7 +55,10 @@ def test_a_packed_conversation_sees_no_other(workplace: Path) -> None:
     data = made(packed=True)
     torch.manual_seed(1)
     row = max(data.rows, key=len)
-    net = GPT(data.vocab_size, 64, n_layer=2, n_head=2, n_embd=16, positions="rotary", document_end=data.tokenizer.eot)
+    net = GPT(
+        data.vocab_size, 64, n_layer=2, n_head=2, n_embd=16, positions="rotary", document_end=data.tokenizer.eot,
+        token_shift=True,
+    )  # fmt: skip
     together, at = net(sequences([row], 64, data.text_tokenizer)[0])[0], 0
     assert len(row) > 1
     for one in row:

@@ -24,6 +24,7 @@ KINDS: dict[str, Any] = {
     "documents": {"document_end": 3, "qk_norm": True, "logit_soft_cap": 20.0},
     "separate": {"attention": "separate"},
     "shift": {"token_shift": True, "positions": "rotary"},
+    "shift, documents": {"token_shift": True, "document_end": 3},
 }
 
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,6 @@ def test_dropout_acts_in_its_place_and_only_in_training(place: str, settings: di
         ({"positions": "rotary", "rope_theta": 0.0}, "rope_theta is 0: it must be above 0"),
         ({"norm": "batch"}, "norm is batch: choose from layer, rms, none"),
         ({"attention": "separate", "n_kv_head": 2}, "n_kv_head 2 needs attention batched"),
-        ({"token_shift": True, "document_end": 3}, "token_shift with document_end 3: a document would see the one"),
         ({"attention": "separate", "qk_norm": True}, "qk_norm True needs attention batched"),
         ({"attention": "separate", "positions": "rotary"}, "positions rotary needs attention batched"),
         ({"feed_forward": "single", "hidden_size": 8}, "hidden_size 8 with feed_forward single"),
@@ -501,10 +501,10 @@ def test_todays_parts_run_in_half_precision() -> None:
     assert net.bfloat16()(tokens).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
-def test_attention_starts_anew_after_a_document(norm_position: str) -> None:
+@pytest.mark.parametrize("more", [{}, {"norm_position": "post"}, {"token_shift": True}])
+def test_a_network_starts_anew_after_a_document(more: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "norm_position": norm_position, "positions": "rotary"}
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "positions": "rotary", **more}
     net = GPT(10, 12, **shape, document_end=9).double()
     first, second = torch.tensor([[1, 2, 3, 9]]), torch.tensor([[4, 5, 9, 6, 7]])
     together = net(torch.cat([first, second], dim=1))

@@ -55,6 +55,7 @@ NETWORKS = {
     "gpt swiglu bias": lambda: GPT(V, T, **SMALL, feed_forward="swiglu", dropout=0.1, key_dropout=True),
     "gpt documents": lambda: GPT(V, T, **SMALL, **TODAY, document_end=2, dropout=0.1),
     "gpt token shift": lambda: GPT(V, T, **SMALL, token_shift=True, dropout=0.1),
+    "gpt token shift of documents": lambda: GPT(V, T, **SMALL, token_shift=True, document_end=0),
     "gpt token shift alone": lambda: GPT(V, T, **SMALL, token_shift=True, feed_forward="none"),
     "gpt token shift post norm": lambda: GPT(V, T, **SMALL, token_shift=True, norm_position="post"),
     "gpt documents post norm": lambda: GPT(V, T, **SMALL, document_end=2, norm_position="post"),
