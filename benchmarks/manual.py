@@ -5,7 +5,7 @@
 Whole steps: gradients, and a fused AdamW's or SGD's update. Both take turns in each round; a figure is the median of
 the rounds' ratios. In bfloat16, networks and gradients are in float32, and products by autocast. On a busy machine
 --cpu_time takes one thread and counts its own time alone. Memory is the peak of a process's resident memory above what
-it had with network and data in place.
+it had with network and data in place; by hand, and by hand with the blocks' activations computed again.
 For the Trainer's cost with gradients by hand against a bare autograd loop, run benchmarks/overhead.py with
 `--model lm.training.ManualLanguageModel --model.init_args.compile true`.
 """
@@ -37,7 +37,7 @@ def gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, batch: int) -> 
     return net, torch.randint(65, (batch, block_size)), torch.randint(65, (batch, block_size))
 
 
-LOW = ", bfloat16"
+LOW, AGAIN = ", bfloat16", "by hand, computed again"
 SMALL = "GPT 4×128, context 64, batch 12"
 LARGE = "GPT 6×384, context 256, batch 16"
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {  # what, and steps a round
@@ -54,15 +54,15 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {
 
 
 def steps(name: str, compiled: bool) -> dict[str, Callable[[], None]]:
-    """Return a training step by autograd and one by hand, of networks with equal initial weights."""
+    """Return a training step by autograd, and steps by hand, of networks with equal initial weights."""
     made = {}
-    for kind in ("autograd", "by hand"):
+    for kind in ("autograd", "by hand", *([AGAIN] if "GPT" in name else [])):
         torch.manual_seed(1)
         net, tokens, targets = CASES[name][0]()
         parameters = list(net.parameters())
         small = "GPT" not in name
         optimizer: Any = torch.optim.SGD(parameters, lr=0.1) if small else torch.optim.AdamW(parameters, fused=True)
-        make = autograd if kind == "autograd" else by_hand
+        make = autograd if kind == "autograd" else partial(by_hand, again=kind == AGAIN)
         products = partial(torch.autocast, "cpu", torch.bfloat16) if name.endswith(LOW) else nullcontext
         made[kind] = make(net, parameters, optimizer, tokens, targets, compiled, products)
     return made
@@ -87,9 +87,18 @@ def autograd(
 
 
 def by_hand(
-    net: Any, parameters: Any, optimizer: Any, tokens: Tensor, targets: Tensor, compiled: bool, products: Any
+    net: Any,
+    parameters: Any,
+    optimizer: Any,
+    tokens: Tensor,
+    targets: Tensor,
+    compiled: bool,
+    products: Any,
+    again: bool,
 ) -> Any:
     grads = Gradients()
+    if again:
+        grads.recomputed = {*net.h}
     run = compile_pass()
 
     @torch.no_grad()
@@ -116,7 +125,8 @@ def timed(step: Callable[[], None], count: int, clock: Callable[[], float]) -> f
 
 def compare(name: str, compiled: bool, rounds: int, clock: Callable[[], float]) -> None:
     """Print a row: the ratio of a step's times, and its spread; the times themselves go to standard error."""
-    both, count = steps(name, compiled), CASES[name][1]
+    count = CASES[name][1]
+    both = {kind: step for kind, step in steps(name, compiled).items() if kind != AGAIN}
     for step in both.values():
         timed(step, count, clock)
     found: dict[str, list[float]] = {kind: [] for kind in both}
@@ -169,14 +179,15 @@ def main() -> None:
                     compare(name, compiled, options.rounds, clock)
     if options.only in (None, "memory"):
         for name in [LARGE, LARGE + LOW]:
-            found = []
-            for kind in ("autograd", "by hand"):
+            found = {}
+            for kind in ("autograd", "by hand", AGAIN):
                 words = [sys.executable, __file__, "--peak", name, kind, *(["--cpu_time"] if options.cpu_time else [])]
                 exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory returns at once, and shows
                 text = subprocess.run(words, stdout=subprocess.PIPE, env=exact, text=True, check=True).stdout
-                found.append(float(text))
-            print(f"{name}: {found[0]:.1f} MiB by autograd, {found[1]:.1f} MiB by hand", file=sys.stderr)
-            print(f"| {name}, peak memory | {found[1] / found[0]:.3f} | – |")
+                found[kind] = float(text)
+            print(f"{name}: {found} MiB", file=sys.stderr)
+            for kind, suffix in (("by hand", ""), (AGAIN, ", computed again")):
+                print(f"| {name}, peak memory{suffix} | {found[kind] / found['autograd']:.3f} | – |")
 
 
 if __name__ == "__main__":

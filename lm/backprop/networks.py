@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lm.backprop.linear import chained, convolution, positions
 from lm.backprop.loss import cross_entropy, head_and_loss
-from lm.backprop.rules import Backward, Gradients, once, rule, run
+from lm.backprop.rules import Backward, Gradients, kind_of, once, rule, run
 from lm.models import GPT, MLP, Bigram, GatedWaveNet, Seq2Seq, WaveNet
 from lm.models.bag_of_words import BagOfWords, CausalAverage, counts
 from lm.models.gpt import Block
@@ -49,7 +49,7 @@ def loss_and_gradients(
         NoRuleError: A layer has no rule.
         ValueError: Logits and targets do not fit.
     """
-    if type(net) not in _bodies:
+    if kind_of(net) not in _bodies:
         logits, backward = run(net, grads, tokens)
         _check(logits.shape[:-1], targets)
         loss, dlogits = cross_entropy(logits, targets, ignore_index=ignore_index, scale=scale)
@@ -57,7 +57,7 @@ def loss_and_gradients(
             grads.dlogits = dlogits.flatten(0, -2)
         backward(dlogits)
         return loss
-    x, backward = _bodies[type(net)](net, grads, tokens)
+    x, backward = _bodies[kind_of(net)](net, grads, tokens)
     _check(x.shape[:-1], targets)
     head: Any = net.lm_head
     loss, dx = head_and_loss(

@@ -8,7 +8,7 @@ closes over. Composites call `run` on their parts.
 Throughout, dy stands for dL/dy, the gradient of the loss by y, of y's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ class Gradients:
         shares: Where it is a dictionary, residual sums put in, for the module of each branch, the share of the
             gradient that flows through the branch.
         dlogits: Where `keep_dlogits` is set, the gradient by the logits, one row a prediction (N, V).
+        recomputed: Layers that keep their inputs alone for the backward pass, and compute the rest again there.
     """
 
     def __init__(self) -> None:
+        self.recomputed: Collection[nn.Module] = ()
         self.shares: dict[nn.Module, Tensor] | None = None
         self.keep_dlogits = False
         self.dlogits: Tensor | None = None
@@ -46,6 +48,16 @@ class Gradients:
 
     def finish(self) -> None:
         """End a step: each parameter's gradient is whole."""
+
+    def call(self, rule: Rule, layer: nn.Module, *inputs: Any) -> tuple[Any, Backward]:
+        """Return what a layer's rule does."""
+        if layer in self.recomputed:
+            return again(rule, layer, self, *inputs)
+        return rule(layer, self, *inputs)
+
+    def hooks(self, layer: nn.Module) -> Iterable[Callable[..., Any]]:
+        """Return what is to be called with a layer, its inputs and its output."""
+        return layer._forward_hooks.values()
 
     def known(self, parameter: Tensor) -> Tensor | None:
         """Return what has been added so far, or None for nothing."""
@@ -126,13 +138,38 @@ def run(layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward
     Raises:
         NoRuleError: The layer's type has none.
     """
-    found = _rules.get(type(layer))
+    found = _rules.get(kind_of(layer))
     if found is None:
-        raise NoRuleError(explanation(type(layer)))
-    output, backward = found(layer, grads, *inputs)
-    for hook in layer._forward_hooks.values():  # those who look at activations need not know how they came about
+        raise NoRuleError(explanation(kind_of(layer)))
+    output, backward = grads.call(found, layer, *inputs)
+    for hook in grads.hooks(layer):  # those who look at activations need not know how they came about
         hook(layer, inputs, output)
     return output, backward
+
+
+def kind_of(layer: nn.Module) -> type:
+    """Return a layer's class; of one that FSDP2 has sharded, which makes a subclass of its own, the class before."""
+    return next(kind for kind in type(layer).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def again(rule: Rule, layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward]:
+    """Run a rule, keep the inputs alone, and run it again in the backward pass, with the same random numbers.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
+    """
+    devices = sorted({x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+    before = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    output, _ = rule(layer, grads, *inputs)
+
+    def backward(dy: Any) -> Any:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(before[0])
+            for device, state in zip(devices, before[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            _, backward = rule(layer, grads, *inputs)
+        return backward(dy)
+
+    return output, once(backward)
 
 
 def explanation(kind: type) -> str:
@@ -147,8 +184,8 @@ def explanation(kind: type) -> str:
 def check(net: nn.Module) -> None:
     """Raise NoRuleError where a network has a layer without rule."""
     for module in net.modules():
-        if type(module) not in _rules and not isinstance(module, nn.ModuleList):
-            raise NoRuleError(explanation(type(module)))
+        if kind_of(module) not in _rules and not isinstance(module, nn.ModuleList):
+            raise NoRuleError(explanation(kind_of(module)))
 
 
 def once(backward: Backward) -> Backward:

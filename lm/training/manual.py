@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, K steps.
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lm.backprop import Gradients, NoRuleError, check
@@ -15,7 +15,8 @@ from lm.errors import CheckError, UserError
 from lm.models.layers import BatchNorm
 from lm.training import audit, lightning_internals
 from lm.training.by_hand import Compiled, StepByHand, compile_pass
-from lm.training.distributed.reduction import ReducedGradients, average
+from lm.training.compute import blocks
+from lm.training.distributed.reduction import ReducedGradients, ShardedGradients, average
 from lm.training.distributed.sharding import is_sharded
 from lm.training.language_model import LanguageModel
 
@@ -47,23 +48,23 @@ class ManualLanguageModel(LanguageModel):
         """Refuse what the rules do not support.
 
         Raises:
-            UserError: The rules do not support the precision or the strategy, or activation checkpointing is on.
+            UserError: The rules do not support the precision or the strategy, or what is set besides.
         """
         super().setup(stage)
         self.automatic_optimization, trainer = False, self.trainer
-        if self.activation_checkpointing:
-            raise UserError(
-                "model.activation_checkpointing with ManualLanguageModel: rules keep what they need: set it to false"
-            )
         if stage != "fit":
             return
         check_precision(trainer.precision)
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            name = "fsdp2" if is_sharded(trainer) else type(trainer.strategy).__name__
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            name = type(trainer.strategy).__name__
             raise UserError(
-                f"trainer.strategy {name} with ManualLanguageModel: the rules need whole "
-                "parameters on each device; use ddp"
+                f"trainer.strategy {name} with ManualLanguageModel: the rules need whole parameters: use ddp, or fsdp2"
             )
+        if self.compiled and (is_sharded(trainer) or self.activation_checkpointing):
+            other = "trainer.strategy fsdp2" if is_sharded(trainer) else "model.activation_checkpointing"
+            raise UserError(f"model.compile with {other} and ManualLanguageModel: one graph would keep all: drop one")
+        if self.audit_every and is_sharded(trainer):
+            raise UserError("model.audit_every with trainer.strategy fsdp2: an audit needs the whole network: drop one")
 
     def configure_model(self) -> None:
         """Build the network, and check that every layer has a rule."""
@@ -82,7 +83,12 @@ class ManualLanguageModel(LanguageModel):
         super().on_train_start()
         assert self.net is not None
         ranks = self.trainer.world_size
-        grads = ReducedGradients(nn.ModuleList(self.fitted), ranks) if ranks > 1 else Gradients()
+        if is_sharded(self.trainer):
+            grads: Gradients = ShardedGradients(self.net)
+        else:
+            grads = ReducedGradients(nn.ModuleList(self.fitted), ranks) if ranks > 1 else Gradients()
+        if self.activation_checkpointing:
+            grads.recomputed = {block for net in self.fitted for block in blocks(net)}
         self.step.check = self._check_gradients
         self._by_hand = StepByHand(
             self.net, self.step.fitted, grads, division=self.step.division, compiled=self._compiled

@@ -1,16 +1,21 @@
-"""Gradients of several processes, reduced while the backward pass goes on.
+"""Gradients by hand of several processes, reduced while the backward pass goes on.
 
 DDP's own reduction hangs on autograd's hooks, so it never sees gradients that were not made by autograd (Lightning
 issue 9237: no error, and weights that drift apart).
 """
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from lm.backprop import Gradients
+from lm.backprop.rules import Backward, Collected, Rule, once
 
 BUCKET = 25 << 20  # bytes, as DDP's
 
@@ -119,6 +124,108 @@ class ReducedGradients(Gradients):
             if work is not None:
                 work.wait()
         self.open = self.reducing = False
+
+
+class Shards(NamedTuple):
+    """A reduction under way: of a layer's gradients, this rank's shards side by side."""
+
+    parameters: list[DTensor]
+    flat: Tensor
+    work: Any
+
+    def settle(self) -> None:
+        """Wait for it, and add each shard to its parameter's gradient."""
+        self.work.wait()
+        parts = self.flat.split([_rows(p) * p[:1].numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            here = parameter.to_local()
+            shard = part[: here.numel()].view_as(here)
+            if parameter.grad is None:
+                parameter.grad = DTensor.from_local(
+                    shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+            else:
+                parameter.grad.to_local().add_(shard)  # type: ignore[attr-defined]
+
+
+class ShardedGradients(Collected):
+    """Gradients of a network that FSDP2 has sharded: whole while a layer is at work, then each rank's shard.
+
+    A block's parameters are gathered for its forward and for its backward pass; then the mean of its gradients over the
+    ranks is taken, of which each keeps its shard. What belongs to no block is whole from `begin` to `finish`.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.units = {module for module in net.modules() if isinstance(module, FSDPModule) and module is not net}
+        self.pending: dict[nn.Module, Shards] = {}
+
+    def hooks(self, layer: nn.Module) -> Iterable[Any]:
+        """Return none: those of sharded layers are FSDP2's own."""
+        return ()
+
+    def begin(self, parameters: list[nn.Parameter]) -> None:
+        """Begin a step."""
+        super().begin(parameters)
+        self.net.unshard()  # type: ignore[operator]
+
+    def call(self, rule: Rule, layer: Any, *inputs: Any) -> tuple[Any, Backward]:
+        """Return what a layer's rule does, with whole parameters."""
+        if layer not in self.units:
+            return super().call(rule, layer, *inputs)
+        layer.unshard()
+        output, backward_whole = super().call(rule, layer, *inputs)
+        layer.reshard()
+
+        def backward(dy: Any) -> Any:
+            layer.unshard()
+            dx = backward_whole(dy)
+            self._reduce(layer)
+            return dx
+
+        return output, once(backward)
+
+    def finish(self) -> None:
+        """Reduce what belongs to no block, and wait for all."""
+        self._reduce(self.net)
+        for shards in self.pending.values():
+            shards.settle()
+        self.pending.clear()
+
+    def _reduce(self, unit: Any) -> None:
+        """Begin to reduce the gradients of a unit, and leave each rank its shards of the parameters."""
+        whole = self._parameters(unit)
+        unit.reshard()
+        sharded: list[Any] = self._parameters(unit)
+        ranks = sharded[0].device_mesh.size()
+        pieces = []
+        for parameter, full in zip(sharded, whole, strict=True):
+            gradient = self.found.pop(full, None)
+            gradient = torch.zeros_like(full) if gradient is None else gradient
+            rows = gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None]
+            rows = F.pad(rows, (0, 0, 0, ranks * _rows(parameter) - len(rows)))  # those of the last ranks may be fewer
+            pieces.append(rows.view(ranks, -1))
+        flat = torch.cat(pieces, dim=1).div_(ranks)  # (ranks, all shards)
+        if unit in self.pending:  # of the micro-batch before
+            self.pending.pop(unit).settle()
+        mine = torch.empty_like(flat[0])
+        group = sharded[0].device_mesh.get_group()
+        work = distributed.reduce_scatter_tensor(mine, flat.flatten(), group=group, async_op=True)
+        self.pending[unit] = Shards(sharded, mine, work)
+
+    def _parameters(self, unit: nn.Module) -> list[nn.Parameter]:
+        """Return a unit's parameters as they are now, whole or shards, without those of units within it."""
+        inner = {p for module in self.units - {unit} for p in module.parameters()} if unit is self.net else set()
+        return [parameter for parameter in unit.parameters() if parameter not in inner]
+
+
+def _rows(parameter: DTensor) -> int:
+    """Return the rows of a parameter's shard; the last ranks may have fewer."""
+    return -(-len(parameter) // parameter.device_mesh.size())
 
 
 def average(tensors: list[Tensor]) -> None:
