@@ -148,7 +148,7 @@ def ways_to_train(cli: Bench, models: list[str], words: list[str]) -> Iterator[W
     missing = compute.compiler_missing(cli.device)
     choices = [False] if missing else [False, True]
     if len(models) < 2 or any(word.partition("=")[0] == f"--{COMPILE}" for word in words):
-        choices = [bool(cli.config.model.init_args.compile)]
+        choices = [cli.config.model.init_args.compile is True]
     elif missing:
         print(f"note: {missing} is missing here: nothing is compiled", file=sys.stderr)
     for model in models or [cli.config.model.class_path]:

@@ -21,7 +21,7 @@ from lm.data.module import TokenData
 from lm.errors import CommandError, Stopped, UserError
 from lm.experiments.about import About
 from lm.experiments.trial import Reports
-from lm.training import ManualLanguageModel, compute, harmless, lightning_internals, precision
+from lm.training import ManualLanguageModel, auto, compute, harmless, lightning_internals
 from lm.training.callbacks import lightning
 from lm.training.callbacks.checkpointing import Checkpoints
 from lm.training.callbacks.process import Console, FrozenHeap, KeptMemory, OwnCores, RandomState
@@ -92,8 +92,7 @@ class Fit(rules.WithRules):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with our loggers unless the recipe has its own, our checkpoint files and callbacks."""
         settings = {**self.config_init.trainer, **kwargs}
-        if settings["precision"] == precision.AUTO:
-            settings["precision"] = self.config.trainer.precision = self._precision(settings)
+        self._choose(settings)
         lightning.take_over(settings, self.checkpoints)
         self._count_in_batches(settings)
         if isinstance(self.config_init.model, ManualLanguageModel):
@@ -152,20 +151,37 @@ class Fit(rules.WithRules):
         events = Events(self.logs, self.first_step, opened=False, removed=removed)
         return [events, log_files.MetricsCSV(self.logs, removed), log_files.MetricsProm(self.logs, removed)]
 
-    def _precision(self, settings: dict[str, Any]) -> str:
-        """Return the checkpoint's precision, or else the faster one, and say so."""
+    def _choose(self, settings: dict[str, Any]) -> None:
+        """Put the checkpoint's settings, or else the faster ones, in the place of "auto", and say so."""
+        module = parsing.language_model(self.model)
+        wanted = {"trainer.precision": settings["precision"], "model.compile": getattr(module, "compiled", False)}
+        wanted = {name: value for name, value in wanted.items() if value == auto.AUTO}
+        if not wanted:
+            return
         saved = self.goes_on and self.goes_on.config
-        if saved:
-            chosen, reason = str(saved["trainer"]["precision"] or precision.FULL), "as in the checkpoint"
-        else:
-            if max(devices.processes(settings), environment.processes()) > 1:
-                raise UserError("trainer.precision auto is measured in one process: say 32-true or bf16-mixed")
+        if not saved and max(devices.processes(settings), environment.processes()) > 1:
+            values = {"trainer.precision": "32-true or bf16-mixed", "model.compile": "true or false"}
+            name = next(iter(wanted))
+            raise UserError(f"{name} auto is measured in one process: say {values[name]}")
+        if not saved:
             self.inherit_tokenizer(self.origin)
             self.datamodule.setup("fit")
-            module = parsing.language_model(self.model)
-            chosen, reason = precision.choose(module, self.datamodule, devices.of_recipe(settings))
-        self.say(f"note: trainer.precision auto: {chosen}: {reason}")
-        return chosen
+        device = devices.of_recipe(settings)
+        why = "as in the checkpoint"
+        if "trainer.precision" in wanted:
+            if saved:
+                chosen = str(saved["trainer"]["precision"] or auto.FULL)
+            else:
+                chosen, why = auto.choose_precision(module, self.datamodule, device)
+            settings["precision"] = self.config.trainer.precision = chosen
+            self.say(f"note: trainer.precision auto: {chosen}: {why}")
+        if "model.compile" in wanted:
+            if saved:
+                compiled = bool(saved["model"]["init_args"].get("compile"))
+            else:
+                compiled, why = auto.choose_compile(module, self.datamodule, device, str(settings["precision"]))
+            module.compiled = self.config.model.init_args.compile = compiled
+            self.say(f"note: model.compile auto: {str(compiled).lower()}: {why}")
 
     def _count_in_batches(self, settings: dict[str, Any]) -> None:
         """Turn val_check_interval from the recipe's steps into Lightning's batches.

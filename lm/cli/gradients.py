@@ -113,7 +113,7 @@ class Compare(rules.WithRules, parsing.Untrained):
             raise UserError(f"--tensor {config.tensor[:60]} is for --values: say that, too")
         net, batches = self.batches(torch.float32 if dtype == torch.bfloat16 else dtype)
         compiled = None
-        if self.model.compiled:
+        if self.model.compiled is True:
             if missing := compiler_missing(torch.device("cpu")):
                 raise UserError(f"model.compile: {missing} is missing here: set it to false")
             compiled = compile_pass()
