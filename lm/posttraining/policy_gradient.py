@@ -62,6 +62,7 @@ class PolicyGradient(LanguageModel):
     """
 
     calls_matter = True
+    compiles = False  # texts of other lengths would be other graphs
 
     @checked("model.", UserError)
     def __init__(
