@@ -149,7 +149,8 @@ def run(layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward
 
 def kind_of(layer: nn.Module) -> type:
     """Return a layer's class; of one that FSDP2 has sharded, which makes a subclass of its own, the class before."""
-    return next(kind for kind in type(layer).__mro__ if not kind.__name__.startswith("FSDP"))
+    kind, *before = type(layer).__mro__
+    return before[1] if before[0].__name__ == "FSDPModule" else kind
 
 
 def again(rule: Rule, layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple[Any, Backward]:
@@ -161,13 +162,13 @@ def again(rule: Rule, layer: nn.Module, grads: Gradients, *inputs: Any) -> tuple
     before = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
     output, _ = rule(layer, grads, *inputs)
 
-    def backward(dy: Any) -> Any:
+    def backward(*dy: Any) -> Any:
         with torch.random.fork_rng(devices):
             torch.set_rng_state(before[0])
             for device, state in zip(devices, before[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
             _, backward = rule(layer, grads, *inputs)
-        return backward(dy)
+        return backward(*dy)
 
     return output, once(backward)
 

@@ -113,10 +113,9 @@ def remedy(folder: Path) -> str:
     return f"{folder} has {_free(folder) >> 20} MiB free: make room or make it writable; earlier checkpoints are whole"
 
 
-def is_full(folder: Path, said: str = "") -> bool:
-    """Return whether the disk where a folder is has no room left, or a program's last words say so."""
-    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
-    return _free(folder) < 1 << 20 or any(words in said for words in full)
+def is_full(folder: Path) -> bool:
+    """Return whether the disk where a folder is has no room left."""
+    return _free(folder) < 1 << 20
 
 
 def _free(folder: Path) -> int:

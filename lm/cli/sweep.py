@@ -1,5 +1,6 @@
 """`lm sweep`: a search over the settings of a recipe."""
 
+import errno
 import os
 import re
 import signal
@@ -58,6 +59,12 @@ def sweep(arguments: list[str]) -> None:
         processes = Processes({})  # imports while the storage is opened
         try:
             result = _search(found, options, name, folder, node, processes, exits)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.filename or folder}: {error.strerror}: make room; then the same command goes on"
+            ) from error
         except Stopped as stop:
             stop.args = (f"{stop}; the trials are in {folder}: the same command continues",)
             raise
@@ -74,7 +81,6 @@ def _search(
     found: spec.Spec, options: Any, name: str, folder: Path, node: int, processes: Processes, exits: ExitStack
 ) -> dict[str, Any]:
     """Run the trials, and return what `--json` prints."""
-    from lm.checkpoints.disk import full_disk_is_a_user_error
     from lm.experiments.study import Lock, Trials, open_storage
     from lm.experiments.sweep import Sweep, checkpoint_of
 
@@ -83,7 +89,6 @@ def _search(
     def say(text: str, **fields: Any) -> None:
         print(log.line(text, run=name, **fields), file=stream, flush=True)
 
-    exits.enter_context(full_disk_is_a_user_error(folder))
     place = Path(exits.enter_context(tempfile.TemporaryDirectory()))
     fresh = not (folder / "journal.log").exists()
     if fresh:  # bad settings leave nothing

@@ -3,6 +3,7 @@
 All that it must not forget is in the storage before it goes on, so it can be killed at any moment.
 """
 
+import errno
 import os
 import signal
 import time
@@ -197,10 +198,10 @@ class Sweep:
         del self.slots[slot]
         if code:
             said = "out of memory" if stopped and memory_kills() > work.oom else last_words(self.folder, name, code)
-            if disk.is_full(self.folder, said):  # no fault of the trial's: it goes on once there is room
-                raise UserError(
-                    f"trial {work.trial.number}: {said}; once {self.folder} has room, the same command goes on"
-                )
+            full = [text for text in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) if text in said]
+            if full or disk.is_full(self.folder):  # no fault of the trial's: it goes on once there is room
+                what = said if full else f"{os.strerror(errno.ENOSPC)}: make room"
+                raise UserError(f"trial {work.trial.number}: {what}; then the same command goes on")
             self.trials.note(work.trial, reason=said)
             self._finish(work, TrialState.FAIL, reason=said)
         elif work.given_up:

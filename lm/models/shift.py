@@ -47,4 +47,4 @@ def earlier(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def seen(before: Tensor, mask: Tensor | None) -> Tensor:
     """Return what stands before each position (B, T, C), zeros where a mask (B, 1, T, T) hides it."""
-    return before if mask is None else before * sees_previous(mask)[..., None]  # (B, T, C) * (B, T, 1)
+    return before if mask is None else before.masked_fill(~sees_previous(mask)[..., None], 0.0)  # (B, T, 1)

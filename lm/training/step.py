@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lm.errors import CheckError, UserError
@@ -71,7 +72,9 @@ class Step:
         assert sorted(map(id, grouped)) == sorted(map(id, self.fitted)), "each parameter belongs to exactly one group"
         # saves a tenth of a small network's step: one norm of a copy costs half of what all parameters' norms do
         self._small = (
-            sum(p.numel() for p in self.fitted) < SMALL and len({(p.dtype, p.device) for p in self.fitted}) == 1
+            sum(p.numel() for p in self.fitted) < SMALL
+            and len({(p.dtype, p.device) for p in self.fitted}) == 1
+            and not any(isinstance(p, DTensor) for p in self.fitted)
         )
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lm.backprop import Gradients, NoRuleError, check, run
+from lm.training.compute import blocks
 from tests.support.gradients import (
     LAYERS,
     NETWORKS,
@@ -34,6 +35,15 @@ def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_network_against_autograd(name: str, training: bool, ignored: bool) -> None:
     net = make(name).train(training)
     assert_same(net, *batch(net, 5, ignored=ignored))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NETWORKS if name.split()[0] in ("gpt", "gated", "seq2seq", "encoder")]
+)
+def test_blocks_that_are_computed_again(name: str) -> None:
+    net = make(name)
+    assert blocks(net)
+    assert_same(net, *batch(net, 5), recomputed=tuple(blocks(net)))
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "mlp" not in name and "wavenet" not in name])

@@ -122,8 +122,19 @@ def batch(net: nn.Module, count: int, time: int = T, ignored: bool = False) -> t
     return tokens, targets
 
 
-def both(net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[dict, dict, float, float]:
-    """Return the gradients and the loss by autograd and by hand, from the same random numbers."""
+def both(
+    net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, recomputed: tuple[nn.Module, ...] = ()
+) -> tuple[dict, dict, float, float]:
+    """Return the gradients and the loss by autograd and by hand, from the same random numbers.
+
+    Args:
+        net: A network.
+        tokens: (B, T).
+        targets: As its logits.
+        recomputed: Layers that are computed again in the backward pass by hand.
+    """
+    grads = Gradients()
+    grads.recomputed = recomputed
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     seed(5)
     logits = net(tokens)
@@ -137,7 +148,7 @@ def both(net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[d
     net.zero_grad()
     seed(5)
     with torch.no_grad():
-        by_hand = loss_and_gradients(net, Gradients(), tokens, targets)
+        by_hand = loss_and_gradients(net, grads, tokens, targets)
     for name, buffer in net.named_buffers():
         torch.testing.assert_close(buffer, after[name], rtol=1e-12, atol=1e-14)
     assert torch.equal(torch.get_rng_state(), state)  # the same random numbers were drawn
@@ -145,8 +156,14 @@ def both(net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[d
     return wanted, found, loss.item(), by_hand.item()
 
 
-def assert_same(net: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, tolerance: float = 1e-10) -> None:
-    wanted, found, loss, by_hand = both(net, tokens, targets)
+def assert_same(
+    net: nn.Module,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    tolerance: float = 1e-10,
+    recomputed: tuple[nn.Module, ...] = (),
+) -> None:
+    wanted, found, loss, by_hand = both(net, tokens, targets, recomputed)
     assert by_hand == pytest.approx(loss, rel=1e-12)
     largest = max(float(g.abs().max()) for g in wanted.values())
     assert largest > 1e-4

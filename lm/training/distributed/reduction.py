@@ -136,7 +136,7 @@ class Shards(NamedTuple):
     def settle(self) -> None:
         """Wait for it, and add each shard to its parameter's gradient."""
         self.work.wait()
-        parts = self.flat.split([_rows(p) * p[:1].numel() for p in self.parameters])
+        parts = self.flat.split([_rows(p) * (p.numel() // len(p)) for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             here = parameter.to_local()
             shard = part[: here.numel()].view_as(here)
@@ -165,8 +165,8 @@ class ShardedGradients(Collected):
         self.pending: dict[nn.Module, Shards] = {}
 
     def hooks(self, layer: nn.Module) -> Iterable[Any]:
-        """Return none: those of sharded layers are FSDP2's own."""
-        return ()
+        """Return none for a layer that is sharded itself: those are FSDP2's own."""
+        return () if isinstance(layer, FSDPModule) else super().hooks(layer)
 
     def begin(self, parameters: list[nn.Parameter]) -> None:
         """Begin a step."""
@@ -181,9 +181,9 @@ class ShardedGradients(Collected):
         output, backward_whole = super().call(rule, layer, *inputs)
         layer.reshard()
 
-        def backward(dy: Any) -> Any:
+        def backward(*dy: Any) -> Any:
             layer.unshard()
-            dx = backward_whole(dy)
+            dx = backward_whole(*dy)
             self._reduce(layer)
             return dx
 
@@ -201,6 +201,8 @@ class ShardedGradients(Collected):
         whole = self._parameters(unit)
         unit.reshard()
         sharded: list[Any] = self._parameters(unit)
+        if not sharded:
+            return
         ranks = sharded[0].device_mesh.size()
         pieces = []
         for parameter, full in zip(sharded, whole, strict=True):
@@ -214,13 +216,15 @@ class ShardedGradients(Collected):
             self.pending.pop(unit).settle()
         mine = torch.empty_like(flat[0])
         group = sharded[0].device_mesh.get_group()
-        work = distributed.reduce_scatter_tensor(mine, flat.flatten(), group=group, async_op=True)
+        # renamed in torch 2.13
+        scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
+        work = scatter(mine, flat.flatten(), group=group, async_op=True)
         self.pending[unit] = Shards(sharded, mine, work)
 
     def _parameters(self, unit: nn.Module) -> list[nn.Parameter]:
-        """Return a unit's parameters as they are now, whole or shards, without those of units within it."""
+        """Return a unit's fitted parameters as they are now, whole or shards, without those of units within it."""
         inner = {p for module in self.units - {unit} for p in module.parameters()} if unit is self.net else set()
-        return [parameter for parameter in unit.parameters() if parameter not in inner]
+        return [p for p in unit.parameters() if p.requires_grad and p not in inner]
 
 
 def _rows(parameter: DTensor) -> int:

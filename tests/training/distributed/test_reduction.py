@@ -8,12 +8,16 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 from lm.backprop import Gradients, loss_and_gradients
 from lm.errors import UserError
 from lm.models import GPT
 from lm.training import ManualLanguageModel
+from lm.training.compute import blocks
 from lm.training.distributed import reduction
+from lm.training.distributed.sharding import shard
+from tests.support.gradients import batch, make
 
 
 @pytest.fixture
@@ -78,6 +82,26 @@ def test_a_rule_that_adds_too_often_is_found(one_rank: None) -> None:
     grads.add(net.weight, torch.ones(2, 2))
     with pytest.raises(RuntimeError, match="more often than layers have it"):
         grads.add(net.weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("name", ["gpt today", "gpt documents", "gated wavenet", "seq2seq", "encoder"])
+def test_of_sharded_networks_they_are_those_of_whole_ones(one_rank: None, name: str) -> None:
+    whole, net = make(name).eval(), make(name).eval()
+    tokens, targets = batch(whole, 3)
+    shard(net, init_device_mesh("cpu", (1,)))
+    grads, parameters = reduction.ShardedGradients(net), [*net.parameters()]
+    parameters[0].requires_grad_(False)
+    with torch.no_grad():
+        loss_and_gradients(whole, Gradients(), tokens, targets)
+        for recomputed in ((), blocks(net)):
+            grads.recomputed = recomputed
+            grads.begin(parameters)
+            for _ in range(2):  # micro-batches
+                loss_and_gradients(net, grads, tokens, targets, scale=0.5)
+            grads.finish()
+            assert parameters[0].grad is None
+            for wanted, parameter in zip([*whole.parameters()][1:], parameters[1:], strict=True):
+                torch.testing.assert_close(parameter.grad.full_tensor(), wanted.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_sharded_parameters_are_refused() -> None:
