@@ -5,11 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from lm.experiments.space import Setting, check_conditions, check_names
+from lm.experiments.space import Setting, check_conditions, check_names, recipe_with
 
 SAMPLERS = ("tpe", "random", "grid", "gp")
 PRUNERS = ("none", "median", "hyperband", "wilcoxon")
-KEYS = ("recipe", "settings", "minimise", "maximise", "at", "sampler", "pruner", "trials", "seeds", "seed", "budget")
+KEYS = (
+    "recipe",
+    "fixed",
+    "settings",
+    "minimise",
+    "maximise",
+    "at",
+    "sampler",
+    "pruner",
+    "trials",
+    "seeds",
+    "seed",
+    "budget",
+)
 TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
 
 
@@ -18,7 +31,7 @@ class Spec:
     """A sweep.
 
     Args:
-        recipe: The recipe, as its file has it.
+        recipe: The recipe, as its file has it, but for what the sweep fixes.
         settings: What varies.
         metric: What is minimised, or maximised.
         maximise: Whether it is maximised.
@@ -71,6 +84,7 @@ def parse(found: Any, recipe: Any) -> Spec:
     check_conditions(settings)
     if not isinstance(recipe, dict):
         raise UserError("recipe: it is no recipe: name a YAML file as lm fit takes it")
+    recipe = recipe_with(recipe, _fixed(found, settings))
     metric, maximise = _metric(found, recipe)
     budget = found.get("budget", {})
     if not isinstance(budget, dict):
@@ -97,6 +111,17 @@ def parse(found: Any, recipe: Any) -> Spec:
         endless = next(setting.name for setting in settings if setting.finite() is None)
         raise UserError(f"sampler grid: settings.{endless} has no end of values: say choices, or another sampler")
     return spec
+
+
+def _fixed(found: dict[str, Any], settings: tuple[Setting, ...]) -> dict[str, Any]:
+    """Return the values that all trials have in place of the recipe's, by their settings' names."""
+    fixed = found.get("fixed", {})
+    if not isinstance(fixed, dict):
+        raise UserError(f"fixed: found {str(fixed)[:60]}, expected settings of the recipe, each with its value")
+    for setting in settings:
+        if setting.name in fixed:
+            raise UserError(f"fixed.{setting.name}: it varies, too: say it in one place")
+    return {str(name): value for name, value in fixed.items()}
 
 
 def _metric(found: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, bool]:

@@ -24,6 +24,12 @@ def test_the_defaults() -> None:
     assert (found.trials, found.seeds, found.steps, found.minutes) == (20, 1, None, None)
 
 
+def test_what_is_fixed_takes_the_place_of_the_recipes_value() -> None:
+    found = spec.parse({**GOOD, "fixed": {"trainer.max_steps": 5}}, {"trainer": {"max_steps": 9, "devices": 1}})
+    assert found.recipe == {"trainer": {"max_steps": 5, "devices": 1}}
+    assert found.identity != spec.parse(GOOD, {"trainer": {"max_steps": 9, "devices": 1}}).identity
+
+
 def test_whatever_an_evaluation_gives_may_be_the_metric() -> None:
     """Also a classifier's accuracy, and a reward model's margin."""
     for name in ("loss", *SHOWN):
@@ -40,6 +46,8 @@ def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:
     ("changes", "said"),
     [
         ({"trails": 3}, "trails: did you mean trials?"),
+        ({"fixed": 3}, "fixed: found 3, expected settings of the recipe"),
+        ({"fixed": {"a.b": 3}}, "fixed.a.b: it varies, too"),
         ({"settings": {}}, "settings: nothing varies"),
         ({"settings": 3}, "settings: nothing varies"),
         ({"minimise": "val_los"}, "minimise.val_los: did you mean val_loss?"),
