@@ -185,6 +185,40 @@ def test_what_compose_starts_trains_and_shows_the_curves(image: Container, volum
         end(board)
 
 
+def test_what_compose_starts_serves_by_a_key(image: Container, volumes: dict[str, Path], tmp_path: Path) -> None:
+    """The serve profile: its command, its secret, its health check; nothing can be written."""
+    code, _, err = image.run(*QUICKSTART, 3, volumes=volumes)
+    assert code == 0, err
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["serve"]
+    words = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in service["command"]]  # its defaults
+    keys, inside = tmp_path / "keys.txt", image.root / "run/secrets"
+    keys.write_text("open-sesame\n")
+    secret = [f"mount -t tmpfs tmpfs {image.root}/run", f"mkdir {inside}", f"install -m 444 {keys} {inside}/keys"]
+    server = image.start(*words, volumes=volumes, before=[*secret, f"mount -o remount,bind,ro {image.root}/run"])
+    healthy = service["healthcheck"]["test"][-1]
+    ask = (
+        "import sys, urllib.request as u; r = u.Request('http://127.0.0.1:8000/v1/completions', sys.argv[1].encode(), "
+    )
+    ask += "{'Content-Type': 'application/json', 'Authorization': sys.argv[2]}); print(u.urlopen(r, timeout=60).read())"
+
+    def within(*program: str) -> subprocess.CompletedProcess[str]:
+        words = ["nsenter", "--net", f"--target={process_1(server)}", sys.executable, "-c", *program]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    try:
+        until = time.monotonic() + 60
+        while within(healthy).returncode:
+            assert server.poll() is None and time.monotonic() < until, end(server)
+            time.sleep(0.5)
+        wanted = json.dumps({"model": "quickstart", "prompt": "def ", "max_tokens": 5})
+        refused, answered = within(ask, wanted, "Bearer open"), within(ask, wanted, "Bearer open-sesame")
+        assert "401" in refused.stderr and '"finish_reason":"length"' in answered.stdout, (refused, answered)
+        os.kill(process_1(server), signal.SIGTERM)
+        assert server.wait(60) == 143
+    finally:
+        end(server)
+
+
 def test_nothing_is_in_it_that_does_not_belong(image: Container, builder: Builder) -> None:
     inside = {path.name for path in (image.root / "app").iterdir()}
     assert inside == {"checkpoints", "cluster", "configs", "logs"}
