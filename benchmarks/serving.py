@@ -217,7 +217,8 @@ def transformers_started(folder: Path, options: argparse.Namespace) -> Server:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     main = "from transformers.cli.transformers import main; main()"
-    words = ("serve", exported, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *options.peer_options)
+    place = ("--host", "127.0.0.1", "--port", str(port), "--device", "cpu")
+    words = ("serve", exported, *place, "--continuous-batching", *options.peer_options)
     process = subprocess.Popen([sys.executable, "-c", main, *words], stdout=log, stderr=log, text=True)
     server = Server("transformers serve", f"http://127.0.0.1:{port}", exported, process)
     while process.poll() is None:

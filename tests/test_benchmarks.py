@@ -26,7 +26,7 @@ CASES = {
     "preferences": "posttraining preferences --seeds 1 --part 0.02",
 }
 LONG = {
-    "records": "records --only 'shakespeare-cpu, 280 steps' --seeds 1",
+    "records": "records --only 'shakespeare-cpu, 220 steps' --seeds 1",
     "conversations": "posttraining sft --seeds 1 --part 0.003",
     "optimism": "posttraining optimism --seeds 1 --part 0.02",
 }

@@ -22,7 +22,7 @@ from tests.conftest import MISSING, REFERENCE, ROOT
 
 pytestmark = pytest.mark.usefixtures("our_rules")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PICTURES = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in (".svg", ".png"))
+PICTURES = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in (".svg", ".png", ".html"))
 PAGES = [ROOT / "README.md", *DOCS]
 TEXTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 STEPS = "--trainer.max_steps 4 --trainer.val_check_interval 4 --trainer.limit_val_batches 2"

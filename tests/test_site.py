@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+REPORTS = {path.stem for path in (ROOT / "docs").glob("*.html")}
 PAGES = sorted(str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md"))
 
 
@@ -26,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_page_is_there_and_in_the_map(site: Path) -> None:
-    assert {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")} == {*PAGES, "404"}
+    assert {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")} == {*PAGES, *REPORTS, "404"}
     front = (site / "index.html").read_text()
     assert [page for page in PAGES if page != "index" and f'href="./{page}.html"' not in front] == []
 

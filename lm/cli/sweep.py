@@ -92,7 +92,7 @@ def _search(
     place = Path(exits.enter_context(tempfile.TemporaryDirectory()))
     fresh = not (folder / "journal.log").exists()
     if fresh:  # bad settings leave nothing
-        processes.check(corners(found, place))
+        _check(found, place, processes, options.config)
     trials = Trials(found, open_storage(options.storage, folder), name, Lock(folder / ".choosing.lock"), node)
     work = Sweep(trials, folder, options.workers, processes, say)
     left = [trial for trial in trials.all() if not trial.state.is_finished()]
@@ -100,9 +100,9 @@ def _search(
         work.left_over = [trial for trial in left if trial.user_attrs.get("node", 0) in nodes]
         done = len(trials.all()) - len(left)
         if done or work.left_over:
-            say(f"{name}: {done} trials are done, {len(work.left_over)} go on")
+            say(f"{name}: {done} trials are done, {len(work.left_over)} unfinished ones go on")
         if done < found.trials and not fresh:
-            processes.check(corners(found, place))
+            _check(found, place, processes, options.config)
         before = take_stops(_raise)
         try:
             work.run()
@@ -129,6 +129,14 @@ def _search(
     result |= {"complete": ends.count("COMPLETE"), "pruned": ends.count("PRUNED"), "failed": ends.count("FAIL")}
     say(f"{len(ends)} trials: {result['complete']} complete, {result['pruned']} given up, {result['failed']} failed")
     return result
+
+
+def _check(found: spec.Spec, place: Path, processes: Processes, config: Path) -> None:
+    """Have recipes parsed that have every choice and both ends of every range; errors name the sweep's file."""
+    try:
+        processes.check(corners(found, place))
+    except UserError as error:
+        raise UserError(re.sub(rf"^{re.escape(str(place))}/[^:,]*(, line \d+)?", str(config), error.text)) from error
 
 
 def _raise(signum: int, frame: Any) -> None:

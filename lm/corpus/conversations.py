@@ -126,8 +126,9 @@ def _messages(row: dict[str, Any], place: str) -> Messages:
         message = _object(found, at)
         role = message.get("role")
         if role not in expected:
-            shown = repr(role)[:40] if role not in ROLES else role
-            raise UserError(f"{at}: its role is {shown}: expected {' or '.join(expected)}")
+            shown = role if role in ROLES else repr(role)[:40]
+            what = f"its role is {shown}" if "role" in message else f"it has {', '.join(message)[:60]}, and no role"
+            raise UserError(f"{at}: {what}: expected {' or '.join(expected)}")
         messages.append({"role": role, "content": text_of(message, "content", f"{at} of the {role}")})
         expected = ("assistant",) if role == "user" else ("user",)
     if not messages or messages[-1]["role"] != "assistant":

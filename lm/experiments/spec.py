@@ -62,7 +62,7 @@ class Spec:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same where a sweep goes on; how long it goes on may differ."""
-        kept = {key: value for key, value in self.said.items() if key not in ("trials", "budget", "recipe")}
+        kept = {key: value for key, value in self.said.items() if key not in ("trials", "budget", "recipe", "fixed")}
         return {**kept, "recipe": self.recipe}
 
 
@@ -180,7 +180,9 @@ def read(path: Path, parse_yaml: Any) -> Spec:
         raise UserError(f"{path}: it names no recipe: say recipe: FILE")
     file = Path(found["recipe"])
     beside = path.parent / file
-    return parse(found, _values(file if file.exists() or not beside.exists() else beside, parse_yaml))
+    if not file.exists() and not beside.exists():
+        raise UserError(f"{path}: recipe {file}: there is no such file, neither here nor beside it")
+    return parse(found, _values(file if file.exists() else beside, parse_yaml))
 
 
 def _values(path: Path, parse_yaml: Any) -> Any:

@@ -258,7 +258,8 @@ class Sweep:
         self.trials.end(work.trial, state, value)
         best = self.trials.best()
         if best is not None and (before is None or best.number != before.number):
-            write_yaml(self.folder / "best.yaml", recipe_with(self.spec.recipe, self.trials.values(best)))
+            recipe = recipe_with(self.spec.recipe, self.trials.values(best))
+            write_yaml(self.folder / "best.yaml", {**recipe, "name": self.folder.name})
         found = self.trials.newest(work.trial)
         last = found.user_attrs.get("metrics", {}).get(self.spec.metric) if value is None else value
         shown = f"{self.spec.metric} {last:.4f}" if last is not None else " " * len(self.spec.metric)

@@ -90,7 +90,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "sweeps.yaml"
     for text, said in (
         ("3", "it names no recipe"),
-        ("recipe: none.yaml\nsettings: {a: [1, 2]}", "none.yaml: No such file"),
+        ("recipe: none.yaml\nsettings: {a: [1, 2]}", "sweeps.yaml: recipe none.yaml: there is no such file"),
         ("recipe: [", "it is no YAML"),
         ("recipe: bad.yaml\nsettings: {a: [1, 2]}", "it is no recipe"),
     ):

@@ -130,7 +130,10 @@ def test_a_disk_that_fills_up_costs_no_trial(workplace: Path) -> None:
 @pytest.mark.slow
 def test_what_is_wrong_ends_a_sweep_before_its_first_trial(workplace: Path) -> None:
     cases = (
-        ({"settings": {"data.init_args.batch_sise": [1, 2]}}, "did you mean data.init_args.batch_size?"),
+        (
+            {"settings": {"data.init_args.batch_sise": [1, 2]}},
+            "sweep.yaml: unknown option or key data.init_args.batch_sise: did you mean data.init_args.batch_size?",
+        ),
         ({"settings": {"data.init_args.batch_size": [4, 0]}}, "batch_size is 0"),
         ({"settings": {"data.init_args.corpus": ["text.txt", "none.txt"], "data.init_args.seed": [1, 2]}}, "seed"),
     )
@@ -139,6 +142,7 @@ def test_what_is_wrong_ends_a_sweep_before_its_first_trial(workplace: Path) -> N
         process = sweeps.begin(workplace)
         _, err = process.communicate(timeout=100)
         assert process.returncode == 2 and said in err and len(err.splitlines()) == 1, err
+        assert "settings-0" not in err, err  # a file of lm's own
         assert not (workplace / "sweeps").exists()
 
 

@@ -53,7 +53,8 @@ class SampleText(Callback):
         prompt = torch.tensor([start_tokens(module.tokenizer, self.prompt)], device=module.device)  # (1, T)
         stream = TextStream(module.tokenizer, [])
         tokens = generate(module.net, prompt, sampler=self.sampler, generator=self._generator())
-        with trainer.precision_plugin.forward_context():
+        eager = torch.compiler.set_stance("force_eager")  # a graph for each length would take minutes
+        with trainer.precision_plugin.forward_context(), eager:
             text = self.prompt
             for _ in range(self.max_new_tokens):
                 text += stream.add(int(next(tokens)))
