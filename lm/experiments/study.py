@@ -122,7 +122,7 @@ class Trials:
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         found = [str(recipes.Difference(name, one.get(name), other.get(name))) for name in names]
         differ = ", ".join(found)[:300] or "the order of its settings"
-        raise UserError(f"{self.study.study_name}: its trials are of another sweep ({differ}): say another --name")
+        raise UserError(f"{self.study.study_name}: its trials are of another sweep ({differ}): say another name")
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         kinds: dict[str, Any] = {

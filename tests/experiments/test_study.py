@@ -59,7 +59,7 @@ def test_no_combination_is_tried_twice_and_a_grid_ends(tmp_path: Path) -> None:
 def test_a_storage_of_another_sweep_is_refused_with_what_differs(tmp_path: Path) -> None:
     trials(tmp_path / "a").add()
     trials(tmp_path / "a", trials=99)
-    with pytest.raises(UserError, match=r"of another sweep \(seed null → 3\): say another --name"):
+    with pytest.raises(UserError, match=r"of another sweep \(seed null → 3\): say another name"):
         trials(tmp_path / "a", seed=3)
     with pytest.raises(UserError, match=r"settings.a.high 1.0 → 2.0"):
         trials(tmp_path / "a", settings={**SETTINGS, "a": {**SETTINGS["a"], "high": 2.0}})
