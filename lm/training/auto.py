@@ -79,7 +79,10 @@ def choose_compile(module: LanguageModel, data: TokenData, device: torch.device,
             partial(gradients(module, data, device, compiled=which), context(precision, device), *batch)
             for which in (False, True)
         )
-        ratio = ratio_of_times(plain, compiled, device)
+        try:
+            ratio = ratio_of_times(plain, compiled, device)
+        except RuntimeError as error:  # the compiler's errors are of this kind
+            return False, f"it does not compile here ({type(error).__name__})"
     return ratio < CLEARLY, f"compiled, a step takes {ratio:.2f} of the time"
 
 

@@ -57,6 +57,9 @@ def test_compiling_is_chosen_where_it_is_clearly_faster(lm, workplace: Path, mon
     code, out, _ = lm(*words, "--name", "true", "--ckpt_path", "checkpoints/true/step=0000005.ckpt")
     assert code == 0 and "note: model.compile auto: true: as in the checkpoint" in out
     assert lm("plan", "--config", "tiny.yaml", "--model.init_args.compile", "auto")[0] == 0
+    monkeypatch.setattr(auto, "ratio_of_times", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    code, out, err = lm(*words, "--name", "refused")
+    assert code == 0 and "note: model.compile auto: false: it does not compile here (RuntimeError)" in out, err
     monkeypatch.setattr(auto, "compiler_missing", lambda device: "g++")
     code, out, _ = lm(*words, "--name", "without")
     assert code == 0 and "note: model.compile auto: false: g++ is missing here" in out
