@@ -1,7 +1,7 @@
 """What each stage after pretraining is for, and whether it does it: `docs/posttraining.md` has the tables.
 
     python benchmarks/posttraining.py sft          conversations: exact match, and the end of the turn
-    python benchmarks/posttraining.py rewards      three-digit addition: rewards against more examples, at equal time
+    python benchmarks/posttraining.py rewards      three-digit addition: rewards against examples, at equal time
     python benchmarks/posttraining.py preferences  made-up names: the reward model's accuracy by the true reward
     python benchmarks/posttraining.py optimism     names: the true reward against the divergence, for PPO and DPO
 
@@ -74,18 +74,39 @@ def answered(ckpt_path: Path) -> dict[str, float]:
 
 
 def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield exact match of a half-trained adder, of rewards from there, and of examples from there for as long."""
+    """Yield exact match of a half-trained adder, and of what it becomes in equal time.
+
+    Rewards need no answers, only a judge of them: their problems are drawn from all that are not held out.
+    """
     seeded = ("--seed_everything", seed)
     half = CONFIGS / "tasks/addition.yaml"
-    fit(half, "half", folder, options, "--trainer.max_steps", max(8, int(options.half * options.part)), *seeded)
+    few = ("--data.init_args.train_problems", 400)
+    steady = ("--model.init_args.schedule", "lm.training.schedules.Constant")
+    for steps in range(50, 2000, 50) if options.part == 1 else [8]:  # until about half is right
+        words = ["--trainer.max_steps", steps, "--trainer.val_check_interval", min(steps, 50), "--ckpt_path", "auto"]
+        run("fit", "--config", half, "--name", "half", *words, *few, *steady, *seeded, folder=folder)
+        if right("half", "val", folder) >= 0.45:
+            break
     taught = fit(RECIPES / "addition.yaml", "rewarded", folder, options, *after("half"), *seeded)
     time = f"00:00:{int(taught['seconds']) // 60:02}:{int(taught['seconds']) % 60:02}"
-    more = ["--trainer.max_time", time, "--trainer.max_steps", 100_000, "--model.init_args.schedule"]
-    more += ["lm.training.schedules.Constant", "--trainer.val_check_interval", 100_000]
-    run("fit", "--config", half, "--name", "continued", *after("half"), *more, *seeded, folder=folder)
-    for name, said in {"half": "half-trained", "rewarded": "by rewards", "continued": "by more examples"}.items():
-        words = ("validate", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", "test")
-        yield {"network": said, "exact match": run(*words, folder=folder)["exact_match"]}
+    more = ["--trainer.max_time", time, "--trainer.max_steps", 100_000, "--trainer.val_check_interval", 100_000]
+    more += [*steady, *seeded]
+    run("fit", "--config", half, "--name", "continued", *after("half"), *more, *few, folder=folder)
+    run("fit", "--config", half, "--name", "shown", *after("half"), *more, folder=folder)
+    networks = {
+        "half": "half-trained, on 400 problems",
+        "rewarded": "by rewards",
+        "continued": "by the same 400 problems",
+        "shown": "by new problems and their answers",
+    }
+    for name, said in networks.items():
+        yield {"network": said, "exact match": right(name, "test", folder)}
+
+
+def right(name: str, split: str, folder: Path) -> float:
+    """Return the share of problems that a network solves."""
+    words = ("validate", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", split)
+    return float(run(*words, folder=folder)["exact_match"])
 
 
 def names(folder: Path, options: argparse.Namespace, seed: int) -> None:
@@ -157,7 +178,6 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--part", type=float, default=1.0)
-    parser.add_argument("--half", type=int, default=145, help="steps of addition after which rewards begin")
     options = parser.parse_args()
     rows: dict[int, list[dict[str, Any]]] = {}
     for seed in options.seeds:

@@ -138,6 +138,7 @@ BOUNDS = {
     "seed": SEED,
     "digits": Bound(1, 9, whole=True),
     "held_out": Bound(1, 2**31 - 1, whole=True),
+    "train_problems": Bound(1, 2**31 - 1, whole=True),
     **dict.fromkeys(("shortest_length", "longest_length"), FEW),
     "shard_tokens": COUNT,
     "node": COUNT_OR_NONE,

@@ -84,19 +84,18 @@ def tell_sweep(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def check(files: list[str]) -> str | None:
-    """Parse recipes, which also warms what parsing the trials' needs; return the first error."""
+    """Parse recipes, which also warms what parsing the trials' needs; return the first error, which names the file."""
     from lm.cli import parsing
 
-    try:
-        for i, file in enumerate(files):
+    for i, file in enumerate(files):
+        try:
             with contextlib.redirect_stdout(io.StringIO()):
                 recipe = parsing.Untrained(["--config", file], "")
                 if i == 0:
                     recipe.set_up_data()
-    except CommandError as error:
-        return error.text
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        except Exception as error:
+            text = error.text if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
+            return text if file in text else f"{file}: {text}"
     return None
 
 

@@ -13,7 +13,7 @@ import yaml
 from lm.cli import yaml_files
 
 LONGEST = 300  # characters of a message
-FOREIGN = {  # other programs' names
+FOREIGN = {  # names of other programs, and of other commands
     "epochs": "trainer.max_steps",
     "steps": "trainer.max_steps",
     "max_iters": "trainer.max_steps",
@@ -24,6 +24,7 @@ FOREIGN = {  # other programs' names
     "resume": "ckpt_path",
     "checkpoint": "ckpt_path",
     "ckpt": "ckpt_path",
+    "ckpt_path": "init_from",  # where no run goes on, but a network's weights are wanted
     "max_tokens": "max_new_tokens",
     "val_interval": "trainer.val_check_interval",
 }
@@ -301,7 +302,9 @@ def _wrong_value(
     literal = re.findall(r"Literal\[(.+?)\]", text)
     if place and not literal:
         known = {path.split(".")[-1]: path for path in classes[place]}
-        near = difflib.get_close_matches(value.split(".")[-1], known, n=1, cutoff=0.6)
+        said = value.split(".")[-1]
+        near = [name for name in known if len(said) > 3 and said.lower() in name.lower()]  # manual
+        near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.6)
         if near and known[near[0]] != value:
             return f"{where}: found {shown}, no class that belongs there: did you mean {known[near[0]]}?"
         return f"{where}: found {shown}, expected a class by its import path, as {classes[place][0]}"

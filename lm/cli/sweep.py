@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from lm import log, storage
 from lm.cli import common, plain_help, streams, values, yaml_files
 from lm.errors import CheckError, Stopped, UserError, take_stops
-from lm.experiments import space, spec
+from lm.experiments import spec
 from lm.experiments.processes import Processes
 
 SECONDS = 60.0  # for trials to save, when the sweep is stopped
@@ -132,32 +132,52 @@ def _search(
 
 
 def _check(found: spec.Spec, place: Path, processes: Processes, config: Path) -> None:
-    """Have recipes parsed that have every choice and both ends of every range; errors name the sweep's file."""
+    """Have recipes parsed that have every value that can be tried; errors name the sweep's file, and the variant."""
+    from lm.experiments.sweep import write_yaml
+
+    names = {}
+    for i, chosen in enumerate(corners(found)):
+        file = place / f"settings-{i}.yaml"
+        names[str(file)] = f"{config}: variants.{chosen[spec.VARIANT]}" if found.variants else str(config)
+        write_yaml(file, found.recipe_of(chosen))
     try:
-        processes.check(corners(found, place))
+        processes.check([*map(Path, names)])
     except UserError as error:
-        raise UserError(re.sub(rf"^{re.escape(str(place))}/[^:,]*(, line \d+)?", str(config), error.text)) from error
+        text = re.sub(
+            rf"{re.escape(str(place))}/[\w.-]+(?:, line \d+)?", lambda file: names[file[0].split(",")[0]], error.text
+        )
+        raise UserError(text) from error
 
 
 def _raise(signum: int, frame: Any) -> None:
     raise Stopped(signum)
 
 
-def corners(found: spec.Spec, place: Path) -> list[Path]:
-    """Write recipes that have, between them, every choice and both ends of every range; return their files."""
-    from lm.experiments.sweep import write_yaml
+def corners(found: spec.Spec) -> list[dict[str, Any]]:
+    """Return choices that have, between them, every choice and both ends of every range, under a condition, too."""
+    known = {setting.name: setting for setting in found.settings}
+    ends = {name: setting.ends() for name, setting in known.items()}
 
-    ends = {setting.name: setting.ends() for setting in found.settings}
-    files = []
-    for i in range(max(map(len, ends.values()))):
-        chosen: dict[str, Any] = {}
-        for setting in found.settings:
-            wanted = all(chosen.get(other) == value for other, value in setting.when.items())
-            if wanted:
-                chosen[setting.name] = ends[setting.name][min(i, len(ends[setting.name]) - 1)]
-        files.append(place / f"settings-{i}.yaml")
-        write_yaml(files[-1], space.recipe_with(found.recipe, chosen))
-    return files
+    def chosen(values: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, setting in known.items():
+            if all(other in made and made[other] == value for other, value in setting.when.items()):
+                made[name] = values[name]
+        return made
+
+    def with_conditions(name: str) -> dict[str, Any]:
+        needed: dict[str, Any] = {}
+        for other, value in known[name].when.items():
+            needed |= with_conditions(other) | {other: value}
+        return needed
+
+    every = [
+        {name: one[min(i, len(one) - 1)] for name, one in ends.items()} for i in range(max(map(len, ends.values())))
+    ]
+    for name, setting in known.items():
+        if setting.when:
+            every += [every[0] | with_conditions(name) | {name: end} for end in ends[name]]
+    return [chosen(values) for values in every]
 
 
 @contextmanager

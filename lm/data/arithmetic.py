@@ -32,6 +32,7 @@ class ArithmeticData(TaskData):
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing.
+        train_problems: How many of the others training draws from; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -48,11 +49,17 @@ class ArithmeticData(TaskData):
         block_size: int = 16,
         batch_size: int = 256,
         held_out: int = 10_000,
+        train_problems: int | None = None,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
         super().__init__(
-            block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
+            block_size=block_size,
+            batch_size=batch_size,
+            held_out=held_out,
+            train_problems=train_problems,
+            num_workers=num_workers,
+            seed=seed,
         )
         unknown = [operator for operator in operators if operator not in OPERATORS]
         if unknown or not operators or len(set(operators)) < len(operators):

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lm.bounds import checked
 from lm.data.chunks import Batch, draw
 from lm.data.evaluation_sets import EvaluationSet, of_rows
+from lm.data.examples import permuted
 from lm.data.module import IGNORED, TokenData
 from lm.errors import UserError
 from lm.tokenizers import CharTokenizer
@@ -33,6 +34,7 @@ class TaskData(TokenData):
         block_size: Tokens in a sequence; at least as many as the longest problem, its answer and a mark.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing; training never draws one of them.
+        train_problems: How many of the others training draws from; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -43,9 +45,18 @@ class TaskData(TokenData):
     """The mark, one character that no problem contains: it stands before a problem, and ends its answer."""
 
     @checked("data.", UserError)
-    def __init__(self, *, block_size: int, batch_size: int, held_out: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        batch_size: int,
+        held_out: int,
+        train_problems: int | None = None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
         super().__init__(block_size=block_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self.held_out = held_out
+        self.held_out, self.train_problems = held_out, train_problems
         self.test_fraction = 1.0  # there is a test split
 
     @property
@@ -106,6 +117,8 @@ class TaskData(TokenData):
                 f"{self.size:,} problems"
             )
         problem, answer = self.longest()
+        if self.train_problems is not None and self.train_problems > (left := self.size - 2 * self.held_out):
+            raise UserError(f"data.train_problems {self.train_problems} is more than there are: say {left:,} at most")
         needed = len(problem) + len(answer) + 1
         if needed > self.block_size:
             raise UserError(
@@ -126,7 +139,11 @@ class TaskData(TokenData):
 
     def problems(self, first: int, count: int) -> np.ndarray:
         """Return the problem numbers (count,) of training examples from first on: a pure function of (seed, first)."""
-        rank = draw(self.seed, first, count, self.size - len(self._held))  # among those that are not held out
+        left = self.size - len(self._held)
+        if self.train_problems is None:
+            rank = draw(self.seed, first, count, left)  # among those that are not held out
+        else:  # the first so many of a fixed random order
+            rank = permuted(0, draw(self.seed, first, count, self.train_problems), left)[1]
         return rank + np.searchsorted(self._gaps, rank, side="right")
 
     def batch(self, indices: np.ndarray) -> Batch:
@@ -170,6 +187,7 @@ class ReverseData(TaskData):
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing.
+        train_problems: How many of the others training draws from; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -184,11 +202,17 @@ class ReverseData(TaskData):
         block_size: int = 16,
         batch_size: int = 64,
         held_out: int = 1000,
+        train_problems: int | None = None,
         num_workers: int = 0,
         seed: int = 1337,
     ) -> None:
         super().__init__(
-            block_size=block_size, batch_size=batch_size, held_out=held_out, num_workers=num_workers, seed=seed
+            block_size=block_size,
+            batch_size=batch_size,
+            held_out=held_out,
+            train_problems=train_problems,
+            num_workers=num_workers,
+            seed=seed,
         )
         if len(set(alphabet)) < max(2, len(alphabet)) or set(alphabet) & set(END + ">"):
             raise UserError(f"data.alphabet is {alphabet!r}: say two or more letters, each once, without {END} and >")

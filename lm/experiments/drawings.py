@@ -59,6 +59,11 @@ def _text(x: float, y: float, text: str, how: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{how}">{html.escape(text)}</text>'
 
 
+def _point(x: float, y: float, said: str) -> str:
+    circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f77b4" fill-opacity="0.7">'
+    return f"{circle}<title>{html.escape(said)}</title></circle>"
+
+
 def _svg(width: float, height: float, parts: list[str], title: str) -> str:
     head = (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" aria-label="{html.escape(title)}">'
@@ -93,12 +98,24 @@ def scatter(
     if line:
         path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="#d62728" stroke-width="1.5"/>')
-    parts += [
-        f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3.5" fill="#1f77b4" fill-opacity="0.7">'
-        f"<title>{html.escape(said)}</title></circle>"
-        for x, y, said in points
-    ]
+    parts += [_point(across.at(x), up.at(y), said) for x, y, said in points]
     return _svg(WIDTH, HEIGHT, parts, title)
+
+
+def rows(title: str, points: Sequence[tuple[str, float, str]]) -> str:
+    """Return points in a row for each text: of more texts than there is room for below an axis.
+
+    Args:
+        title: Of the figure.
+        points: Each with its text, its value, and what is said where the mouse is over it.
+    """
+    names = list(dict.fromkeys(name for name, *_ in points))
+    across, bottom = Axis([value for _, value, _ in points], False, 216, WIDTH - 24), 12 + 22 * len(names)
+    parts = [f'<path d="M206 4V{bottom}H{WIDTH - 8}" fill="none" stroke="#999"/>']
+    parts += [_text(x, bottom + 18, text) for x, text in across.marks()]
+    parts += [_text(198, 20 + 22 * i, name[-34:], "end") for i, name in enumerate(names)]
+    parts += [_point(across.at(value), 16 + 22 * names.index(name), said) for name, value, said in points]
+    return _svg(WIDTH, bottom + BELOW, parts, title)
 
 
 def bars(title: str, values: dict[str, float]) -> str:

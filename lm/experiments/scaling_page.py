@@ -7,12 +7,17 @@ from lm.experiments.runs import Run
 
 
 def sections(runs: list[Run]) -> list[str]:
-    """Return a figure for parameters or tokens, where at least four runs differ in one and agree in the other."""
+    """Return a figure for parameters or tokens, where four runs differ in one, by a factor of two in all.
+
+    In the other they must agree, or there must be runs enough for a law of both.
+    """
     figures = [(run.name, run.figures()) for run in runs]
     known = [(name, one) for name, one in figures if {"parameters", "tokens", "validation loss"} <= one.keys()]
     found = []
     for kind, other in (("parameters", "tokens"), ("tokens", "parameters")):
-        if len({one[kind] for _, one in known}) > 3 and len({one[other] for _, one in known}) == 1:
+        sizes = {one[kind] for _, one in known}
+        apart = len(sizes) > 3 and max(sizes) >= 2 * min(sizes)
+        if apart and len({one[other] for _, one in known}) == 1:
             found.append(_figure(kind, [(name, one[kind], one["validation loss"]) for name, one in known]))
     if not found and len({one["parameters"] for _, one in known}) > 2 and len({one["tokens"] for _, one in known}) > 2:
         found += _both([(one["parameters"], one["tokens"], one["validation loss"]) for _, one in known])

@@ -5,7 +5,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,23 @@ def check_names(place: str, found: Any, known: tuple[str, ...]) -> None:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UserError(f"{place}{'.' if place else ''}{name}: {hint}")
+
+
+def check_order(names: Iterable[tuple[str, str]]) -> None:
+    """Raise a UserError for a setting that would undo one that is applied before it.
+
+    Args:
+        names: Of each setting its place in the sweep's file, such as "fixed", and its name there, in their order.
+    """
+    before: list[tuple[str, list[str]]] = []
+    for place, name in names:
+        parts = [part for part in name.split(".") if part != "init_args"]
+        if not all(parts):
+            raise UserError(f"{place}.{name}: a name has parts with a dot between them, such as model.optimizer.lr")
+        for other, own in before:
+            if own[: len(parts)] == parts:
+                raise UserError(f"{place}.{name} undoes {other}: say it in one place")
+        before.append((f"{place}.{name}", parts))
 
 
 def check_conditions(settings: tuple[Setting, ...]) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from lm.experiments.space import Setting, check_conditions, check_names, recipe_with
+from lm.experiments.space import MOST, Setting, check_conditions, check_names, check_order, recipe_with
 
 SAMPLERS = ("tpe", "random", "grid", "gp")
 PRUNERS = ("none", "median", "hyperband", "wilcoxon")
 KEYS = (
     "recipe",
     "fixed",
+    "variants",
     "settings",
     "minimise",
     "maximise",
@@ -23,6 +24,10 @@ KEYS = (
     "seed",
     "budget",
 )
+VARIANT = "variant"
+"""The setting whose choices are the names of a sweep's variants."""
+LONGEST = 60
+"""Characters of a variant's name."""
 TRAINING = ("loss", "loss_step", "learning_rate", "gradient_norm", "tokens", "tokens_per_second")
 
 
@@ -33,6 +38,7 @@ class Spec:
     Args:
         recipe: The recipe, as its file has it, but for what the sweep fixes.
         settings: What varies.
+        variants: Of each name, the settings that it changes together.
         metric: What is minimised, or maximised.
         maximise: Whether it is maximised.
         at: Where it is read: "end", "best", a step, or {"minutes": N} of training.
@@ -47,6 +53,7 @@ class Spec:
 
     recipe: dict[str, Any]
     settings: tuple[Setting, ...]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     metric: str = "val_loss"
     maximise: bool = False
     at: str | int | dict[str, float] = "end"
@@ -63,7 +70,14 @@ class Spec:
     def identity(self) -> dict[str, Any]:
         """What must be the same where a sweep goes on; how long it goes on may differ."""
         kept = {key: value for key, value in self.said.items() if key not in ("trials", "budget", "recipe", "fixed")}
+        if self.variants:
+            kept["variants"] = {name: str(changed) for name, changed in self.variants.items()}
         return {**kept, "recipe": self.recipe}
+
+    def recipe_of(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """Return the recipe that a choice of values makes."""
+        variant = self.variants.get(chosen.get(VARIANT, ""), {})
+        return recipe_with(self.recipe, variant | {name: value for name, value in chosen.items() if name != VARIANT})
 
 
 def parse(found: Any, recipe: Any) -> Spec:
@@ -77,28 +91,40 @@ def parse(found: Any, recipe: Any) -> Spec:
         UserError: Something is unknown, missing, or of another kind.
     """
     check_names("", found, KEYS)
-    said = found.get("settings")
-    if not isinstance(said, dict) or not said:
+    variants = _variants(found)
+    said = found.get("settings") or {}
+    if not isinstance(said, dict) or not (said or variants):
         raise UserError("settings: nothing varies: name settings of the recipe, each with its choices or range")
     settings = tuple(Setting.of(str(name), value) for name, value in said.items())
+    if variants and VARIANT in said:
+        raise UserError(f"settings.{VARIANT}: it is how the sweep's variants are called: no recipe has such a setting")
+    if variants:
+        settings = (Setting(VARIANT, tuple(variants)), *settings)
     check_conditions(settings)
     if not isinstance(recipe, dict):
         raise UserError("recipe: it is no recipe: name a YAML file as lm fit takes it")
-    recipe = recipe_with(recipe, _fixed(found, settings))
+    fixed = _fixed(found)
+    varied = [("settings", setting.name) for setting in settings if setting.name != VARIANT]
+    check_order([*(("fixed", name) for name in fixed), *varied])
+    for name, changed in variants.items():
+        check_order([*((f"variants.{name}", key) for key in changed), *varied])
+    recipe = recipe_with(recipe, fixed)
     metric, maximise = _metric(found, recipe)
     budget = found.get("budget", {})
     if not isinstance(budget, dict):
         raise UserError(f"budget: found {str(budget)[:60]}, expected steps: N or minutes: X")
     check_names("budget", budget, ("steps", "minutes"))
+    sampler = _one_of("sampler", found.get("sampler", "grid" if variants else "tpe"), SAMPLERS)
     spec = Spec(
         recipe=recipe,
         settings=settings,
+        variants=variants,
         metric=metric,
         maximise=maximise,
         at=_at(found.get("at", "end")),
-        sampler=_one_of("sampler", found.get("sampler", "tpe"), SAMPLERS),
+        sampler=sampler,
         pruner=_one_of("pruner", found.get("pruner", "none"), PRUNERS),
-        trials=_number("trials", found.get("trials", 20)),
+        trials=_number("trials", found.get("trials", MOST if sampler == "grid" else 20)),
         seeds=_number("seeds", found.get("seeds", 1)),
         seed=_number("seed", found.get("seed", 1337), least=0),
         steps=_number("budget.steps", budget["steps"]) if "steps" in budget else None,
@@ -113,15 +139,30 @@ def parse(found: Any, recipe: Any) -> Spec:
     return spec
 
 
-def _fixed(found: dict[str, Any], settings: tuple[Setting, ...]) -> dict[str, Any]:
+def _fixed(found: dict[str, Any]) -> dict[str, Any]:
     """Return the values that all trials have in place of the recipe's, by their settings' names."""
     fixed = found.get("fixed", {})
     if not isinstance(fixed, dict):
         raise UserError(f"fixed: found {str(fixed)[:60]}, expected settings of the recipe, each with its value")
-    for setting in settings:
-        if setting.name in fixed:
-            raise UserError(f"fixed.{setting.name}: it varies, too: say it in one place")
     return {str(name): value for name, value in fixed.items()}
+
+
+def _variants(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what each of the named variants changes."""
+    variants = found.get("variants", {})
+    if not isinstance(variants, dict):
+        raise UserError(f"variants: found {str(variants)[:60]}, expected a mapping: NAME: {{SETTING: VALUE}}")
+    if len(variants) == 1:
+        raise UserError("variants: there is one: say its settings as fixed, or a second one")
+    names: dict[str, Any] = {}
+    for name, changed in variants.items():
+        if not str(name).isprintable() or not str(name).strip() or len(str(name)) > LONGEST:
+            raise UserError(f"variants.{str(name)[:40]!r}: a name is printed: 1 to {LONGEST} characters, in one line")
+        if not isinstance(changed, dict):
+            raise UserError(f"variants.{name}: found {str(changed)[:60]}, expected settings of the recipe, or {{}}")
+        if (other := names.setdefault(repr(changed), name)) is not name:
+            raise UserError(f"variants.{name}: it is the same as {other}: drop one")
+    return {str(name): {str(key): value for key, value in changed.items()} for name, changed in variants.items()}
 
 
 def _metric(found: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, bool]:

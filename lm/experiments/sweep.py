@@ -123,11 +123,11 @@ class Sweep:
     def _begin(self, slot: int) -> None:
         work = self.slots[slot]
         name = self.run_name(work)
-        recipe = recipe_with(self.spec.recipe, self.trials.values(work.trial))
+        recipe = self.spec.recipe_of(self.trials.values(work.trial))
         recipe["name"] = name
         recipe = recipe_with(recipe, {"trainer.default_root_dir": str(self.folder)})
         if self.spec.seeds > 1:
-            recipe["seed_everything"] = recipe.get("seed_everything", 1337) + work.run
+            recipe["seed_everything"] = int(recipe.get("seed_everything", 1337)) + work.run
         file = self.folder / "recipes" / f"{name}.yaml"
         write_yaml(file, recipe)
         work.oom = memory_kills()
@@ -168,7 +168,8 @@ class Sweep:
         return work.given_up or (isinstance(self.spec.at, int) and step >= self.spec.at)
 
     def _earlier_steps(self, work: Work) -> int:
-        return int(work.run * (self.spec.recipe.get("trainer") or {}).get("max_steps", 0))
+        recipe = self.spec.recipe_of(self.trials.values(work.trial))
+        return work.run * int((recipe.get("trainer") or {}).get("max_steps", 0))
 
     def _hopeless(self, work: Work, step: int) -> bool:
         return self.spec.pruner != "none" and self.trials.hopeless(work.trial, step)
@@ -258,7 +259,7 @@ class Sweep:
         self.trials.end(work.trial, state, value)
         best = self.trials.best()
         if best is not None and (before is None or best.number != before.number):
-            recipe = recipe_with(self.spec.recipe, self.trials.values(best))
+            recipe = self.spec.recipe_of(self.trials.values(best))
             write_yaml(self.folder / "best.yaml", {**recipe, "name": self.folder.name})
         found = self.trials.newest(work.trial)
         last = found.user_attrs.get("metrics", {}).get(self.spec.metric) if value is None else value

@@ -7,6 +7,7 @@ from lm.experiments import drawings
 from lm.experiments.page import table
 from lm.experiments.space import short_names
 
+SIDE_BY_SIDE = 4  # texts below an axis
 MOST = 20  # trials whose curves are drawn: the best
 
 
@@ -119,6 +120,8 @@ class SweepReport:
         for name, short in self.names.items():
             there = [trial for trial in self.done if name in trial.params]
             points = [(one.params[name], one.value, f"trial {one.number}: {one.params[name]}") for one in there]
-            if points:
+            if len({x for x, *_ in points if isinstance(x, str)}) > SIDE_BY_SIDE:
+                found.append(drawings.rows(f"{self.metric} by {short}", [(str(x), y, said) for x, y, said in points]))
+            elif points:
                 found.append(drawings.scatter(f"{self.metric} by {short}", points, log_x=short in self._logs()))
         return found

@@ -71,7 +71,7 @@ def test_a_text(lm, workplace: Path) -> None:
         (("--model",), "--model: it has no value: name a class"),
         (("--model", "lm.training.Manual"), "class_path lm.training.Manual: no such class: did you mean"),
         (("--generate", *BY_HAND), "--generate: gradients take no part in it: say --model once"),
-        (("--ckpt_path", "last"), "ckpt_path: it is an option of lm fit"),
+        (("--ckpt_path", "last"), "unknown option or key ckpt_path: did you mean init_from?"),
         (("--trainer.devices", 3), "data.batch_size 4 is not divisible by 3 processes"),
         ((*BY_HAND[2:], "--trainer.precision", "bf16-true"), "trainer.precision bf16-true with Manual"),
     ],

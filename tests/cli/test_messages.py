@@ -61,6 +61,14 @@ LINES = {
         (*FIT, "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.moniter", "x"),
         "did you mean trainer.callbacks.init_args.monitor?",
     ),
+    "a checkpoint where only weights are taken": (
+        ("gradients", *FIT[1:], "--ckpt_path", "x.ckpt"),
+        "unknown option or key ckpt_path: did you mean init_from?",
+    ),
+    "a class by a part of its name": (
+        (*FIT, "--model", "manual"),
+        "model: found 'manual', no class that belongs there: did you mean lm.training.ManualLanguageModel?",
+    ),
     "a network misspelt": ((*FIT, "--model.init_args.net", "GTP"), "did you mean lm.models.GPT?"),
     "a data module misspelt": ((*FIT, "--data", "TextDat"), "did you mean lm.data.TextData?"),
     "a text for a data module": (

@@ -68,6 +68,16 @@ def test_training_never_draws_what_is_held_out() -> None:
     assert drawn | held == set(range(100))
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_training_draws_from_so_many(seed: int) -> None:
+    """Of each seed the same ones, spread over all, and never one that is held out."""
+    data = made(held_out=1000, train_problems=300, seed=seed)
+    drawn = set(data.problems(0, 5000).tolist())
+    assert len(drawn) == 300 and not drawn & set(data._held.tolist())
+    assert drawn == set(made(held_out=1000, train_problems=300, seed=3).problems(7, 5000).tolist())
+    assert len({number // 10_000 for number in drawn}) > 80  # of a hundred
+
+
 SETTINGS = [
     (digits, operators, reverse, pad)
     for digits in (1, 2)
@@ -128,6 +138,8 @@ def test_strings_are_reversed_and_all_of_them_are_there() -> None:
             r"data.block_size 16 does not hold 99999\+99999=899991 and a mark: it needs 19",
         ),
         (ArithmeticData, {"held_out": 500_000}, "leave none to train on: there are 1,000,000 problems"),
+        (ArithmeticData, {"digits": 1, "held_out": 20, "train_problems": 61}, "data.train_problems 61 is more"),
+        (ReverseData, {"held_out": 5, "train_problems": 0}, "data.train_problems is 0"),
         (ReverseData, {"alphabet": "aa"}, "data.alphabet is 'aa'"),
         (ReverseData, {"shortest_length": 7}, "data.shortest_length 7 is above"),
         (ReverseData, {"longest_length": 9}, "data.block_size 16 does not hold"),

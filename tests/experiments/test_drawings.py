@@ -7,6 +7,7 @@ def test_drawings_are_whole_svg() -> None:
     for text in (
         drawings.scatter("a & b", [(1, 2.0, "<one>"), (10, 3.0, "two")], log_x=True, line=[(1, 2.0), (10, 2.0)]),
         drawings.scatter("texts", [("x", 2.0, "one"), (None, 2.0, "two"), (True, 2.0, "three")]),
+        drawings.rows("many", [("x & y", 2.0, "one"), ("z", 3.0, "<two>"), ("z", 2.5, "three")]),
         drawings.bars("shares", {"a": 0.75, "b": 0.0}),
         drawings.parallel("all", ["a", "b"], [([1e-3, "x"], 1.0), ([None, "y"], 2.0)], {"a"}, 1),
     ):

@@ -5,6 +5,7 @@ import yaml
 
 from lm.errors import UserError
 from lm.experiments import spec
+from lm.experiments.space import combinations
 from lm.training.metrics import SHOWN
 from tests.conftest import ROOT
 from tests.support.recipes import CONFIGS, SWEEPS
@@ -30,6 +31,41 @@ def test_what_is_fixed_takes_the_place_of_the_recipes_value() -> None:
     assert found.identity != spec.parse(GOOD, {"trainer": {"max_steps": 9, "devices": 1}}).identity
 
 
+def test_variants_are_named_changes_that_are_all_tried() -> None:
+    """Beside other settings, too; a variant's values take the place of those that are fixed."""
+    recipe = {"model": {"class_path": "M", "init_args": {"net": {"class_path": "N", "init_args": {"norm": "rms"}}}}}
+    variants = {"base": {}, "other": {"model.net.norm": "layer", "c": 3}}
+    said = {"recipe": "r.yaml", "fixed": {"c": 2}, "variants": variants}
+    found = spec.parse(said, recipe)
+    assert found.sampler == "grid" and found.trials > 1000
+    assert [one["variant"] for one in combinations(found.settings)] == ["base", "other"]
+    assert found.recipe_of({"variant": "base"}) == {**recipe, "c": 2}
+    other = found.recipe_of({"variant": "other"})
+    assert other["c"] == 3 and other["model"]["init_args"]["net"] == {"class_path": "N", "init_args": {"norm": "layer"}}
+    assert found.identity != spec.parse({**said, "variants": {**variants, "third": {"c": 4}}}, recipe).identity
+
+    both = spec.parse({**said, "settings": {"a": [1, 2], "b": {"choices": [5, 6], "when": {"variant": "other"}}}}, {})
+    every = list(combinations(both.settings))
+    model = {"net": {"norm": "layer"}}
+    assert len(every) == 2 + 4 and both.recipe_of(every[-1]) == {"a": 2, "b": 6, "c": 3, "model": model}
+
+
+def test_a_part_of_what_is_chosen_may_vary() -> None:
+    """A class by a variant or by what is fixed, one of its settings by a range."""
+    varied = {"model.optimizer.init_args.lr": {"low": 0.1, "high": 0.2}}
+    variants = {"a": {"model.optimizer": {"class_path": "A"}}, "b": {}}
+    found = spec.parse({"variants": variants, "fixed": {"model.optimizer.lr": 3}, "settings": {}}, {})
+    assert found.recipe_of({"variant": "a"})["model"]["optimizer"] == {"class_path": "A"}
+    found = spec.parse({"variants": variants, "sampler": "tpe", "settings": varied}, {})
+    made = found.recipe_of({"variant": "a", "model.optimizer.init_args.lr": 0.1})
+    assert made == {"model": {"optimizer": {"class_path": "A", "init_args": {"lr": 0.1}}}}
+
+
+def test_a_variant_that_changes_nothing_is_part_of_what_a_sweep_is() -> None:
+    found = spec.parse({"recipe": "r.yaml", "variants": {"a": {}, "b": {"c": 1}}}, {})
+    assert found.identity["variants"] == {"a": "{}", "b": "{'c': 1}"}  # an empty mapping would not be compared
+
+
 def test_whatever_an_evaluation_gives_may_be_the_metric() -> None:
     """Also a classifier's accuracy, and a reward model's margin."""
     for name in ("loss", *SHOWN):
@@ -47,8 +83,24 @@ def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:
     [
         ({"trails": 3}, "trails: did you mean trials?"),
         ({"fixed": 3}, "fixed: found 3, expected settings of the recipe"),
-        ({"fixed": {"a.b": 3}}, "fixed.a.b: it varies, too"),
+        ({"fixed": {"a.b": 3}}, "settings.a.b undoes fixed.a.b: say it in one place"),
+        ({"fixed": {"a.init_args.b": 3}}, "settings.a.b undoes fixed.a.init_args.b"),
+        ({"fixed": {"c.d": 3, "c": 1}}, "fixed.c undoes fixed.c.d"),
+        ({"fixed": {"c..d": 3}}, "fixed.c..d: a name has parts with a dot between them"),
+        ({"settings": {"a.b": [1, 2], "a": ["X", "Y"]}}, "settings.a undoes settings.a.b"),
         ({"settings": {}}, "settings: nothing varies"),
+        ({"variants": ["a"]}, "variants: found ['a'], expected a mapping"),
+        ({"variants": {"a": {}}}, "variants: there is one"),
+        ({"variants": {"a": {}, "b": 3}}, "variants.b: found 3, expected settings"),
+        ({"variants": {"a": {}, "b": {"a.b": 3}}}, "settings.a.b undoes variants.b.a.b"),
+        ({"variants": {"a": {}, "b": {"a.init_args.b.c": 3}}}, "settings.a.b undoes variants.b.a.init_args.b.c"),
+        ({"variants": {"a": {"": 1}, "b": {}}}, "variants.a.: a name has parts"),
+        ({"variants": {"a": {"c": 1}, "b": {"c": 1}}}, "variants.b: it is the same as a: drop one"),
+        ({"variants": {"a": {}, "b\n": {"c": 1}}}, "variants.'b\\n': a name is printed"),
+        ({"variants": {"a": {}, " ": {"c": 1}}}, "variants.' ': a name is printed"),
+        ({"variants": {"a": {}, "b" * 61: {"c": 1}}}, "a name is printed: 1 to 60 characters"),
+        ({"variants": {"a": {}, "b": {"c": 1}}, "settings": {"variant": [1, 2]}}, "settings.variant: it is how"),
+        ({"variants": {"a": {}, "b": {"c": 1}}, "settings": 3}, "settings: nothing varies"),
         ({"settings": 3}, "settings: nothing varies"),
         ({"minimise": "val_los"}, "minimise.val_los: did you mean val_loss?"),
         ({"minimise": "loss", "maximise": "loss"}, "minimise and maximise: say one"),

@@ -61,6 +61,32 @@ def test_a_sweep_that_was_killed_twenty_times(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_variants_are_all_tried(lm, workplace: Path) -> None:
+    """Each once, in their order; the best one's recipe has what it changes, and a report calls them by their names."""
+    variants = {"as it is": {}, "fast and wide": {sweeps.RATE: 0.2, "data.batch_size": 8}, "slow": {sweeps.RATE: 1e-6}}
+    sweeps.write(workplace, settings={}, variants=variants)
+    found = sweeps.run(workplace)
+    assert found["trials"] == found["complete"] == 3 and found["best"]["settings"] == {"variant": "fast and wide"}
+    assert [trial.params["variant"] for trial in sweeps.trials(workplace)] == list(variants)
+    best = yaml.safe_load((workplace / "sweeps/sweep/best.yaml").read_text())
+    rate = best["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    assert (rate, best["data"]["init_args"]["batch_size"]) == (0.2, 8)
+    code, out, err = lm("report", "sweeps/sweep", "--text")
+    assert code == 0 and all(name in out for name in variants), err
+    code, out, err = lm("report", "sweeps/sweep")
+    assert code == 0 and all(name in (workplace / "report.html").read_text() for name in variants), err
+
+
+@pytest.mark.slow
+def test_steps_are_those_of_each_variant(workplace: Path) -> None:
+    """Of all seeds together; numbers may be texts, as recipes may have them."""
+    variants = {"short": {"trainer.max_steps": "20"}, "long": {"seed_everything": "5"}}
+    sweeps.write(workplace, settings={}, variants=variants, seeds=2)
+    assert sweeps.run(workplace)["complete"] == 2
+    assert [trial.user_attrs["steps"] for trial in sweeps.trials(workplace)] == [40, 80]
+
+
+@pytest.mark.slow
 def test_the_best_recipe_trains_to_the_best_value(lm, workplace: Path) -> None:
     sweeps.write(workplace, seeds=2, at="best", trials=2)
     found = sweeps.run(workplace, "--workers", 2)
@@ -134,7 +160,23 @@ def test_what_is_wrong_ends_a_sweep_before_its_first_trial(workplace: Path) -> N
             {"settings": {"data.init_args.batch_sise": [1, 2]}},
             "sweep.yaml: unknown option or key data.init_args.batch_sise: did you mean data.init_args.batch_size?",
         ),
-        ({"settings": {"data.init_args.batch_size": [4, 0]}}, "batch_size is 0"),
+        ({"settings": {"data.init_args.batch_size": [4, 0]}}, "sweep.yaml: data.batch_size is 0"),
+        (
+            {"settings": {}, "variants": {"a": {}, "the second": {"data.batch_sise": 1}}},
+            "sweep.yaml: variants.the second: unknown option or key data.init_args.batch_sise: did you mean",
+        ),
+        (
+            {"settings": {}, "variants": {"a": {}, "b": {"data.batch_size": 0}}},
+            "sweep.yaml: variants.b: data.batch_size",
+        ),
+        ({"settings": {}, "variants": {"a": {}, "b": {"ckpt_path": "last"}}}, "sweep.yaml: variants.b: "),
+        (
+            {
+                "variants": {"a": {}, "b": {"data.batch_size": 2}},
+                "settings": {"data.block_size": {"choices": [8, 9, -5], "when": {"variant": "b"}}},
+            },
+            "sweep.yaml: variants.b: data.block_size is -5",
+        ),
         ({"settings": {"data.init_args.corpus": ["text.txt", "none.txt"], "data.init_args.seed": [1, 2]}}, "seed"),
     )
     for changes, said in cases:
