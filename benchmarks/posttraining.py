@@ -31,6 +31,11 @@ from lm.tokenizers import chat
 RECIPES = CONFIGS / "posttraining"
 INHERIT = ("--data.init_args.tokenizer", "inherit")
 TEXTS = 1000
+HALF_RIGHT: list[object] = [
+    *("--trainer.val_check_interval", 50, "--trainer.callbacks", "EarlyStopping"),
+    *("--trainer.callbacks.monitor", "val/exact_match", "--trainer.callbacks.mode", "max"),
+    *("--trainer.callbacks.stopping_threshold", 0.45, "--trainer.callbacks.patience", 1000),
+]  # it stops at the first evaluation where about half is right
 
 
 def fit(config: Path, name: str, folder: Path, options: argparse.Namespace, *words: object) -> dict[str, Any]:
@@ -82,11 +87,8 @@ def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[di
     half = CONFIGS / "tasks/addition.yaml"
     few = ("--data.init_args.train_problems", 400)
     steady = ("--model.init_args.schedule", "lm.training.schedules.Constant")
-    for steps in range(50, 2000, 50) if options.part == 1 else [8]:  # until about half is right
-        words = ["--trainer.max_steps", steps, "--trainer.val_check_interval", min(steps, 50), "--ckpt_path", "auto"]
-        run("fit", "--config", half, "--name", "half", *words, *few, *steady, *seeded, folder=folder)
-        if right("half", "val", folder) >= 0.45:
-            break
+    begin = ("--trainer.max_steps", 2000 if options.part >= 1 else 50, *HALF_RIGHT, *few, *steady, *seeded)
+    run("fit", "--config", half, "--name", "half", *begin, folder=folder)
     taught = fit(RECIPES / "addition.yaml", "rewarded", folder, options, *after("half"), *seeded)
     time = f"00:00:{int(taught['seconds']) // 60:02}:{int(taught['seconds']) % 60:02}"
     more = ["--trainer.max_time", time, "--trainer.max_steps", 100_000, "--trainer.val_check_interval", 100_000]

@@ -1,6 +1,9 @@
 """Whether the best rate stays put over the widths of a recipe, and how well small ones predict the next.
 
-python benchmarks/widths.py [--steps N] [--widths 64 128 256 512] [--rates 0.004 0.008 …] [--muon | --plain]
+python benchmarks/widths.py [--steps N] [--widths 64 128 256 512] [--rates 0.004 0.008 …] [--kind scaled|muon|plain]
+
+Rates are those of ScaledAdamW, of Muon, or of AdamW without base_width. What is predicted of a width is said by the law
+of the best losses of those before it, where there are three.
 """
 
 import argparse
@@ -41,7 +44,6 @@ def sweep(width: int, rates: list[float], steps: int, *, kind: str, place: Path)
         "recipe": f"{name}-recipe.yaml",
         "settings": {f"{OPTIMIZER}.{rate}": rates},
         "sampler": "grid",
-        "trials": len(rates),
     }
     (place / f"{name}.yaml").write_text(yaml.safe_dump(found))
     words = [sys.executable, "-m", "lm", "sweep", "--config", f"{name}.yaml", "--json"]
@@ -57,31 +59,28 @@ def sweep(width: int, rates: list[float], steps: int, *, kind: str, place: Path)
 
 
 def main() -> None:
-    """Print a table: a row a width, a column a rate; then what smaller widths predict of each that has three such."""
+    """Print a row for each width."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="multiples of 32")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--muon", dest="kind", action="store_const", const="muon", help="rates of Muon")
-    kinds.add_argument("--plain", dest="kind", action="store_const", const="plain", help="AdamW without base_width")
+    parser.add_argument("--kind", choices=("scaled", "muon", "plain"), default="scaled", help="whose rates, see above")
     options = parser.parse_args()
-    print("| width | " + " | ".join(f"{rate:g}" for rate in options.rates) + " | best |")
-    print("| --- " * (len(options.rates) + 2) + "|")
-    best = []
+    print(f"| width | {' | '.join(f'{rate:g}' for rate in options.rates)} | best | predicted | off by |")
+    print("| --- " * (len(options.rates) + 4) + "|")
+    best: list[Any] = []
     with tempfile.TemporaryDirectory() as place:
         for width in options.widths:
-            rows = sweep(width, options.rates, options.steps, kind=options.kind or "scaled", place=Path(place))
+            rows = sweep(width, options.rates, options.steps, kind=options.kind, place=Path(place))
             losses = [loss for _, loss in rows]
-            best.append(min(rows, key=lambda row: row[1]))
-            cells = " | ".join(f"{loss:.3f}" for loss in losses)
-            print(f"| {width} | {cells} | {options.rates[losses.index(min(losses))]:g} |", flush=True)
-    if len(best) > 3:
-        print("\n| width | predicted from those before it | measured | off by |\n| --- | --- | --- | --- |")
-    for i in range(3, len(best)):
-        law = power_law.fit([[size] for size, _ in best[:i]], [loss for _, loss in best[:i]])
-        said, real = law.at([best[i][0]]), best[i][1]
-        print(f"| {options.widths[i]} | {said:.4f} | {real:.4f} | {said / real - 1:+.2%} |")
+            size, real = min(rows, key=lambda row: row[1])
+            said = ["–", "–"]
+            if len(best) > 2:
+                law = power_law.fit([[size] for size, _ in best], [loss for _, loss in best]).at([size])
+                said = [f"{law:.3f}", f"{law / real - 1:+.1%}"]
+            best.append((size, real))
+            cells = [str(width), *(f"{loss:.3f}" for loss in losses), f"{options.rates[losses.index(real)]:g}", *said]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

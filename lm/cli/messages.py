@@ -303,7 +303,7 @@ def _wrong_value(
     if place and not literal:
         known = {path.split(".")[-1]: path for path in classes[place]}
         said = value.split(".")[-1]
-        near = [name for name in known if len(said) > 3 and said.lower() in name.lower()]  # manual
+        near = [name for name in known if len(said) > 3 and name.lower().startswith(said.lower())]
         near = near or difflib.get_close_matches(said, known, n=1, cutoff=0.6)
         if near and known[near[0]] != value:
             return f"{where}: found {shown}, no class that belongs there: did you mean {known[near[0]]}?"

@@ -18,6 +18,7 @@ from lm.cli import common, plain_help, streams, values, yaml_files
 from lm.errors import CheckError, Stopped, UserError, take_stops
 from lm.experiments import spec
 from lm.experiments.processes import Processes
+from lm.experiments.space import corners
 
 SECONDS = 60.0  # for trials to save, when the sweep is stopped
 
@@ -132,13 +133,13 @@ def _search(
 
 
 def _check(found: spec.Spec, place: Path, processes: Processes, config: Path) -> None:
-    """Have recipes parsed that have every value that can be tried; errors name the sweep's file, and the variant."""
+    """Have recipes parsed that have all choices and the ends of ranges; errors name the sweep's file, and a variant."""
     from lm.experiments.sweep import write_yaml
 
     names = {}
-    for i, chosen in enumerate(corners(found)):
+    for i, chosen in enumerate(corners(found.settings)):
         file = place / f"settings-{i}.yaml"
-        names[str(file)] = f"{config}: variants.{chosen[spec.VARIANT]}" if found.variants else str(config)
+        names[str(file)] = f"{config}: with variant {chosen[spec.VARIANT]}" if found.variants else str(config)
         write_yaml(file, found.recipe_of(chosen))
     try:
         processes.check([*map(Path, names)])
@@ -151,33 +152,6 @@ def _check(found: spec.Spec, place: Path, processes: Processes, config: Path) ->
 
 def _raise(signum: int, frame: Any) -> None:
     raise Stopped(signum)
-
-
-def corners(found: spec.Spec) -> list[dict[str, Any]]:
-    """Return choices that have, between them, every choice and both ends of every range, under a condition, too."""
-    known = {setting.name: setting for setting in found.settings}
-    ends = {name: setting.ends() for name, setting in known.items()}
-
-    def chosen(values: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for name, setting in known.items():
-            if all(other in made and made[other] == value for other, value in setting.when.items()):
-                made[name] = values[name]
-        return made
-
-    def with_conditions(name: str) -> dict[str, Any]:
-        needed: dict[str, Any] = {}
-        for other, value in known[name].when.items():
-            needed |= with_conditions(other) | {other: value}
-        return needed
-
-    every = [
-        {name: one[min(i, len(one) - 1)] for name, one in ends.items()} for i in range(max(map(len, ends.values())))
-    ]
-    for name, setting in known.items():
-        if setting.when:
-            every += [every[0] | with_conditions(name) | {name: end} for end in ends[name]]
-    return [chosen(values) for values in every]
 
 
 @contextmanager

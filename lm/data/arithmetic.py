@@ -32,7 +32,7 @@ class ArithmeticData(TaskData):
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing.
-        train_problems: How many of the others training draws from; None for all.
+        train_problems: How many of the others training draws from, the same ones for every seed; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """

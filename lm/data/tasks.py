@@ -26,7 +26,7 @@ EVAL_ROWS = 1000
 
 
 class TaskData(TokenData):
-    """Numbered problems: validation and test hold some out, training draws from all the others.
+    """Numbered problems: validation and test hold some out, training draws from the others.
 
     A sequence is the end mark, the problem, its answer, the end mark. Only the answer and its end mark are targets.
 
@@ -34,7 +34,7 @@ class TaskData(TokenData):
         block_size: Tokens in a sequence; at least as many as the longest problem, its answer and a mark.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing; training never draws one of them.
-        train_problems: How many of the others training draws from; None for all.
+        train_problems: How many of the others training draws from, the same ones for every seed; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """
@@ -116,9 +116,9 @@ class TaskData(TokenData):
                 f"data.held_out {self.held_out} for validation and as many for test leave none to train on: there are "
                 f"{self.size:,} problems"
             )
-        problem, answer = self.longest()
         if self.train_problems is not None and self.train_problems > (left := self.size - 2 * self.held_out):
             raise UserError(f"data.train_problems {self.train_problems} is more than there are: say {left:,} at most")
+        problem, answer = self.longest()
         needed = len(problem) + len(answer) + 1
         if needed > self.block_size:
             raise UserError(
@@ -187,7 +187,7 @@ class ReverseData(TaskData):
         block_size: Tokens in a sequence.
         batch_size: Problems per optimizer step, over all processes and accumulated micro-batches.
         held_out: Problems for validation, and as many others for testing.
-        train_problems: How many of the others training draws from; None for all.
+        train_problems: How many of the others training draws from, the same ones for every seed; None for all.
         num_workers: Processes that prepare batches.
         seed: Chooses the training problems; set from seed_everything.
     """

@@ -103,7 +103,7 @@ def scatter(
 
 
 def rows(title: str, points: Sequence[tuple[str, float, str]]) -> str:
-    """Return points in a row for each text: of more texts than there is room for below an axis.
+    """Return a figure with a row for each text: for more of them than fit below an axis.
 
     Args:
         title: Of the figure.

@@ -13,13 +13,13 @@ def sections(runs: list[Run]) -> list[str]:
     """
     figures = [(run.name, run.figures()) for run in runs]
     known = [(name, one) for name, one in figures if {"parameters", "tokens", "validation loss"} <= one.keys()]
+    sizes = {kind: {one[kind] for _, one in known} for kind in ("parameters", "tokens")}
+    differ = {kind: len(one) > 2 and max(one) >= 2 * min(one) for kind, one in sizes.items()}
     found = []
     for kind, other in (("parameters", "tokens"), ("tokens", "parameters")):
-        sizes = {one[kind] for _, one in known}
-        apart = len(sizes) > 3 and max(sizes) >= 2 * min(sizes)
-        if apart and len({one[other] for _, one in known}) == 1:
+        if differ[kind] and len(sizes[kind]) > 3 and len(sizes[other]) == 1:
             found.append(_figure(kind, [(name, one[kind], one["validation loss"]) for name, one in known]))
-    if not found and len({one["parameters"] for _, one in known}) > 2 and len({one["tokens"] for _, one in known}) > 2:
+    if all(differ.values()):
         found += _both([(one["parameters"], one["tokens"], one["validation loss"]) for _, one in known])
     return [f"<h2>Loss by size</h2>{''.join(found)}"] if found else []
 

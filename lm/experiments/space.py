@@ -12,7 +12,7 @@ from typing import Any
 from lm.errors import UserError
 
 PLAIN = (bool, int, float, str, type(None))
-MOST = 10_000  # combinations that are counted
+MOST = 10_000  # combinations that are counted, and tried
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def check_order(names: Iterable[tuple[str, str]]) -> None:
             raise UserError(f"{place}.{name}: a name has parts with a dot between them, such as model.optimizer.lr")
         for other, own in before:
             if own[: len(parts)] == parts:
-                raise UserError(f"{place}.{name} undoes {other}: say it in one place")
+                mend = "say it in one place" if own == parts else "leave one out, or put the larger one first"
+                raise UserError(f"{place}.{name} undoes {other}: {mend}")
         before.append((f"{place}.{name}", parts))
 
 
@@ -177,6 +178,29 @@ def combinations(settings: tuple[Setting, ...]) -> Iterator[dict[str, Any]]:
         if (mark := repr(chosen)) not in seen:
             seen.add(mark)
             yield chosen
+
+
+def corners(settings: tuple[Setting, ...]) -> list[dict[str, Any]]:
+    """Return choices that have, between them, every choice and both ends of every range, under a condition, too."""
+    known = {setting.name: setting for setting in settings}
+    first = {name: setting.ends()[0] for name, setting in known.items()}
+
+    def conditions(name: str) -> dict[str, Any]:
+        needed: dict[str, Any] = {}
+        for other, value in known[name].when.items():
+            needed |= conditions(other) | {other: value}
+        return needed
+
+    made = []
+    for name, setting in known.items():
+        for end in setting.ends():
+            values = first | conditions(name) | {name: end}
+            chosen: dict[str, Any] = {}
+            for one in settings:
+                if all(other in chosen and chosen[other] == value for other, value in one.when.items()):
+                    chosen[one.name] = values[one.name]
+            made.append(chosen)
+    return made
 
 
 def recipe_with(recipe: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

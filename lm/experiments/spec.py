@@ -1,5 +1,6 @@
 """A sweep's YAML, checked."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Spec:
     def identity(self) -> dict[str, Any]:
         """What must be the same where a sweep goes on; how long it goes on may differ."""
         kept = {key: value for key, value in self.said.items() if key not in ("trials", "budget", "recipe", "fixed")}
-        if self.variants:
+        if self.variants:  # as texts, so that one that changes nothing is named where sweeps differ
             kept["variants"] = {name: str(changed) for name, changed in self.variants.items()}
         return {**kept, "recipe": self.recipe}
 
@@ -96,18 +97,18 @@ def parse(found: Any, recipe: Any) -> Spec:
     if not isinstance(said, dict) or not (said or variants):
         raise UserError("settings: nothing varies: name settings of the recipe, each with its choices or range")
     settings = tuple(Setting.of(str(name), value) for name, value in said.items())
-    if variants and VARIANT in said:
-        raise UserError(f"settings.{VARIANT}: it is how the sweep's variants are called: no recipe has such a setting")
+    if VARIANT in said:
+        raise UserError(f"settings.{VARIANT}: no recipe has it: name what is compared under variants")
     if variants:
         settings = (Setting(VARIANT, tuple(variants)), *settings)
     check_conditions(settings)
     if not isinstance(recipe, dict):
         raise UserError("recipe: it is no recipe: name a YAML file as lm fit takes it")
     fixed = _fixed(found)
-    varied = [("settings", setting.name) for setting in settings if setting.name != VARIANT]
-    check_order([*(("fixed", name) for name in fixed), *varied])
-    for name, changed in variants.items():
-        check_order([*((f"variants.{name}", key) for key in changed), *varied])
+    check_order(("settings", setting.name) for setting in settings if not setting.when)
+    for place, own in {"fixed": fixed, **{f"variants.{name}": changed for name, changed in variants.items()}}.items():
+        for last in [[], *([("settings", str(name))] for name in said)]:
+            check_order([*((place, name) for name in own), *last])
     recipe = recipe_with(recipe, fixed)
     metric, maximise = _metric(found, recipe)
     budget = found.get("budget", {})
@@ -154,14 +155,16 @@ def _variants(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise UserError(f"variants: found {str(variants)[:60]}, expected a mapping: NAME: {{SETTING: VALUE}}")
     if len(variants) == 1:
         raise UserError("variants: there is one: say its settings as fixed, or a second one")
-    names: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for name, changed in variants.items():
         if not str(name).isprintable() or not str(name).strip() or len(str(name)) > LONGEST:
-            raise UserError(f"variants.{str(name)[:40]!r}: a name is printed: 1 to {LONGEST} characters, in one line")
+            raise UserError(f"variants.{str(name)[:40]!r}: say a name of 1 to {LONGEST} characters that can be printed")
         if not isinstance(changed, dict):
             raise UserError(f"variants.{name}: found {str(changed)[:60]}, expected settings of the recipe, or {{}}")
-        if (other := names.setdefault(repr(changed), name)) is not name:
+        if (other := names.setdefault(json.dumps(changed, sort_keys=True, default=str), str(name))) != str(name):
             raise UserError(f"variants.{name}: it is the same as {other}: drop one")
+    if len({*map(str, variants)}) < len(variants):
+        raise UserError("variants: two have one name: call them otherwise")
     return {str(name): {str(key): value for key, value in changed.items()} for name, changed in variants.items()}
 
 

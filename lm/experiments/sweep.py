@@ -169,7 +169,7 @@ class Sweep:
 
     def _earlier_steps(self, work: Work) -> int:
         recipe = self.spec.recipe_of(self.trials.values(work.trial))
-        return work.run * int((recipe.get("trainer") or {}).get("max_steps", 0))
+        return work.run * int((recipe.get("trainer") or {}).get("max_steps", 0))  # a recipe may have it as a text
 
     def _hopeless(self, work: Work, step: int) -> bool:
         return self.spec.pruner != "none" and self.trials.hopeless(work.trial, step)

@@ -69,6 +69,10 @@ LINES = {
         (*FIT, "--model", "manual"),
         "model: found 'manual', no class that belongs there: did you mean lm.training.ManualLanguageModel?",
     ),
+    "a part of a class's name that others end with": (
+        (*FIT, "--model", "Policy"),
+        "did you mean lm.posttraining.PolicyGradient?",
+    ),
     "a network misspelt": ((*FIT, "--model.init_args.net", "GTP"), "did you mean lm.models.GPT?"),
     "a data module misspelt": ((*FIT, "--data", "TextDat"), "did you mean lm.data.TextData?"),
     "a text for a data module": (

@@ -24,6 +24,18 @@ def test_combinations_leave_out_what_a_condition_switches_off() -> None:
     assert list(space.combinations((Setting.of("a", {"low": 0.0, "high": 1.0}),))) == []
 
 
+def test_corners_have_every_choice_and_both_ends() -> None:
+    settings = (
+        Setting.of("a", ["x", "y"]),
+        Setting.of("b", {"low": 1, "high": 5, "when": {"a": "y"}}),
+        Setting.of("c", {"choices": [7, 8, 9], "when": {"b": 5}}),
+    )
+    y = {"a": "y", "b": 5}
+    assert space.corners(settings) == [{"a": "x"}, {"a": "y", "b": 1}, {"a": "y", "b": 1}, y | {"c": 7}] + [
+        y | {"c": c} for c in (7, 8, 9)
+    ]
+
+
 def test_choices_may_be_classes() -> None:
     kinds = [{"class_path": "A"}, {"class_path": "B", "init_args": {"x": 1}}, None, "C"]
     setting = Setting.of("a", kinds)

@@ -50,6 +50,16 @@ def test_variants_are_named_changes_that_are_all_tried() -> None:
     assert len(every) == 2 + 4 and both.recipe_of(every[-1]) == {"a": 2, "b": 6, "c": 3, "model": model}
 
 
+def test_a_setting_may_have_two_ranges_under_two_conditions() -> None:
+    ranges = {"low": 0.1, "high": 0.2}
+    settings = {
+        "o": ["A", "B"],
+        "o.lr": {**ranges, "when": {"o": "A"}},
+        "o.init_args.lr": {**ranges, "when": {"o": "B"}},
+    }
+    assert len(spec.parse({"recipe": "r.yaml", "settings": settings}, {}).settings) == 3
+
+
 def test_a_part_of_what_is_chosen_may_vary() -> None:
     """A class by a variant or by what is fixed, one of its settings by a range."""
     varied = {"model.optimizer.init_args.lr": {"low": 0.1, "high": 0.2}}
@@ -63,7 +73,7 @@ def test_a_part_of_what_is_chosen_may_vary() -> None:
 
 def test_a_variant_that_changes_nothing_is_part_of_what_a_sweep_is() -> None:
     found = spec.parse({"recipe": "r.yaml", "variants": {"a": {}, "b": {"c": 1}}}, {})
-    assert found.identity["variants"] == {"a": "{}", "b": "{'c': 1}"}  # an empty mapping would not be compared
+    assert found.identity["variants"] == {"a": "{}", "b": "{'c': 1}"}
 
 
 def test_whatever_an_evaluation_gives_may_be_the_metric() -> None:
@@ -85,7 +95,7 @@ def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:
         ({"fixed": 3}, "fixed: found 3, expected settings of the recipe"),
         ({"fixed": {"a.b": 3}}, "settings.a.b undoes fixed.a.b: say it in one place"),
         ({"fixed": {"a.init_args.b": 3}}, "settings.a.b undoes fixed.a.init_args.b"),
-        ({"fixed": {"c.d": 3, "c": 1}}, "fixed.c undoes fixed.c.d"),
+        ({"fixed": {"c.d": 3, "c": 1}}, "fixed.c undoes fixed.c.d: leave one out, or put the larger one first"),
         ({"fixed": {"c..d": 3}}, "fixed.c..d: a name has parts with a dot between them"),
         ({"settings": {"a.b": [1, 2], "a": ["X", "Y"]}}, "settings.a undoes settings.a.b"),
         ({"settings": {}}, "settings: nothing varies"),
@@ -96,10 +106,13 @@ def test_how_long_a_sweep_goes_on_is_no_part_of_what_it_is() -> None:
         ({"variants": {"a": {}, "b": {"a.init_args.b.c": 3}}}, "settings.a.b undoes variants.b.a.init_args.b.c"),
         ({"variants": {"a": {"": 1}, "b": {}}}, "variants.a.: a name has parts"),
         ({"variants": {"a": {"c": 1}, "b": {"c": 1}}}, "variants.b: it is the same as a: drop one"),
-        ({"variants": {"a": {}, "b\n": {"c": 1}}}, "variants.'b\\n': a name is printed"),
-        ({"variants": {"a": {}, " ": {"c": 1}}}, "variants.' ': a name is printed"),
-        ({"variants": {"a": {}, "b" * 61: {"c": 1}}}, "a name is printed: 1 to 60 characters"),
-        ({"variants": {"a": {}, "b": {"c": 1}}, "settings": {"variant": [1, 2]}}, "settings.variant: it is how"),
+        ({"variants": {"a": {}, "b\n": {"c": 1}}}, "variants.'b\\n': say a name of 1 to 60 characters"),
+        ({"variants": {"a": {}, " ": {"c": 1}}}, "variants.' ': say a name"),
+        ({"variants": {"a": {}, "b" * 61: {"c": 1}}}, "say a name of 1 to 60 characters"),
+        ({"variants": {"a": {}, "b": {"c": 1}}, "settings": {"variant": [1, 2]}}, "settings.variant: no recipe has it"),
+        ({"settings": {"variant": [1, 2]}}, "settings.variant: no recipe has it"),
+        ({"variants": {"1": {"c": 1}, 1: {"c": 2}}}, "variants: two have one name"),
+        ({"variants": {"a": {"c": 1, "d": 2}, "b": {"d": 2, "c": 1}}}, "variants.b: it is the same as a"),
         ({"variants": {"a": {}, "b": {"c": 1}}, "settings": 3}, "settings: nothing varies"),
         ({"settings": 3}, "settings: nothing varies"),
         ({"minimise": "val_los"}, "minimise.val_los: did you mean val_loss?"),

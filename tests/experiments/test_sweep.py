@@ -163,19 +163,19 @@ def test_what_is_wrong_ends_a_sweep_before_its_first_trial(workplace: Path) -> N
         ({"settings": {"data.init_args.batch_size": [4, 0]}}, "sweep.yaml: data.batch_size is 0"),
         (
             {"settings": {}, "variants": {"a": {}, "the second": {"data.batch_sise": 1}}},
-            "sweep.yaml: variants.the second: unknown option or key data.init_args.batch_sise: did you mean",
+            "sweep.yaml: with variant the second: unknown option or key data.init_args.batch_sise: did you mean",
         ),
         (
             {"settings": {}, "variants": {"a": {}, "b": {"data.batch_size": 0}}},
-            "sweep.yaml: variants.b: data.batch_size",
+            "sweep.yaml: with variant b: data.batch_size",
         ),
-        ({"settings": {}, "variants": {"a": {}, "b": {"ckpt_path": "last"}}}, "sweep.yaml: variants.b: "),
+        ({"settings": {}, "variants": {"a": {}, "b": {"ckpt_path": "last"}}}, "sweep.yaml: with variant b: "),
         (
             {
                 "variants": {"a": {}, "b": {"data.batch_size": 2}},
                 "settings": {"data.block_size": {"choices": [8, 9, -5], "when": {"variant": "b"}}},
             },
-            "sweep.yaml: variants.b: data.block_size is -5",
+            "sweep.yaml: with variant b: data.block_size is -5",
         ),
         ({"settings": {"data.init_args.corpus": ["text.txt", "none.txt"], "data.init_args.seed": [1, 2]}}, "seed"),
     )
