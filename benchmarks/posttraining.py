@@ -102,12 +102,12 @@ def rewards(folder: Path, seed: int, options: argparse.Namespace) -> Iterator[di
         "shown": "by new problems and their answers",
     }
     for name, said in networks.items():
-        yield {"network": said, "exact match": right(name, "test", folder)}
+        yield {"network": said, "exact match": right(name, folder)}
 
 
-def right(name: str, split: str, folder: Path) -> float:
-    """Return the share of problems that a network solves."""
-    words = ("validate", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", split)
+def right(name: str, folder: Path) -> float:
+    """Return the share of held-out problems that a network solves."""
+    words = ("validate", "--ckpt_path", f"checkpoints/{name}/last.ckpt", "--split", "test")
     return float(run(*words, folder=folder)["exact_match"])
 
 
